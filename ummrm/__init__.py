@@ -1,0 +1,37 @@
+"""ummrm: upcycle a dense reward model into a mixture of experts, train it, merge it back into one dense model.
+
+The method is UMM-RM (arXiv 2512.00724). `upcycle`, `prepare_merge` and `merge` serve whole Hugging Face models;
+`UpcycledFFN.from_dense` serves any other network. Importing this package registers the upcycled model classes with
+transformers' Auto classes.
+"""
+
+from ._library import check
+from .backends import use_backend
+from .config import MergeConfig, UpcycleConfig
+from .dense import FFNPaths
+from .layers import MergedFFN, UpcycledFFN
+from .losses import auxiliary_loss, preference_loss
+from .merge import merge, merge_coefficients, prepare_merge
+from .saving import save_pretrained
+from .upcycle import upcycle
+from .usage import record_usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FFNPaths",
+    "MergeConfig",
+    "MergedFFN",
+    "UpcycleConfig",
+    "UpcycledFFN",
+    "auxiliary_loss",
+    "check",
+    "merge",
+    "merge_coefficients",
+    "prepare_merge",
+    "preference_loss",
+    "record_usage",
+    "save_pretrained",
+    "upcycle",
+    "use_backend",
+]

@@ -1,0 +1,455 @@
+"""The drop-in modules: Router, Experts, UpcycledFFN (training phase) and MergedFFN (merge phase).
+
+Each is a plain `nn.Module` that works in any training loop, with no Hugging Face class around it. They hold
+parameters, call `ops`, and keep the statistics of their last forward for the auxiliary losses; how a whole model is
+upcycled or merged is `upcycle.py`'s and `merge.py`'s business.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+from .config import MergeConfig, UpcycleConfig
+from .dense import DenseFFN, FFNPaths, FFNSpec, find_paths
+
+_NOISE_FLOOR = 0.01  # XFT (arXiv 2404.15247): smallest standard deviation of the learned router noise
+
+
+@dataclass
+class RouterStatistics:
+    """What one forward says about routing, for the auxiliary losses; means are over live tokens.
+
+    Attributes:
+        tokens_per_expert: int32 [E], slots sent to each expert.
+        mean_prob: [E], mean clean router probability; carries the router's gradient.
+        mean_z: [], mean squared logsumexp of the clean logits; carries the router's gradient.
+        top_k: K.
+    """
+
+    tokens_per_expert: torch.Tensor
+    mean_prob: torch.Tensor
+    mean_z: torch.Tensor
+    top_k: int
+
+
+def in_backward() -> bool:
+    """True while autograd is running a backward: a forward seen then is a checkpoint's recomputation."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+class Router(nn.Module):
+    """Top-k router with shared-expert gate weights (DESIGN section 3), in fp32 whatever the model's dtype.
+
+    Not an `nn.Linear`, so that adapter libraries that wrap "all linear layers" leave it alone.
+
+    Args:
+        hidden_size: H.
+        config: kind of router, gate and noise.
+        device: where the parameters are created.
+    """
+
+    def __init__(self, hidden_size: int, config: UpcycleConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+
+        def parameter(columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(config.num_experts, columns, device=device, dtype=torch.float32))
+
+        self.weight = parameter(hidden_size)
+        if config.router == "mlp":
+            self.output_weight = parameter(config.num_experts)
+        if config.router_noise == "learned":
+            self.noise_weight = parameter(hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
+        """Normal initialisation of std `config.router_init_std`; the noise's weights start at zero."""
+        normal_(self.weight, std=self.config.router_init_std)
+        if self.config.router == "mlp":
+            normal_(self.output_weight, std=self.config.router_init_std)
+        if self.config.router_noise == "learned":
+            zeros_(self.noise_weight)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Clean router logits: x [T, H] to fp32 [T, E]."""
+        logits = F.linear(x.to(self._compute_dtype(x)), self.weight.to(self._compute_dtype(x)))
+        if self.config.router == "mlp":
+            logits = F.linear(logits.tanh(), self.output_weight.to(logits.dtype))
+        return logits
+
+    @staticmethod
+    def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> ops.RouteOutput:
+        """Routes tokens.
+
+        Args:
+            x: [T, H].
+            token_mask: bool [T], True for live tokens; None if all are.
+
+        Returns:
+            `ops.route`'s output: gate weights, expert indices and statistics.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            clean = self.logits(x)
+            noisy, kind = clean, self.config.router_noise
+            if self.training and kind == "jitter":
+                eps, x_wide = self.config.jitter_eps, x.to(clean.dtype)  # bf16 would quantise the noise away
+                noisy = self.logits(x_wide * torch.empty_like(x_wide).uniform_(1 - eps, 1 + eps))
+            elif self.training and kind == "learned":
+                std = F.softplus(F.linear(x.to(clean.dtype), self.noise_weight.to(clean.dtype))) + _NOISE_FLOOR
+                noisy = clean + torch.randn_like(clean) * std
+            return ops.route(
+                noisy,
+                self.config.num_experts_per_tok,
+                mask=token_mask,
+                clean_logits=clean if noisy is not clean else None,
+                gate=self.config.gate,
+                fixed_shared_weight=self.config.fixed_shared_weight,
+            )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{self.hidden_size}, experts={c.num_experts}, top_k={c.num_experts_per_tok}, gate={c.gate!r}, kind={c.router!r}"
+
+
+class Experts(nn.Module):
+    """The stacked parameters of n experts of one layer; they are run by `ops.moe_ffn` and `ops.merged_ffn`.
+
+    Parameters: `gate_up_proj` [n, 2I, H] (gate rows first) for a gated FFN or `up_proj` [n, I, H] for a plain one,
+    `down_proj` [n, H, I], and `<name>_bias` [n, rows] where the dense FFN had biases.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        spec: FFNSpec,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.spec = num_experts, spec
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))
+
+        self.up_name = "gate_up_proj" if spec.glu else "up_proj"
+        self.register_parameter(self.up_name, parameter(spec.up_rows, spec.hidden_size))
+        self.down_proj = parameter(spec.hidden_size, spec.intermediate_size)
+        self.register_parameter(f"{self.up_name}_bias", parameter(spec.up_rows) if spec.up_bias else None)
+        self.register_parameter("down_proj_bias", parameter(spec.hidden_size) if spec.down_bias else None)
+
+    def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
+        """Random experts: normal weights, zero biases. Upcycling fills them with copies instead."""
+        for name, tensor in self.tensors().items():
+            if name.endswith("bias"):
+                zeros_(tensor)
+            else:
+                normal_(tensor, std=std)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Present parameters under the layout-independent names `up`, `down`, `up_bias`, `down_bias`."""
+        named = {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def up(self) -> nn.Parameter:
+        """[n, 2I or I, H]"""
+        return getattr(self, self.up_name)
+
+    @property
+    def up_bias(self) -> nn.Parameter | None:
+        """[n, 2I or I], or None."""
+        return getattr(self, f"{self.up_name}_bias")
+
+    @torch.no_grad()
+    def copy_from(self, ffn: DenseFFN, noise: float = 0.0) -> None:
+        """Makes every expert a copy of `ffn`, plus normal noise of `noise` times each weight's own std."""
+        fused = ffn.fused()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(fused[name].unsqueeze(0).expand_as(tensor))
+            if noise > 0 and not name.endswith("bias"):
+                std = noise * fused[name].float().std().item()
+                tensor.add_((torch.randn_like(tensor, dtype=torch.float32) * std).to(tensor.dtype))
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        kind = f"{'gated' if s.glu else 'plain'} {s.activation}"
+        return (
+            f"{self.num_experts} x ({s.hidden_size} to {s.intermediate_size}, {kind}, biases={s.up_bias}/{s.down_bias})"
+        )
+
+
+def _expert_arguments(shared: Experts, routed: Experts) -> dict[str, torch.Tensor | None]:
+    return {
+        "shared_up": shared.up,
+        "routed_up": routed.up,
+        "shared_down": shared.down_proj,
+        "routed_down": routed.down_proj,
+        "shared_up_bias": shared.up_bias,
+        "routed_up_bias": routed.up_bias,
+        "shared_down_bias": shared.down_proj_bias,
+        "routed_down_bias": routed.down_proj_bias,
+    }
+
+
+class UpcycledFFN(nn.Module):
+    """A dense FFN upcycled into E routed experts, K active per token, and S always-on shared experts.
+
+    A drop-in replacement: [..., H] in, [..., H] out. `UpcycledFFN.from_dense` makes one from an existing FFN; at that
+    moment it computes exactly what the FFN did. After each forward `statistics` holds what the auxiliary losses need
+    (`ummrm.auxiliary_loss`).
+
+    Args:
+        spec: shape and kind of the FFN.
+        config: number of experts, router, gate.
+        dtype: of the experts; the router is always fp32.
+        device: where parameters are created.
+    """
+
+    def __init__(
+        self,
+        spec: FFNSpec,
+        config: UpcycleConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        self.router = Router(spec.hidden_size, config, device)
+        self.experts = Experts(config.num_experts, spec, dtype, device)
+        self.shared_experts = Experts(config.num_shared_experts, spec, dtype, device)
+        for experts in (self.experts, self.shared_experts):
+            experts.reset_parameters()
+        self.statistics: RouterStatistics | None = None
+        self.token_mask: torch.Tensor | None = None  # set for one call by a model's layer; the argument wins
+        self._dense_template: tuple[nn.Module, FFNPaths] | None = None
+
+    @classmethod
+    def from_dense(cls, ffn: nn.Module, config: UpcycleConfig, paths: FFNPaths | None = None) -> UpcycledFFN:
+        """Upcycles one FFN module; `ffn` itself is left as it is.
+
+        Args:
+            ffn: a module mapping [..., H] to [..., H] by two (plain) or three (gated) `nn.Linear` projections.
+            config: number of experts, router, gate, expert noise.
+            paths: where its projections are; by default recognised from its structure and proven on random input.
+
+        Returns:
+            A module on the same device and dtype, in the same training mode.
+
+        Raises:
+            ValueError: `ffn` has no structure that can be upcycled; says what was found and the remedy.
+            TypeError: `ffn` or `config` is of another type.
+        """
+        _check_type("ffn", ffn, nn.Module)
+        _check_type("config", config, UpcycleConfig)
+        if isinstance(ffn, (UpcycledFFN, MergedFFN)):
+            raise ValueError(f"`ffn` must be a dense FFN, got a {type(ffn).__name__}; it is upcycled already.")
+        paths = paths or find_paths(ffn)
+        dense = paths.read(ffn)
+        weight = dense.up.weight
+        upcycled = cls(dense.spec, config, dtype=weight.dtype, device=weight.device)
+        upcycled.copy_experts(dense)
+        upcycled._dense_template = (copy.deepcopy(ffn).to("meta"), paths)
+        return upcycled.train(ffn.training)
+
+    def copy_experts(self, dense: DenseFFN) -> None:
+        """Fills all experts with copies of `dense`; only routed experts get `config.expert_noise`."""
+        self.shared_experts.copy_from(dense)
+        self.experts.copy_from(dense, self.config.expert_noise)
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the layer.
+
+        Args:
+            x: [..., H].
+            token_mask: bool of x's leading shape, True for live tokens, False for padding. A masked token is computed
+                by the shared experts alone and counts in no statistic.
+
+        Returns:
+            [..., H] in x's dtype (the autocast dtype under autocast).
+        """
+        flat = _flatten(x, self.spec.hidden_size)
+        mask = _flatten_mask(self.token_mask if token_mask is None else token_mask, x)
+        routing = self.router(flat, mask)
+        if not in_backward():
+            self.statistics = RouterStatistics(
+                routing.tokens_per_expert, routing.mean_prob, routing.mean_z, self.config.num_experts_per_tok
+            )
+        out = ops.moe_ffn(
+            flat,
+            routing.shared_weight,
+            routing.routed_weights,
+            routing.expert_indices,
+            **_expert_arguments(self.shared_experts, self.experts),
+            activation=self.spec.activation,
+            glu=self.spec.glu,
+        )
+        return out.view(x.shape)
+
+    def __getstate__(self) -> dict:
+        # Statistics carry a graph, which can be neither copied nor pickled, and belong to this module's last forward.
+        return {**self.__dict__, "statistics": None, "token_mask": None}
+
+
+class MergeShare(nn.Module):
+    """lambda, the shared experts' share of the merge: one scalar for a model, fixed or learned as sigmoid(l)."""
+
+    def __init__(self, config: MergeConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if config.learn_shared_share:
+            self.logit = nn.Parameter(torch.empty((), dtype=torch.float32, device=device))
+            self.reset_parameters()
+
+    def reset_parameters(self, constant_=nn.init.constant_) -> None:
+        """Starts a learnable lambda at `config.shared_share`."""
+        if self.config.learn_shared_share:
+            share = self.config.shared_share
+            constant_(self.logit, math.log(share / (1 - share)))
+
+    def forward(self, like: torch.Tensor) -> torch.Tensor:
+        """lambda as a scalar of `like`'s dtype and device."""
+        if self.config.learn_shared_share:
+            return self.logit.sigmoid().to(like)
+        return torch.full((), self.config.shared_share, dtype=like.dtype, device=like.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.shared_share}, learned={self.config.learn_shared_share}"
+
+
+class MergedFFN(nn.Module):
+    """The merge phase of an upcycled FFN: experts folded by learnable weights into one dense FFN on every forward.
+
+    `merged tensor = lambda / S * sum_s W_s + (1 - lambda) * sum_e softmax(alpha)_e W_e`; everything but `alpha` (and
+    lambda, if learned) is frozen.
+
+    Args:
+        spec: shape and kind of the FFN.
+        config: the upcycling configuration it came from.
+        merge_config: granularity of alpha.
+        share: the model's lambda; held by reference, not registered here, since it is the model's.
+        dtype: of the experts; alpha is fp32.
+        device: where parameters are created.
+    """
+
+    def __init__(
+        self,
+        spec: FFNSpec,
+        config: UpcycleConfig,
+        merge_config: MergeConfig,
+        share: MergeShare,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.config, self.merge_config = spec, config, merge_config
+        self.experts = Experts(config.num_experts, spec, dtype, device)
+        self.shared_experts = Experts(config.num_shared_experts, spec, dtype, device)
+        for experts in (self.experts, self.shared_experts):
+            experts.reset_parameters()
+            experts.requires_grad_(False)
+        rows = (spec.num_projections,) if merge_config.alpha_per == "projection" else ()
+        self.alpha = nn.Parameter(torch.zeros(*rows, config.num_experts, dtype=torch.float32, device=device))
+        self._share = (share,)
+        self.token_mask: torch.Tensor | None = None  # layers set it for any FFN; a dense forward has no use for it
+        self._dense_template: tuple[nn.Module, FFNPaths] | None = None
+
+    @classmethod
+    def from_upcycled(cls, ffn: UpcycledFFN, merge_config: MergeConfig, share: MergeShare) -> MergedFFN:
+        """Takes over the experts of `ffn` (no copy) and freezes them; alpha starts uniform."""
+        weight = ffn.experts.down_proj
+        with torch.device("meta"):
+            merged = cls(ffn.spec, ffn.config, merge_config, share, dtype=weight.dtype)
+        merged.experts, merged.shared_experts = ffn.experts, ffn.shared_experts
+        merged.experts.requires_grad_(False)
+        merged.shared_experts.requires_grad_(False)
+        merged.alpha = nn.Parameter(torch.zeros(merged.alpha.shape, dtype=torch.float32, device=weight.device))
+        merged._dense_template = ffn._dense_template
+        return merged.train(ffn.training)
+
+    def coefficients(self) -> torch.Tensor:
+        """Merge coefficients [projections, S + E], shared experts first, in alpha's dtype; each row sums to one."""
+        share = self._share[0](self.alpha)
+        alpha = self.alpha if self.alpha.dim() == 2 else self.alpha.expand(self.spec.num_projections, -1)
+        shared = (share / self.config.num_shared_experts).expand(alpha.shape[0], self.config.num_shared_experts)
+        return torch.cat([shared, (1 - share) * alpha.softmax(-1)], dim=-1)
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., H] through the merged dense FFN. `token_mask` is accepted and has no effect: padding is computed."""
+        out = ops.merged_ffn(
+            _flatten(x, self.spec.hidden_size),
+            self.coefficients(),
+            **_expert_arguments(self.shared_experts, self.experts),
+            activation=self.spec.activation,
+            glu=self.spec.glu,
+        )
+        return out.view(x.shape)
+
+    @torch.no_grad()
+    def merged_tensors(self) -> dict[str, torch.Tensor]:
+        """The dense FFN's tensors, laid out as `DenseFFN.fused`, bit for bit those that `forward` uses."""
+        coefficients = self.coefficients()
+        up_rows = coefficients[:-1]
+        shared, routed, rows = [], [], []
+        names: list[str] = []
+        for name in self.experts.tensors():
+            s, r = self.shared_experts.tensors()[name].detach(), self.experts.tensors()[name].detach()
+            parts = len(up_rows) if name.startswith("up") else 1
+            shared += s.chunk(parts, dim=1)
+            routed += r.chunk(parts, dim=1)
+            rows += list(up_rows) if name.startswith("up") else [coefficients[-1]]
+            names += [name] * parts
+        merged = ops.merge_experts(shared, routed, torch.stack(rows))
+        return {n: torch.cat([t for m, t in zip(names, merged, strict=True) if m == n]) for n in dict.fromkeys(names)}
+
+    def to_dense(self) -> nn.Module:
+        """A module of the class that `UpcycledFFN.from_dense` was given, holding the merged weights.
+
+        Raises:
+            ValueError: this FFN was not made by `from_dense` (a Hugging Face model: use `ummrm.merge(model)`).
+        """
+        if self._dense_template is None:
+            raise ValueError(
+                "MergedFFN.to_dense needs the module that UpcycledFFN.from_dense was given, and this one has none; "
+                "for a Hugging Face model call ummrm.merge(model) on the whole model."
+            )
+        template, paths = self._dense_template
+        dense = copy.deepcopy(template)
+        paths.read(dense).write(self.merged_tensors())
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"alpha_per={self.merge_config.alpha_per!r}"
+
+
+def _flatten(x: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
+        raise ValueError(f"`x` must be [..., {hidden_size}] (the FFN's hidden size), got {list(x.shape)}.")
+    return x.reshape(-1, hidden_size)
+
+
+def _flatten_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"`token_mask` must have x's leading shape {list(x.shape[:-1])}, got {list(mask.shape)}; pass one flag per token."
+        )
+    return mask.reshape(-1).to(torch.bool)
+
+
+def _check_type(argument: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"`{argument}` must be a {expected.__name__}, got {type(value).__name__}.")

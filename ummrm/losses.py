@@ -1,0 +1,151 @@
+"""Losses of a reward model: the preference loss, and the router's auxiliary losses of a whole network.
+
+Auxiliary losses are read from the statistics that each `UpcycledFFN` kept of its last forward (DESIGN section 3);
+they are means over layers of quantities over live tokens, taken over all data-parallel processes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import MergedFFN, UpcycledFFN
+from .parallel import sum_over_processes
+
+
+def preference_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Bradley-Terry loss of pairs: mean of `-log sigmoid(chosen - rejected - margin)`.
+
+    Args:
+        chosen: rewards of the preferred answers, any shape.
+        rejected: rewards of the others, same shape.
+        margin: by how much the preferred reward should lead, a number or a tensor of the same shape.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 rewards).
+
+    Raises:
+        ValueError: shapes differ or there is no pair.
+    """
+    if chosen.shape != rejected.shape or chosen.numel() == 0:
+        raise ValueError(
+            "`chosen` and `rejected` must have the same, non-empty shape, one reward per pair, got "
+            f"{list(chosen.shape)} and {list(rejected.shape)}."
+        )
+    difference = chosen - rejected
+    if difference.dtype in (torch.float16, torch.bfloat16):
+        difference = chosen.float() - rejected.float()
+    if margin is not None:
+        difference = difference - margin
+    return -F.logsigmoid(difference).mean()
+
+
+def load_balancing_loss(tokens_per_expert: torch.Tensor, mean_prob: torch.Tensor) -> torch.Tensor:
+    """Switch load-balancing loss `E * sum_e f_e P_e` (arXiv 2101.03961, eq. 4): 1 when balanced, 0 without tokens.
+
+    Args:
+        tokens_per_expert: [..., E] slots sent to each expert, any dtype.
+        mean_prob: [..., E] mean router probability; the gradient flows through it alone.
+
+    Returns:
+        [...] losses.
+    """
+    counts = tokens_per_expert.to(mean_prob.dtype)
+    fractions = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    return mean_prob.shape[-1] * (fractions * mean_prob).sum(-1)
+
+
+def cv_squared_loss(mean_prob: torch.Tensor) -> torch.Tensor:
+    """Squared coefficient of variation of the experts' mean probability (arXiv 1701.06538, eq. 7; XFT's option).
+
+    Args:
+        mean_prob: [..., E].
+
+    Returns:
+        [...] losses: 0 when balanced, and without tokens.
+    """
+    mean = mean_prob.mean(-1)
+    variance = mean_prob.var(-1, correction=0)
+    return variance / mean.square().clamp_min(torch.finfo(mean_prob.dtype).tiny)
+
+
+def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
+    """The `UpcycledFFN` modules of a network by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
+
+
+def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The weighted auxiliary losses of a network's last forward: add it to the preference loss.
+
+    `mean over layers of (balancing_loss_coef * balancing loss + z_loss_coef * z-loss)`, with the coefficients of each
+    layer's `UpcycleConfig`. A layer whose tokens are all masked counts as 0.
+
+    Args:
+        model: any network with `UpcycledFFN` modules; one in its merge phase has no router and gives 0.
+        group: data-parallel process group when torch.distributed is initialised; None is the default group.
+
+    Returns:
+        A scalar tensor with the routers' gradient.
+
+    Raises:
+        TypeError: the network holds no upcycled FFN.
+        RuntimeError: no forward has been run, or it kept no gradient for the router (reentrant checkpointing).
+    """
+    ffns = upcycled_ffns(model)
+    if not ffns:
+        merged = next((m for m in model.modules() if isinstance(m, MergedFFN)), None)
+        if merged is None:
+            raise TypeError(
+                f"`model` must hold UpcycledFFN modules, got a {type(model).__name__} with none; "
+                "call ummrm.upcycle(model, config) first."
+            )
+        return merged.alpha.new_zeros(())
+    missing = [name for name, ffn in ffns.items() if ffn.statistics is None]
+    if missing:
+        raise RuntimeError(
+            f"auxiliary_loss reads the last forward's routing statistics, and {', '.join(missing)} has run none; "
+            "call the model first."
+        )
+    for name, ffn in ffns.items():
+        _check_gradient(name, ffn)
+    device = next(iter(ffns.values())).statistics.mean_prob.device
+    losses = [loss.to(device) for loss in _layer_losses(list(ffns.values()), group)]
+    return torch.stack(losses).mean()
+
+
+def _check_gradient(name: str, ffn: UpcycledFFN) -> None:
+    wants = ffn.training and torch.is_grad_enabled() and ffn.router.weight.requires_grad
+    if wants and not ffn.statistics.mean_prob.requires_grad:
+        raise RuntimeError(
+            f"the routing statistics of {name} carry no gradient although its router is trained: the forward ran "
+            "without autograd, as reentrant activation checkpointing does. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, and no torch.no_grad() around the forward.'
+        )
+
+
+def _layer_losses(ffns: list[UpcycledFFN], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """Each layer's weighted loss; one collective for all layers."""
+    packed = []
+    for ffn in ffns:
+        s = ffn.statistics
+        counts = s.tokens_per_expert.to(s.mean_prob.dtype)
+        live = counts.sum() / s.top_k
+        packed.append(torch.cat([counts, s.mean_prob * live, (s.mean_z * live)[None], live[None]]))
+    device = packed[0].device
+    summed = sum_over_processes(torch.cat([p.to(device) for p in packed]), group).split([len(p) for p in packed])
+    losses = []
+    for ffn, total in zip(ffns, summed, strict=True):
+        config, num_experts = ffn.config, ffn.config.num_experts
+        counts, prob_sum, z_sum, live = total.split([num_experts, num_experts, 1, 1])
+        live = live.clamp_min(1)
+        mean_prob = prob_sum / live
+        if config.balancing_loss == "switch":
+            balancing = load_balancing_loss(counts, mean_prob)
+        else:
+            balancing = cv_squared_loss(mean_prob)
+        losses.append(config.balancing_loss_coef * balancing + config.z_loss_coef * (z_sum / live).squeeze(0))
+    return losses

@@ -1,0 +1,140 @@
+"""Merging: freeze the experts, learn merge weights, fold the experts back into one dense model.
+
+`prepare_merge` and `merge` serve Hugging Face models and any other network with `UpcycledFFN` modules alike.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import saving
+from .config import MergeConfig
+from .layers import MergedFFN, MergeShare, UpcycledFFN
+from .losses import upcycled_ffns
+from .modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .upcycle import transplant
+from .usage import GateUsage
+
+_USAGE_FLOOR = 1e-4  # an expert that was never used still starts with a finite alpha
+
+
+def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: GateUsage | None = None) -> nn.Module:
+    """Puts an upcycled network into its merge phase, in place: experts frozen, merge weights learnable.
+
+    Every `UpcycledFFN` becomes a `MergedFFN`, which merges its experts on every forward and runs the merged dense FFN.
+    Afterwards only alpha (and lambda, if `learn_shared_share`) requires a gradient; train it on the same preference
+    data, with any loop: `[p for p in moe.parameters() if p.requires_grad]`. Routers are dropped.
+
+    Args:
+        moe: a model from `ummrm.upcycle`, or any network with `UpcycledFFN` modules.
+        config: lambda, granularity and start of alpha; the default is `MergeConfig()`.
+        usage: measured gate usage (`record_usage`), required by `alpha_init="usage"`.
+
+    Returns:
+        `moe` itself.
+
+    Raises:
+        TypeError: `moe` holds no `UpcycledFFN`, or `config` is of another type.
+        ValueError: `alpha_init="usage"` without a fitting `usage`. `moe` is then unchanged.
+    """
+    config = MergeConfig() if config is None else config
+    if not isinstance(config, MergeConfig):
+        raise TypeError(f"`config` must be a MergeConfig, got {type(config).__name__}.")
+    ffns = upcycled_ffns(moe)
+    if not ffns:
+        raise TypeError(
+            f"`moe` must hold UpcycledFFN modules, got a {type(moe).__name__} with none"
+            + ("; it is in its merge phase already." if merged_ffns(moe) else "; call ummrm.upcycle first.")
+        )
+    shares = _usage_shares(ffns, usage) if config.alpha_init == "usage" else {}
+    holder = moe.base_model if isinstance(moe, PreTrainedModel) else moe
+    share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
+    merged = {name: MergedFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
+    for name, gate_share in shares.items():
+        alpha = merged[name].alpha
+        alpha.data.copy_(gate_share.clamp_min(_USAGE_FLOOR).log().to(alpha).expand_as(alpha))
+
+    for name, ffn in merged.items():
+        moe.set_submodule(name, ffn)
+    setattr(holder, SHARE_NAME, share)
+    freeze_for_merge(moe)
+    if isinstance(moe, UmmPreTrainedMixin):
+        moe.config.umm_phase = "merging"
+        moe.config.umm_merge = config.to_dict()
+    return moe
+
+
+def merge(moe: nn.Module) -> nn.Module:
+    """Folds the experts of a network in its merge phase into one dense network of the original architecture.
+
+    Args:
+        moe: a network after `prepare_merge` (and, normally, after alpha was trained). It is left as it is.
+
+    Returns:
+        For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
+        `save_pretrained` saving whole or not at all. For any other network: a copy with each `MergedFFN` replaced by a
+        module of the class that `UpcycledFFN.from_dense` was given. Merged weights are bit for bit those that the
+        merge phase's forward used.
+
+    Raises:
+        TypeError: `moe` is not in its merge phase.
+    """
+    ffns = merged_ffns(moe)
+    if not ffns:
+        raise TypeError(
+            f"`moe` must be in its merge phase, got a {type(moe).__name__}"
+            + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if upcycled_ffns(moe) else " with no experts.")
+        )
+    if not isinstance(moe, UmmPreTrainedMixin):
+        dense = copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()})
+        delattr(dense, SHARE_NAME)
+        return dense.requires_grad_(True).eval()
+    with torch.device("meta"):
+        dense = moe.stock_class(stock_config(moe.config))
+    layers = moe.family.layer_list(dense.base_model)
+    for index, site in ffn_sites(moe).items():
+        moe.family.dense_ffn(layers[index], dense.config).write(moe.get_submodule(site).merged_tensors())
+    transplant(moe, dense, clone=True)
+    # an instance attribute, so that the class stays the stock one: saving it must be as safe as saving the experts
+    dense.save_pretrained = saving.save_pretrained.__get__(dense)
+    return dense.requires_grad_(True).eval()
+
+
+def merged_ffns(model: nn.Module) -> dict[str, MergedFFN]:
+    """The `MergedFFN` modules of a network by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MergedFFN)}
+
+
+def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
+    """The merge coefficients of each layer, detached.
+
+    Args:
+        moe: a network in its merge phase.
+
+    Returns:
+        FFN name to [projections, S + E] (gate, up, down or up, down; shared experts first); rows sum to one.
+
+    Raises:
+        TypeError: `moe` is not in its merge phase.
+    """
+    ffns = merged_ffns(moe)
+    if not ffns:
+        raise TypeError(f"`moe` must be in its merge phase (ummrm.prepare_merge), got a {type(moe).__name__}.")
+    return {name: ffn.coefficients().detach() for name, ffn in ffns.items()}
+
+
+def _usage_shares(ffns: dict[str, UpcycledFFN], usage: GateUsage | None) -> dict[str, torch.Tensor]:
+    remedy = "measure it first: `with record_usage(moe) as usage: ...forwards...`, then pass usage=usage."
+    if usage is None:
+        raise ValueError(f'`usage` must be given for alpha_init="usage", got None; {remedy}')
+    shares = usage.gate_shares
+    for name, ffn in ffns.items():
+        if name not in shares or shares[name].numel() != ffn.config.num_experts or usage.tokens[name] == 0:
+            raise ValueError(
+                f"`usage` must have been recorded on this network with live tokens; it has none for {name}; {remedy}"
+            )
+    return {name: shares[name] for name in ffns}

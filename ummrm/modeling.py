@@ -1,0 +1,355 @@
+"""Upcycled models as real `PreTrainedModel` classes: one registered class per family and task.
+
+`import ummrm` registers, for every row of `families.py`, a configuration (`model_type: "umm_llama"`, ...) and a class
+for each task that the family has in transformers (`UmmLlamaForSequenceClassification`, ...), so that the Auto classes
+load upcycled folders. A class is its stock class with the FFNs exchanged; the same class serves both phases
+(`config.umm_phase`). How tensors get in and out is `upcycle.py`'s and `merge.py`'s business.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as hf_init
+from transformers.models.auto import modeling_auto
+
+from . import saving
+from .config import MergeConfig, UpcycleConfig
+from .families import FAMILIES, Family
+from .layers import Experts, MergedFFN, MergeShare, Router, UpcycledFFN
+from .losses import auxiliary_loss
+
+PHASES = ("training", "merging")
+_FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
+SHARE_NAME = "umm_merge_share"
+
+
+class UmmConfigMixin:
+    """The part of a configuration that ummrm adds to the stock one.
+
+    Attributes:
+        umm: `UpcycleConfig.to_dict()`.
+        umm_phase: `"training"` (mixture of experts) or `"merging"` (frozen experts, learnable merge).
+        umm_merge: `MergeConfig.to_dict()` in the merge phase.
+    """
+
+    umm = None
+    umm_phase = "training"
+    umm_merge = None
+
+    @property
+    def upcycle_config(self) -> UpcycleConfig:
+        """The validated `UpcycleConfig`.
+
+        Raises:
+            ValueError: the configuration has none (a checkpoint that ummrm did not write), or it is malformed.
+        """
+        if not isinstance(self.umm, dict):
+            raise ValueError(
+                f"this {type(self).__name__} has no `umm` section, so it was not written by ummrm; load the dense "
+                "model with its own transformers class and call ummrm.upcycle(model, UpcycleConfig(...))."
+            )
+        if self.umm_phase not in PHASES:
+            raise ValueError(f"config.umm_phase must be one of {', '.join(PHASES)}, got {self.umm_phase!r}.")
+        return UpcycleConfig.from_dict(self.umm)
+
+    @property
+    def merge_config(self) -> MergeConfig | None:
+        """The validated `MergeConfig` of the merge phase, None in the training phase."""
+        return MergeConfig.from_dict(self.umm_merge) if self.umm_phase == "merging" else None
+
+
+class UmmPreTrainedMixin:
+    """What every upcycled model class adds to its stock class."""
+
+    family: Family
+    stock_class: type[PreTrainedModel]
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
+        if not isinstance(config, UmmConfigMixin):
+            raise ValueError(
+                f"`config` must be a {umm_config_class(self.family).__name__} to build a {type(self).__name__}, got a "
+                f"{type(config).__name__}; upcycle a dense model with ummrm.upcycle(model, UpcycleConfig(...))."
+            )
+        config.upcycle_config, config.merge_config  # noqa: B018  malformed sections fail before anything is built
+        super().__init__(config, *args, **kwargs)
+        install(self)
+        freeze_for_merge(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises what a checkpoint lacks; called by transformers for every module."""
+        if isinstance(module, Router):
+            module.reset_parameters(normal_=hf_init.normal_, zeros_=hf_init.zeros_)
+        elif isinstance(module, Experts):
+            std = getattr(self.config, "initializer_range", 0.02)
+            module.reset_parameters(std, normal_=hf_init.normal_, zeros_=hf_init.zeros_)
+        elif isinstance(module, MergedFFN):
+            hf_init.zeros_(module.alpha)
+        elif isinstance(module, MergeShare):
+            module.reset_parameters(constant_=hf_init.constant_)
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func: Callable | None = None, **kwargs):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant` must be False for an upcycled model: reentrant checkpointing runs the forward without "
+                'autograd, which cuts the routers\' auxiliary losses off. Pass {"use_reentrant": False}.'
+            )
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; missing expert or router weights are an error, never a random initialisation.
+
+        Raises:
+            ValueError: the folder is not an upcycled model of this family, or lacks some of its weights.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if _is_ffn_key(model, key))
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {len(missing)} expert or router weights are missing, first "
+                f"{missing[0]!r}; the folder is incomplete or of another configuration. Save the model again."
+            )
+        freeze_for_merge(model)  # loading makes new parameters
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in transformers, but whole or not at all (see `ummrm.saving`)."""
+        saving.save_atomically(super().save_pretrained, save_directory, **kwargs)
+
+
+def install(model: UmmPreTrainedMixin) -> None:
+    """Exchanges the dense FFNs of a freshly built stock model for this configuration's; idempotent.
+
+    Runs in every class's `__init__`: heads build their backbone through AutoModel (already exchanged then) or by a
+    hard-coded stock class (GPT-NeoX, BERT), whose class is exchanged here too.
+    """
+    family, config, backbone = model.family, model.config, model.base_model
+    if not isinstance(backbone, UmmPreTrainedMixin):
+        backbone.__class__ = umm_class(type(backbone))
+    upcycle_config, merge_config = config.upcycle_config, config.merge_config
+    family.check(config)
+    layers = family.layer_list(backbone)
+    chosen = upcycle_config.layer_indices(len(layers))
+    if isinstance(layers[0], _UmmLayerMixin):
+        return
+    if merge_config is not None:
+        setattr(backbone, SHARE_NAME, MergeShare(merge_config, family.dense_ffn(layers[0], config).up.weight.device))
+    for index, layer in enumerate(layers):
+        if index in chosen:
+            dense = family.dense_ffn(layer, config)
+            kind = {"dtype": dense.up.weight.dtype, "device": dense.up.weight.device}
+            if merge_config is None:
+                ffn = UpcycledFFN(dense.spec, upcycle_config, **kind)
+            else:
+                ffn = MergedFFN(dense.spec, upcycle_config, merge_config, getattr(backbone, SHARE_NAME), **kind)
+            layer.set_submodule(family.site, ffn)
+            if family.bypass is not None:
+                layer.set_submodule(family.bypass, nn.Identity())
+        layer.__class__ = _umm_layer_class(type(layer), family, backbone)
+
+
+def freeze_for_merge(model: nn.Module) -> None:
+    """In a model's merge phase lets only alpha (and lambda, if learned) require a gradient; else does nothing."""
+    learned = [m.alpha for m in model.modules() if isinstance(m, MergedFFN)]
+    if learned:
+        learned += [p for m in model.modules() if isinstance(m, MergeShare) for p in m.parameters()]
+        model.requires_grad_(False)
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+def ffn_sites(model: UmmPreTrainedMixin) -> dict[int, str]:
+    """Layer index to full name of each exchanged FFN of a model, ascending."""
+    family, backbone = model.family, model.base_model
+    prefix = "" if backbone is model else f"{model.base_model_prefix}."
+    chosen = model.config.upcycle_config.layer_indices(len(family.layer_list(backbone)))
+    return {index: f"{prefix}{family.layers}.{index}.{family.site}" for index in chosen}
+
+
+def _is_ffn_key(model: UmmPreTrainedMixin, key: str) -> bool:
+    sites = tuple(f"{site}.{part}" for site in ffn_sites(model).values() for part in _FFN_PARTS)
+    return key.startswith(sites) or SHARE_NAME in key
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------
+
+
+class _UmmLayerMixin:
+    """A layer that takes the token mask as an argument, so that checkpointing recomputes with the same one."""
+
+    umm_site: str
+
+    def umm_forward(self, stock_forward: Callable, token_mask: torch.Tensor | None, args: tuple, kwargs: dict):
+        ffn = self.get_submodule(self.umm_site)
+        if not isinstance(ffn, (UpcycledFFN, MergedFFN)):  # a layer that was not chosen for upcycling
+            return stock_forward(self, *args, **kwargs)
+        ffn.token_mask = token_mask
+        try:
+            return stock_forward(self, *args, **kwargs)
+        finally:
+            ffn.token_mask = None
+
+
+@functools.cache
+def _layer_class(stock: type[nn.Module], site: str) -> type[nn.Module]:
+    stock_forward = stock.forward
+
+    def forward(self, *args, token_mask=None, **kwargs):
+        return self.umm_forward(stock_forward, token_mask, args, kwargs)
+
+    forward.__wrapped__ = stock_forward  # transformers reads layer signatures
+    return _new_class(f"Umm{stock.__name__}", (_UmmLayerMixin, stock), {"forward": forward, "umm_site": site})
+
+
+def _umm_layer_class(stock: type[nn.Module], family: Family, backbone: PreTrainedModel) -> type[nn.Module]:
+    layer_class = _layer_class(stock, family.site)
+    if backbone._no_split_modules:
+        backbone._no_split_modules = {*backbone._no_split_modules, layer_class.__name__}
+    return layer_class
+
+
+def _backbone_forward(stock: type[PreTrainedModel]) -> Callable:
+    """The stock backbone's forward, handing the token mask of a 2-D attention mask down to every layer."""
+    stock_forward = stock.forward
+    names = list(inspect.signature(stock_forward).parameters)[1:]
+
+    def argument(name: str, args: tuple, kwargs: dict):
+        index = names.index(name)
+        return args[index] if index < len(args) else kwargs.get(name)
+
+    @functools.wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        if kwargs.get("token_mask") is None:
+            mask = argument("attention_mask", args, kwargs)
+            tokens = argument("input_ids", args, kwargs)
+            tokens = argument("inputs_embeds", args, kwargs) if tokens is None else tokens
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and tokens is not None:
+                # with a cache the mask covers past tokens too; the layer sees only the newest ones
+                kwargs["token_mask"] = mask[:, -tokens.shape[1] :].bool()
+        return stock_forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _task_forward(stock: type[PreTrainedModel]) -> Callable:
+    """The stock task forward; in training, a loss that it computes itself includes the auxiliary losses."""
+    stock_forward = stock.forward
+
+    @functools.wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        outputs = stock_forward(self, *args, **kwargs)
+        if self.training and self.config.umm_phase == "training" and getattr(outputs, "loss", None) is not None:
+            outputs.loss = outputs.loss + auxiliary_loss(self).to(outputs.loss)
+        return outputs
+
+    return forward
+
+
+def _new_class(name: str, bases: tuple[type, ...], namespace: dict) -> type:
+    cls = type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": None, **namespace})
+    setattr(sys.modules[__name__], name, cls)  # so that it pickles
+    return cls
+
+
+_CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
+_MODEL_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def umm_config_class(family: Family) -> type[PreTrainedConfig]:
+    """The registered configuration class of a family, e.g. `UmmLlamaConfig`."""
+    return _CONFIG_CLASSES[family.model_type]
+
+
+def umm_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The registered upcycled class of a stock model class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if stock not in _MODEL_CLASSES:
+        known = ", ".join(sorted({s.__name__ for s in _MODEL_CLASSES}))
+        raise ValueError(
+            f"no upcycled class for {stock.__name__}; there is one for each of: {known}. For another architecture add a "
+            "row to ummrm/families.py, or replace FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."
+        )
+    return _MODEL_CLASSES[stock]
+
+
+def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedConfig:
+    """The stock configuration with ummrm's section, as the family's registered class."""
+    new = copy.deepcopy(stock)  # a dict round trip would lose the attention implementation
+    new.__class__ = umm_config_class(FAMILIES[stock.model_type])
+    new.umm = config.to_dict()
+    new.umm_phase = "training"
+    return new
+
+
+def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
+    """The original configuration: no trace of ummrm, and the legacy rotary keys beside the new ones."""
+    family = next(f for f in FAMILIES.values() if isinstance(config, umm_config_class(f)))
+    new = copy.deepcopy(config)
+    new.__class__ = family.config_class
+    for key in ("umm", "umm_phase", "umm_merge"):
+        new.__dict__.pop(key, None)
+    rope = getattr(new, "rope_parameters", None) or {}
+    for legacy, current in family.legacy_rope:
+        if current in rope:
+            setattr(new, legacy, rope[current])
+    return new
+
+
+def _define(family: Family) -> None:
+    stock_config_class = family.config_class
+    plan = getattr(stock_config_class, "base_model_tp_plan", None)
+    namespace = {"model_type": f"umm_{family.model_type}"}
+    if plan:  # the stock plan shards projections that are no longer there
+        dense = {f"{family.layers}.*.{path}" for path in (family.paths.gate, family.paths.up, family.paths.down)}
+        namespace["base_model_tp_plan"] = {k: v for k, v in plan.items() if k not in dense}
+    name = f"Umm{stock_config_class.__name__}"
+    config_class = _new_class(name, (UmmConfigMixin, stock_config_class), namespace)
+    _CONFIG_CLASSES[family.model_type] = config_class
+    AutoConfig.register(config_class.model_type, config_class)
+    backbone_class = AutoModel._model_mapping[stock_config_class]
+    for auto_class in _auto_classes():
+        stock = auto_class._model_mapping.get(stock_config_class, None)
+        for stock_class in stock if isinstance(stock, (list, tuple)) else [stock]:
+            if stock_class is not None:
+                if stock_class not in _MODEL_CLASSES:
+                    forward = _backbone_forward if stock_class is backbone_class else _task_forward
+                    _MODEL_CLASSES[stock_class] = _define_model(stock_class, forward(stock_class), family)
+                auto_class.register(config_class, _MODEL_CLASSES[stock_class], exist_ok=True)
+
+
+def _define_model(stock: type[PreTrainedModel], forward: Callable, family: Family) -> type[PreTrainedModel]:
+    namespace = {
+        "family": family,
+        "stock_class": stock,
+        "config_class": umm_config_class(family),
+        "forward": forward,
+        # alpha and the router are trained in fp32 whatever the model's dtype
+        "_keep_in_fp32_modules_strict": [*(stock._keep_in_fp32_modules_strict or []), "router", "alpha", SHARE_NAME],
+    }
+    return _new_class(f"Umm{stock.__name__}", (UmmPreTrainedMixin, stock), namespace)
+
+
+def _auto_classes() -> list[type]:
+    classes = [c for n, c in vars(modeling_auto).items() if n.startswith("AutoModel") and inspect.isclass(c)]
+    return [c for c in classes if getattr(c, "_model_mapping", None) is not None]
+
+
+for _family in FAMILIES.values():
+    _define(_family)

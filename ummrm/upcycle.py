@@ -1,0 +1,162 @@
+"""Upcycling a whole Hugging Face model: every chosen dense FFN becomes experts, the rest moves over unchanged."""
+
+from __future__ import annotations
+
+import copy as copy_module
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import UpcycleConfig
+from .dense import DenseFFN
+from .families import find_family
+from .layers import UpcycledFFN
+from .modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
+
+
+class ConsumedModel:
+    """What is left of a dense model whose tensors `ummrm.upcycle` took over: every use is a clear error."""
+
+    def __getattribute__(self, name: str):
+        if name.startswith("__") and name.endswith("__"):
+            return object.__getattribute__(self, name)
+        raise RuntimeError(
+            f"this model's tensors were taken over by ummrm.upcycle, so `.{name}` is gone; use the upcycled model, or "
+            "call ummrm.upcycle(model, config, copy=True) to keep the dense one."
+        )
+
+    def __call__(self, *args, **kwargs):
+        self.forward  # noqa: B018  raises the error above
+
+    def __repr__(self) -> str:
+        return "ConsumedModel (its tensors were taken over by ummrm.upcycle)"
+
+
+def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False) -> PreTrainedModel:
+    """Turns a dense model into its mixture-of-experts counterpart; at this moment both compute the same.
+
+    Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
+    of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). All other parameters keep
+    their values, dtypes, devices, ties and `requires_grad`.
+
+    Args:
+        dense: a stock transformers model of a known family (`ummrm.families.FAMILIES`), any task.
+        config: experts, gate, router, layers, auxiliary losses.
+        copy: False takes the dense model's tensors over, with no second copy in memory, and leaves `dense` unusable
+            (any use raises); True copies them and leaves `dense` as it is.
+
+    Returns:
+        A model of the registered class (`UmmLlamaForSequenceClassification`, ...), in the same training mode.
+
+    Raises:
+        TypeError: `dense` or `config` is of another type.
+        ValueError: the model can't be upcycled (unknown family or class, upcycled already, quantised, on several
+            devices) or the configuration does not fit it. `dense` is then unchanged.
+    """
+    if not isinstance(config, UpcycleConfig):
+        raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
+    _check_upcyclable(dense)
+    family = find_family(dense.config.model_type)
+    family.check(dense.config)
+    with torch.device("meta"):
+        moe = umm_class(type(dense))(upcycled_config(dense.config, config))
+    layers = family.layer_list(dense.base_model)
+    for index, site in ffn_sites(moe).items():
+        fill_experts(moe.get_submodule(site), family.dense_ffn(layers[index], dense.config))
+    transplant(dense, moe, clone=copy)
+    if not copy:
+        dense.__dict__.clear()
+        dense.__class__ = ConsumedModel
+    return moe
+
+
+def fill_experts(ffn: UpcycledFFN, dense: DenseFFN) -> None:
+    """Gives an `UpcycledFFN` built on the meta device real parameters: experts copied from `dense`, a fresh router."""
+    weight = dense.up.weight
+    for experts in (ffn.experts, ffn.shared_experts):
+        experts.to_empty(device=weight.device).to(weight.dtype)
+    ffn.router.to_empty(device=weight.device)
+    ffn.router.reset_parameters()
+    ffn.copy_experts(dense)
+
+
+def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
+    """Gives `target` the parameters, buffers and modes of the equally named modules of `source`.
+
+    FFN sites, which have no counterpart, are the caller's.
+
+    Args:
+        source: holds the tensors.
+        target: a model of the other structure, built on the meta device.
+        clone: copy tensors rather than share them; ties are kept either way.
+    """
+    clones: dict[int, torch.Tensor] = {}
+
+    def take(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or not clone:
+            return tensor
+        if id(tensor) not in clones:
+            new = tensor.detach().clone()
+            clones[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        return clones[id(tensor)]
+
+    sources = dict(source.named_modules(remove_duplicate=False))
+    for name, module in target.named_modules(remove_duplicate=False):
+        origin = sources.get(name)
+        if origin is None:
+            continue
+        if isinstance(module, UpcycledFFN):
+            module.train(origin.training)
+            continue
+        for attribute in ("_parameters", "_buffers"):
+            ours, theirs = getattr(module, attribute), getattr(origin, attribute)
+            for key in ours.keys() & theirs.keys():
+                ours[key] = take(theirs[key])
+        module.training = origin.training
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if key in vars(origin):
+                setattr(module, key, vars(origin)[key])
+    if getattr(source, "generation_config", None) is not None:
+        target.generation_config = copy_module.deepcopy(source.generation_config)
+    leftover = [n for n, t in [*target.named_parameters(), *target.named_buffers()] if t.is_meta]
+    if leftover:
+        raise RuntimeError(
+            f"{type(target).__name__} has tensors that {type(source).__name__} lacks, first {leftover[0]!r}: this "
+            "version of transformers builds them differently; please report it with both class names."
+        )
+
+
+def _check_upcyclable(dense: object) -> None:
+    if isinstance(dense, ConsumedModel):
+        raise ValueError(
+            "`dense` was upcycled already and its tensors taken over; load it again or use upcycle(..., copy=True)."
+        )
+    if not isinstance(dense, PreTrainedModel):
+        hint = (
+            "merge the adapter first (merge_and_unload)"
+            if hasattr(dense, "peft_config")
+            else ("for your own network replace its FFN modules with UpcycledFFN.from_dense(ffn, config)")
+        )
+        raise TypeError(f"`dense` must be a transformers PreTrainedModel, got {type(dense).__name__}; {hint}.")
+    if isinstance(dense, UmmPreTrainedMixin):
+        raise ValueError(f"`dense` must be a dense model, got a {type(dense).__name__}, which is upcycled already.")
+    if getattr(dense, "hf_quantizer", None) is not None or getattr(dense, "is_quantized", False):
+        raise ValueError(
+            f"`dense` must hold plain float weights, got a quantised {type(dense).__name__}; load it without "
+            "quantization_config, upcycle, and quantise the merged model."
+        )
+    if getattr(dense, "_hf_peft_config_loaded", False):
+        raise ValueError("`dense` must hold no adapters; merge and unload them before upcycling.")
+    meta = [name for name, p in dense.named_parameters() if p.is_meta]
+    if meta:
+        raise ValueError(
+            f"`dense` must hold its weights, and {len(meta)} parameters are on the meta device, first {meta[0]!r}; "
+            "load it without offloading."
+        )
+    devices = sorted({str(p.device) for p in dense.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"`dense` must be on one device, got parameters on {', '.join(devices)}; load it without device_map, "
+            "upcycle on one device, then distribute the upcycled model."
+        )
