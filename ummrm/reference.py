@@ -1,7 +1,7 @@
 """The specification of every operator, in plain torch: what the kernels must compute, term by term.
 
-Same names and arguments as `ops`, differentiable by autograd, any float dtype; the truth that tests compare with is this
-file run in fp64. It is also the path that serves `torch.func` transforms, so nothing here has a shape or a branch
+Same names and arguments as `ops`, differentiable by autograd, any float dtype; the truth that tests compare with is
+this file run in fp64. It is also the path that serves `torch.func` transforms, so nothing here has a shape or a branch
 that depends on data: experts are run densely over all rows and masked. That is slow, and not this file's concern.
 The `*_backward` functions write out the fused backwards by hand; tests hold them to autograd of the forwards.
 
@@ -38,7 +38,8 @@ class RouteOutput(NamedTuple):
     mean_z: Tensor
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """dtype of statistics, gate weights and sums over `tensor`: fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -47,8 +48,8 @@ def _live(mask: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _live_rows(values: Tensor, live: Tensor) -> Tensor:
-    """`values` in accumulation precision with dead rows zeroed, so that their NaN reaches neither values nor gradients."""
-    return torch.where(live.unsqueeze(-1), values.to(_accumulator(values)), 0.0)
+    """`values` in accumulation precision, dead rows zeroed: their NaN reaches neither values nor gradients."""
+    return torch.where(live.unsqueeze(-1), values.to(accumulator(values)), 0.0)
 
 
 def route(
@@ -151,7 +152,7 @@ def unpermute(
     num_shared_experts: int = 0,
     top_k: int = 1,
 ) -> Tensor:
-    num_tokens, acc = slot_to_sorted.numel() // top_k, _accumulator(rows)
+    num_tokens, acc = slot_to_sorted.numel() // top_k, accumulator(rows)
     shared, routed = _slot_rows(rows, slot_to_sorted, expert_offsets, num_shared_experts, top_k)
     out = shared.to(acc).sum(0)
     if shared_weight is not None:
@@ -185,7 +186,7 @@ def unpermute_backward(
     num_shared_experts: int,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, hidden, acc = slot_to_sorted.numel() // top_k, rows.shape[-1], _accumulator(rows)
+    num_tokens, hidden, acc = slot_to_sorted.numel() // top_k, rows.shape[-1], accumulator(rows)
     shared, routed = _slot_rows(rows, slot_to_sorted, expert_offsets, num_shared_experts, top_k)
     live = (slot_to_sorted < expert_offsets[-1]).view(num_tokens, top_k)
     g = grad_out.to(acc)
@@ -268,7 +269,7 @@ def expert_bias_grad(
     need_routed: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype, shape = routed_rows.dtype, (0, routed_rows.shape[1])
-    shared, routed = shared_rows.to(_accumulator(shared_rows)), routed_rows.to(_accumulator(routed_rows))
+    shared, routed = shared_rows.to(accumulator(shared_rows)), routed_rows.to(accumulator(routed_rows))
     if row_weights is not None:
         num_shared_rows = num_shared_experts * num_tokens
         if shared.shape[0] == num_tokens:
@@ -291,7 +292,7 @@ def _stack_needed(
 
 
 def activation(pre_activation: Tensor, kind: str = "silu", glu: bool = True) -> Tensor:
-    z, act = pre_activation.to(_accumulator(pre_activation)), _ACTIVATIONS[kind]
+    z, act = pre_activation.to(accumulator(pre_activation)), _ACTIVATIONS[kind]
     if glu:
         gate, up = z.chunk(2, dim=-1)
         return (act(gate) * up).to(pre_activation.dtype)
@@ -314,7 +315,7 @@ def _activation_derivative(z: Tensor, kind: str) -> Tensor:
 def activation_backward(
     grad: Tensor, pre_activation: Tensor, row_weights: Tensor | None, kind: str, glu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc, dtype = _accumulator(pre_activation), pre_activation.dtype
+    acc, dtype = accumulator(pre_activation), pre_activation.dtype
     g, z = grad.to(acc), pre_activation.to(acc)
     weighted = g if row_weights is None else g * row_weights.unsqueeze(-1)
     if glu:
@@ -333,7 +334,7 @@ def activation_backward(
 def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tensor) -> list[Tensor]:
     merged = []
     for s, r, c in zip(shared, routed, coefficients, strict=True):
-        total = torch.zeros_like(r[0], dtype=_accumulator(r))
+        total = torch.zeros_like(r[0], dtype=accumulator(r))
         for weight, coefficient in zip([*s, *r], c, strict=True):
             total = total + coefficient * weight.to(total.dtype)
         merged.append(total.to(r.dtype))
@@ -341,7 +342,7 @@ def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tens
 
 
 def merge_experts_dots(grads: list[Tensor], shared: list[Tensor], routed: list[Tensor]) -> Tensor:
-    acc = _accumulator(routed[0])
+    acc = accumulator(routed[0])
     return torch.stack(
         [
             torch.stack([(g.to(acc) * weight.to(acc)).sum() for weight in [*s, *r]])
@@ -375,9 +376,9 @@ def moe_ffn(
 
     def expert(rows, up, down, up_bias, down_bias, e):
         y = _dense_ffn(rows, up[e], down[e], pick(up_bias, e), pick(down_bias, e), activation, glu)
-        return y.to(_accumulator(x))
+        return y.to(accumulator(x))
 
-    out, num_shared = torch.zeros_like(x, dtype=_accumulator(x)), shared_up.shape[0]
+    out, num_shared = torch.zeros_like(x, dtype=accumulator(x)), shared_up.shape[0]
     for s in range(num_shared):
         y = expert(x, shared_up, shared_down, shared_up_bias, shared_down_bias, s)
         out = out + (shared_weight / num_shared).unsqueeze(-1) * y
