@@ -8,6 +8,7 @@ on random input and compared with the module's own output, so that a wrong guess
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -250,18 +251,38 @@ def _candidates(linears: dict[str, nn.Linear]) -> list[FFNPaths]:
 def _probe(module: nn.Module, candidates: list[FFNPaths]) -> list[float]:
     """Relative error of each candidate against the module's own output, in fp32 on random input.
 
-    The input is scaled so that the pre-activations are of order one, where the activations differ most.
+    A candidate whose hidden size the module does not take (two projections read backwards) has an infinite error.
     """
     probe = copy.deepcopy(module).eval().float()
-    up = candidates[0].read(probe).up
+    sizes = [paths.read(probe).up.in_features for paths in candidates]
+    references = {size: _run_probe(probe, candidates[sizes.index(size)]) for size in dict.fromkeys(sizes)}
+    if not any(references.values()):
+        raise ValueError(
+            f"`ffn` must be callable with one tensor [tokens, hidden] and return that shape; {type(module).__name__} "
+            f"is not, for no hidden size of its projections ({', '.join(map(str, references))})."
+        )
+    errors = []
+    for size, paths in zip(sizes, candidates, strict=True):
+        if references[size] is None:
+            errors.append(math.inf)
+            continue
+        x, expected = references[size]
+        got = apply_ffn(x, paths.read(probe), paths.activation)
+        norm = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        errors.append(((got - expected).norm() / norm).item())
+    return errors
+
+
+def _run_probe(probe: nn.Module, paths: FFNPaths) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Random input and the module's output for it; None if the module does not take it or changes its shape.
+
+    The input is scaled so that the pre-activations are of order one, where the activations differ most.
+    """
+    up = paths.read(probe).up
     x = torch.randn(_PROBE_TOKENS, up.in_features, generator=torch.Generator().manual_seed(0)).to(up.weight.device)
     x = x / up(x).std().clamp_min(1e-6)
-    expected = probe(x)
-    if not isinstance(expected, torch.Tensor) or expected.shape != x.shape:
-        got = list(expected.shape) if isinstance(expected, torch.Tensor) else type(expected).__name__
-        raise ValueError(
-            f"`ffn` must return a tensor of its input's shape {list(x.shape)}, got {got} from {type(module).__name__}."
-        )
-    norm = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    outputs = (apply_ffn(x, paths.read(probe), paths.activation) for paths in candidates)
-    return [((out - expected).norm() / norm).item() for out in outputs]
+    try:
+        out = probe(x)
+    except (RuntimeError, TypeError):
+        return None
+    return (x, out) if isinstance(out, torch.Tensor) and out.shape == x.shape else None

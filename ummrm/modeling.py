@@ -289,6 +289,11 @@ def umm_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return _MODEL_CLASSES[stock]
 
 
+def stock_classes(family: Family) -> list[type[PreTrainedModel]]:
+    """The stock model classes of a family that have an upcycled counterpart, the backbone first."""
+    return [stock for stock, upcycled in _MODEL_CLASSES.items() if upcycled.family is family]
+
+
 def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedConfig:
     """The stock configuration with ummrm's section, as the family's registered class."""
     new = copy.deepcopy(stock)  # a dict round trip would lose the attention implementation
