@@ -1,0 +1,65 @@
+"""Data parallelism over two processes gives the auxiliary loss and the gradients of one."""
+
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import padded_batch, perturb_experts, tiny_model
+
+import ummrm
+from ummrm import UpcycleConfig, auxiliary_loss
+from ummrm.parallel import sum_over_processes
+
+CONFIG = UpcycleConfig(
+    num_experts=4, num_experts_per_tok=2, router_init_std=0.5, z_loss_coef=0.1, balancing_loss_coef=0.3
+)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return perturb_experts(ummrm.upcycle(tiny_model("llama"), CONFIG)).train()
+
+
+def make_batch():
+    torch.manual_seed(1)
+    return padded_batch(lengths=(9, 2, 7, 1))  # the halves hold different numbers of live tokens
+
+
+def worker(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    moe = make_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(moe, find_unused_parameters=True)
+    batch = {k: v[2 * rank : 2 * rank + 2] for k, v in make_batch().items()}
+    wrapped(**batch)
+    loss = auxiliary_loss(moe)
+    loss.backward()
+    gradients = {n: p.grad for n, p in moe.named_parameters() if p.grad is not None}
+    torch.save((loss.detach(), gradients), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2, join=True)
+    moe = make_model()
+    moe(**make_batch())
+    loss = auxiliary_loss(moe)
+    loss.backward()
+    for rank in range(2):
+        other, gradients = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(other, loss.detach(), rtol=1e-5, atol=1e-7)
+        compared = 0
+        for name, parameter in moe.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+                compared += parameter.grad.abs().max() > 0
+        assert compared > 4
+
+
+def test_without_torch_distributed_a_sum_is_the_tensor_itself():
+    tensor = torch.randn(3)
+    assert sum_over_processes(tensor) is tensor
