@@ -1,68 +1,44 @@
 """A model folder is whole or not there: kill a save at any moment and the previous folder still loads."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from saving_child import CONFIG, make_model, save_and_die
 from tiny_models import outputs_of, padded_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 import ummrm
-from ummrm import UpcycleConfig, saving
+from ummrm import saving
 
-CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2)
-TESTS = Path(__file__).parent
-
-# Runs in a child: saves over an existing folder and dies by SIGKILL at the n-th call of a watched system operation.
-KILLED_SAVE = """
-    import os, signal, sys
-    sys.path.insert(0, {tests!r})
-    import torch, ummrm
-    from tiny_models import tiny_model
-    from ummrm import saving
-    torch.manual_seed(1)
-    model = ummrm.upcycle(tiny_model("llama"), ummrm.UpcycleConfig(num_experts=3, num_experts_per_tok=2))
-    if {merged}:
-        model = ummrm.merge(ummrm.prepare_merge(model))
-    if not {exchange}:
-        saving._exchange = lambda a, b: False
-    calls = 0
-    def watch(owner, name):
-        original = getattr(owner, name)
-        def watched(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls == {at}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-        setattr(owner, name, watched)
-    import transformers.modeling_utils as mu, transformers.configuration_utils as cu
-    for owner, name in ((os, "rename"), (os, "fsync"), (os, "link"), (os, "makedirs"), (mu, "safe_save_file"),
-                        (saving, "_put_in_place"), (saving, "_exchange"), (saving, "_flush_tree"), (saving, "_carry_over"),
-                        (saving.shutil, "rmtree"), (cu.PreTrainedConfig, "to_json_file")):
-        watch(owner, name)
-    model.save_pretrained({folder!r}, max_shard_size="20KB")
-    print("calls", calls)
-"""
+OLD, NEW = 0, 1  # seeds of the model in the folder and of the one whose save is killed
 
 
-def run_killed_save(folder, at, merged=False, exchange=True):
-    script = textwrap.dedent(KILLED_SAVE).format(
-        tests=str(TESTS), merged=merged, exchange=exchange, at=at, folder=str(folder)
-    )
-    return subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def forkserver():
+    """Children that have imported everything already: a kill then costs milliseconds, not an import of transformers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saving_child"])
+    return context
+
+
+def killed_save(context, folder, die_at, merged=False, exchange=True):
+    """Runs a save in a child that is killed at its `die_at`-th step; the number of steps if it got through, else None."""
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=save_and_die, args=(str(folder), die_at, NEW, merged, exchange, sender))
+    child.start()
+    sender.close()
+    child.join(120)
+    if child.exitcode == -signal.SIGKILL:
+        return None
+    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
+    return receiver.recv()
 
 
 def saved_model(folder, merged=False):
-    torch.manual_seed(0)
-    model = ummrm.upcycle(tiny_model("llama"), CONFIG)
-    if merged:
-        model = ummrm.merge(ummrm.prepare_merge(model))
+    model = make_model(OLD, merged)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return model
@@ -87,56 +63,52 @@ def loadable_folders(parent):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["moe", "merged"])
-def test_kill_9_at_every_step_of_a_save(merged, tmp_path):
-    whole = run_killed_save(tmp_path / "count", at=0, merged=merged)
-    assert whole.returncode == 0, whole.stderr
+def test_kill_9_at_every_step_of_a_save(forkserver, merged, tmp_path):
     folder = tmp_path / "model"
-    old = saved_model(folder, merged)
-    new_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "count")
-    total = int(run_killed_save(tmp_path / "count", at=0, merged=merged).stdout.split()[-1])
-    assert total > 12
+    old, new = saved_model(folder, merged), make_model(NEW, merged)
     outcomes = []
-    for at in sorted({1, 2, 3, total // 2, *range(total - 5, total + 1)}):
-        died = run_killed_save(folder, at=at, merged=merged)
-        assert died.returncode == -signal.SIGKILL, died.stderr
-        is_old, is_new = loads_as(folder, old), loads_as(folder, new_model)
-        assert is_old != is_new, at
+    while (steps := killed_save(forkserver, folder, len(outcomes) + 1, merged)) is None:
+        is_old, is_new = loads_as(folder, old), loads_as(folder, new)
+        assert is_old != is_new, f"killed at step {len(outcomes) + 1}"
         assert (folder / "tokenizer.json").read_text() == "{}"
         outcomes.append(is_new)
-        if is_new:
-            break
-    assert not outcomes[0], "the first kill comes before anything is in place"
-    final = run_killed_save(folder, at=0, merged=merged)
-    assert final.returncode == 0 and loads_as(folder, new_model)
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [], (
-        "leftovers are cleared by the next save"
-    )
+        if is_new:  # put the old folder back, so that every step is tried on the same ground
+            saved_model(folder, merged)
+    assert steps == len(outcomes) > 12
+    assert outcomes == sorted(outcomes) and not outcomes[0] and outcomes[-1], "old until one moment, new from then on"
+    assert loads_as(folder, new)
+    assert os.listdir(tmp_path) == ["model"], "the next whole save clears what the killed ones left"
 
 
-def test_kill_9_where_the_file_system_cannot_exchange(tmp_path):
-    """Moved aside first: a kill between the two renames is mended by the next save, and nothing half-written loads."""
+def test_kill_9_where_the_file_system_cannot_exchange(forkserver, tmp_path):
+    """Moved aside first: a kill between the two renames is mended by the next save, and nothing is lost."""
     folder = tmp_path / "model"
-    old = saved_model(folder)
-    total = int(run_killed_save(tmp_path / "count", at=0, exchange=False).stdout.split()[-1])
-    total_over = total + 6  # over an existing folder there are more steps; kill at the last of them
-    seen_missing = False
-    for at in range(total - 6, total_over):
-        if run_killed_save(folder, at=at, exchange=False).returncode == 0:
-            break
+    old, new = saved_model(folder), make_model(NEW, False)
+    missing, step = 0, 1
+    while killed_save(forkserver, folder, step, exchange=False) is None:
+        step += 1
         if not folder.exists():
-            seen_missing = True
-            aside = [p for p in tmp_path.rglob("model.old") if p.is_dir()]
-            assert len(aside) == 1 and loads_as(aside[0], old)
+            missing += 1
+            (aside,) = [p for p in tmp_path.rglob("model.old") if p.is_dir()]
+            assert loads_as(aside, old)
             saving._clear_leftovers(folder)
-            assert loads_as(folder, old)
-    assert seen_missing, "no kill fell between the two renames"
+        if loads_as(folder, new):
+            saved_model(folder)
+        assert loads_as(folder, old)
+    assert missing == 1, "exactly one kill falls between the two renames"
+    assert loads_as(folder, new)
 
 
-def test_a_killed_first_save_leaves_nothing_that_loads(tmp_path):
-    for at in (1, 2, 3, 4, 5):
-        assert run_killed_save(tmp_path / "model", at=at).returncode == -signal.SIGKILL
-        assert not (tmp_path / "model").exists()
-        assert loadable_folders(tmp_path) == []
+def test_a_killed_first_save_leaves_nothing_half_written_that_loads(forkserver, tmp_path):
+    new = make_model(NEW, False)
+    step = 1
+    while killed_save(forkserver, tmp_path / "model", step) is None:
+        for folder in loadable_folders(tmp_path):
+            assert loads_as(folder, new), f"killed at step {step}"
+        step += 1
+        if (tmp_path / "model").exists():
+            break
+    assert step > 8 and loads_as(tmp_path / "model", new)
 
 
 def test_a_failed_save_keeps_the_old_folder_and_cleans_up(tmp_path, monkeypatch):
@@ -158,7 +130,7 @@ def test_files_of_others_are_carried_over_and_stale_weights_are_not(tmp_path, mo
     if not exchange:
         monkeypatch.setattr(saving, "_exchange", lambda a, b: False)
     folder = tmp_path / "model"
-    model = ummrm.upcycle(tiny_model("llama"), CONFIG)
+    model = make_model(OLD, merged=False)
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     (folder / "tokenizer.json").write_text("tokens")
