@@ -1,0 +1,59 @@
+"""A process that saves a model and dies by SIGKILL at the n-th system operation of the save (see test_saving.py)."""
+
+import os
+import signal
+
+import torch
+import transformers.configuration_utils
+import transformers.modeling_utils
+from tiny_models import tiny_model
+
+import ummrm
+from ummrm import saving
+
+CONFIG = ummrm.UpcycleConfig(num_experts=3, num_experts_per_tok=2)
+STEPS = (
+    (os, "rename"),
+    (os, "fsync"),
+    (os, "link"),
+    (os, "makedirs"),
+    (saving, "_put_in_place"),
+    (saving, "_exchange"),
+    (saving, "_flush_tree"),
+    (saving, "_carry_over"),
+    (saving.shutil, "rmtree"),
+    (transformers.modeling_utils, "safe_save_file"),
+    (transformers.configuration_utils.PreTrainedConfig, "to_json_file"),
+)
+
+
+def make_model(seed, merged):
+    torch.manual_seed(seed)
+    model = ummrm.upcycle(tiny_model("llama"), CONFIG)
+    return ummrm.merge(ummrm.prepare_merge(model)) if merged else model
+
+
+def save_and_die(folder, die_at, seed, merged, exchange, connection):
+    """Saves `make_model(seed, merged)`; killed at the `die_at`-th step (0: never), else sends the number of steps."""
+    torch.set_num_threads(1)
+    model = make_model(seed, merged)
+    steps = 0
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    if not exchange:
+        saving._exchange = lambda a, b: False
+    for owner, name in STEPS:
+        watch(owner, name)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    connection.send(steps)
