@@ -12,7 +12,7 @@ from torch import nn
 
 import ummrm
 from ummrm import FFNPaths, MergeConfig, UpcycleConfig, UpcycledFFN
-from ummrm.layers import Router
+from ummrm.router import Router
 
 HIDDEN = 10
 SMALL = UpcycleConfig(num_experts=4, num_experts_per_tok=2, num_shared_experts=2)
@@ -203,10 +203,10 @@ def test_learned_noise_starts_at_the_papers_standard_deviation():
     config = UpcycleConfig(num_experts=6, num_experts_per_tok=2, router_noise="learned", router_init_std=0.0)
     router = Router(HIDDEN, config)
     captured = []
-    original = ummrm.layers.ops.route
+    original = ummrm.router.ops.route
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ummrm.layers.ops, "route", lambda logits, *a, **k: captured.append(logits) or original(logits, *a, **k)
+            ummrm.router.ops, "route", lambda logits, *a, **k: captured.append(logits) or original(logits, *a, **k)
         )
         router(torch.randn(4000, HIDDEN))
     assert captured[0].std().item() == pytest.approx(math.log(2) + 0.01, rel=0.03)

@@ -212,7 +212,8 @@ def find_paths(module: nn.Module) -> FFNPaths:
     candidates = _candidates(linears)
     if not candidates:
         raise ValueError(
-            f"`ffn` must map its hidden size onto itself through an intermediate size, got {what} with {shapes}. {remedy}"
+            f"`ffn` must map its hidden size onto itself through an intermediate size, got {what} with {shapes}. "
+            f"{remedy}"
         )
     if any(p.is_meta for p in module.parameters()):
         raise ValueError(f"`ffn` must hold real weights to be recognised, got {what} on the meta device. {remedy}")

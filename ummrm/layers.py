@@ -1,4 +1,4 @@
-"""The drop-in modules: Router, Experts, UpcycledFFN (training phase) and MergedFFN (merge phase).
+"""The drop-in modules: Experts, UpcycledFFN (training phase) and MergedFFN (merge phase); the router is in router.py.
 
 Each is a plain `nn.Module` that works in any training loop, with no Hugging Face class around it. They hold
 parameters, call `ops`, and keep the statistics of their last forward for the auxiliary losses; how a whole model is
@@ -9,119 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import ops
 from .config import MergeConfig, UpcycleConfig
 from .dense import DenseFFN, FFNPaths, FFNSpec, find_paths
-
-_NOISE_FLOOR = 0.01  # XFT (arXiv 2404.15247): smallest standard deviation of the learned router noise
-
-
-@dataclass
-class RouterStatistics:
-    """What one forward says about routing, for the auxiliary losses; means are over live tokens.
-
-    Attributes:
-        tokens_per_expert: int32 [E], slots sent to each expert.
-        mean_prob: [E], mean clean router probability; carries the router's gradient.
-        mean_z: [], mean squared logsumexp of the clean logits; carries the router's gradient.
-        top_k: K.
-    """
-
-    tokens_per_expert: torch.Tensor
-    mean_prob: torch.Tensor
-    mean_z: torch.Tensor
-    top_k: int
-
-
-def in_backward() -> bool:
-    """True while autograd is running a backward: a forward seen then is a checkpoint's recomputation."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
-
-
-class Router(nn.Module):
-    """Top-k router with shared-expert gate weights (DESIGN section 3), in fp32 whatever the model's dtype.
-
-    Not an `nn.Linear`, so that adapter libraries that wrap "all linear layers" leave it alone.
-
-    Args:
-        hidden_size: H.
-        config: kind of router, gate and noise.
-        device: where the parameters are created.
-    """
-
-    def __init__(self, hidden_size: int, config: UpcycleConfig, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.hidden_size = hidden_size
-
-        def parameter(columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(config.num_experts, columns, device=device, dtype=torch.float32))
-
-        self.weight = parameter(hidden_size)
-        if config.router == "mlp":
-            self.output_weight = parameter(config.num_experts)
-        if config.router_noise == "learned":
-            self.noise_weight = parameter(hidden_size)
-        self.reset_parameters()
-
-    def reset_parameters(self, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
-        """Normal initialisation of std `config.router_init_std`; the noise's weights start at zero."""
-        normal_(self.weight, std=self.config.router_init_std)
-        if self.config.router == "mlp":
-            normal_(self.output_weight, std=self.config.router_init_std)
-        if self.config.router_noise == "learned":
-            zeros_(self.noise_weight)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Clean router logits: x [T, H] to fp32 [T, E]."""
-        logits = F.linear(x.to(self._compute_dtype(x)), self.weight.to(self._compute_dtype(x)))
-        if self.config.router == "mlp":
-            logits = F.linear(logits.tanh(), self.output_weight.to(logits.dtype))
-        return logits
-
-    @staticmethod
-    def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> ops.RouteOutput:
-        """Routes tokens.
-
-        Args:
-            x: [T, H].
-            token_mask: bool [T], True for live tokens; None if all are.
-
-        Returns:
-            `ops.route`'s output: gate weights, expert indices and statistics.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            clean = self.logits(x)
-            noisy, kind = clean, self.config.router_noise
-            if self.training and kind == "jitter":
-                eps, x_wide = self.config.jitter_eps, x.to(clean.dtype)  # bf16 would quantise the noise away
-                noisy = self.logits(x_wide * torch.empty_like(x_wide).uniform_(1 - eps, 1 + eps))
-            elif self.training and kind == "learned":
-                std = F.softplus(F.linear(x.to(clean.dtype), self.noise_weight.to(clean.dtype))) + _NOISE_FLOOR
-                noisy = clean + torch.randn_like(clean) * std
-            return ops.route(
-                noisy,
-                self.config.num_experts_per_tok,
-                mask=token_mask,
-                clean_logits=clean if noisy is not clean else None,
-                gate=self.config.gate,
-                fixed_shared_weight=self.config.fixed_shared_weight,
-            )
-
-    def extra_repr(self) -> str:
-        c = self.config
-        return f"{self.hidden_size}, experts={c.num_experts}, top_k={c.num_experts_per_tok}, gate={c.gate!r}, kind={c.router!r}"
+from .router import Router, RouterStatistics, in_backward
 
 
 class Experts(nn.Module):
@@ -434,6 +329,16 @@ class MergedFFN(nn.Module):
         return f"alpha_per={self.merge_config.alpha_per!r}"
 
 
+def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
+    """The `UpcycledFFN` modules of a network by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
+
+
+def merged_ffns(model: nn.Module) -> dict[str, MergedFFN]:
+    """The `MergedFFN` modules of a network by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MergedFFN)}
+
+
 def _flatten(x: torch.Tensor, hidden_size: int) -> torch.Tensor:
     if x.dim() == 0 or x.shape[-1] != hidden_size:
         raise ValueError(f"`x` must be [..., {hidden_size}] (the FFN's hidden size), got {list(x.shape)}.")
@@ -445,7 +350,8 @@ def _flatten_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | 
         return None
     if mask.shape != x.shape[:-1]:
         raise ValueError(
-            f"`token_mask` must have x's leading shape {list(x.shape[:-1])}, got {list(mask.shape)}; pass one flag per token."
+            f"`token_mask` must have x's leading shape {list(x.shape[:-1])}, got {list(mask.shape)}; "
+            "pass one flag per token."
         )
     return mask.reshape(-1).to(torch.bool)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import MergedFFN, UpcycledFFN
+from .layers import UpcycledFFN, merged_ffns, upcycled_ffns
 from .parallel import sum_over_processes
 
 
@@ -73,11 +73,6 @@ def cv_squared_loss(mean_prob: torch.Tensor) -> torch.Tensor:
     return variance / mean.square().clamp_min(torch.finfo(mean_prob.dtype).tiny)
 
 
-def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
-    """The `UpcycledFFN` modules of a network by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
-
-
 def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The weighted auxiliary losses of a network's last forward: add it to the preference loss.
 
@@ -97,13 +92,13 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     """
     ffns = upcycled_ffns(model)
     if not ffns:
-        merged = next((m for m in model.modules() if isinstance(m, MergedFFN)), None)
-        if merged is None:
+        merged = merged_ffns(model)
+        if not merged:
             raise TypeError(
                 f"`model` must hold UpcycledFFN modules, got a {type(model).__name__} with none; "
                 "call ummrm.upcycle(model, config) first."
             )
-        return merged.alpha.new_zeros(())
+        return next(iter(merged.values())).alpha.new_zeros(())
     missing = [name for name, ffn in ffns.items() if ffn.statistics is None]
     if missing:
         raise RuntimeError(

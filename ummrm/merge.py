@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from . import saving
 from .config import MergeConfig
-from .layers import MergedFFN, MergeShare, UpcycledFFN
-from .losses import upcycled_ffns
+from .layers import MergedFFN, MergeShare, UpcycledFFN, merged_ffns, upcycled_ffns
 from .modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
 from .upcycle import transplant
 from .usage import GateUsage
@@ -102,11 +101,6 @@ def merge(moe: nn.Module) -> nn.Module:
     # an instance attribute, so that the class stays the stock one: saving it must be as safe as saving the experts
     dense.save_pretrained = saving.save_pretrained.__get__(dense)
     return dense.requires_grad_(True).eval()
-
-
-def merged_ffns(model: nn.Module) -> dict[str, MergedFFN]:
-    """The `MergedFFN` modules of a network by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MergedFFN)}
 
 
 def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:

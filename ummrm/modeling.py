@@ -24,8 +24,9 @@ from transformers.models.auto import modeling_auto
 from . import saving
 from .config import MergeConfig, UpcycleConfig
 from .families import FAMILIES, Family
-from .layers import Experts, MergedFFN, MergeShare, Router, UpcycledFFN
+from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN
 from .losses import auxiliary_loss
+from .router import Router
 
 PHASES = ("training", "merging")
 _FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
@@ -283,8 +284,8 @@ def umm_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if stock not in _MODEL_CLASSES:
         known = ", ".join(sorted({s.__name__ for s in _MODEL_CLASSES}))
         raise ValueError(
-            f"no upcycled class for {stock.__name__}; there is one for each of: {known}. For another architecture add a "
-            "row to ummrm/families.py, or replace FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."
+            f"no upcycled class for {stock.__name__}; there is one for each of: {known}. For another architecture add "
+            "a row to ummrm/families.py, or replace FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."
         )
     return _MODEL_CLASSES[stock]
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .layers import Router, UpcycledFFN, in_backward
-from .losses import upcycled_ffns
+from .layers import UpcycledFFN, upcycled_ffns
+from .router import Router, in_backward
 
 
 class GateUsage:
