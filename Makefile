@@ -1,0 +1,70 @@
+# Everything a newcomer needs, on a machine with python3, make and a C++ compiler. Each target sets up what it uses: a
+# virtual environment in .venv with torch and the package installed editable, its extension compiled. Set-up is done
+# again only when what it depends on has changed.
+#
+#   make demo        the main job on a synthetic task, about 3 minutes; results in build/demo
+#   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
+#   make test        the fast tier of tests (what CI runs)
+#   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
+#   make bench       the microbenchmarks, and a table of them
+#   make lint        style checks
+#   make clean       removes builds and the virtual environment
+#
+# Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# -P: the checkout itself stays off sys.path, so that what is tested is what was installed
+RUN := $(BIN)/python -P
+
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
+.DELETE_ON_ERROR:
+.PHONY: demo demo-real test test-cpp test-python test-full bench lint clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)" setuptools pybind11 ninja
+	touch $@
+
+# without isolation the build compiles against the torch just installed and keeps its object files between runs
+$(VENV)/.ummrm: $(VENV)/.torch pyproject.toml setup.py tools/build_backend.py $(NATIVE)
+	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.ummrm
+	$(RUN) -m ummrm demo --recipe recipes/demo.yaml --output build/demo
+
+demo-real: $(VENV)/.ummrm
+	$(RUN) -m ummrm demo --recipe recipes/demo-real.yaml --output build/demo-real
+
+test: test-cpp test-python
+
+# The kernels build and pass without torch. cmake comes with the test extra, for machines that have none.
+test-cpp: $(VENV)/.ummrm
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release
+	$(BIN)/cmake --build build/cmake -j $(JOBS)
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
+
+test-python: $(VENV)/.ummrm
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+test-full: test
+	$(RUN) tools/test_full.py
+
+bench: $(VENV)/.ummrm
+	$(PIP) install -e ".[bench]" --no-build-isolation
+	$(BIN)/python -m bench.report
+
+lint: $(VENV)/.ummrm
+	$(PIP) install ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build $(VENV) ummrm/_C*.so ummrm/_build_record.json *.egg-info
