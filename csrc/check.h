@@ -1,0 +1,68 @@
+// What every operator file needs of torch: argument checks whose messages name the argument, what was expected, what
+// came and the remedy; and the translation of torch's types to the kernels'. Checks of shape, dtype and device cost no
+// synchronisation; checks of index values do, off the CPU, and run there only when asked for.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <string>
+
+#include "ummrm/activation.h"
+#include "ummrm/routing.h"
+#include "ummrm/types.h"
+
+namespace ummrm {
+
+// The operator whose arguments are being checked, for the head of its messages.
+struct Checker {
+  const char* op;
+
+  // `shape` has -1 where any size will do; `words` spells it out, as "[T, H]".
+  void shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words, const char* remedy) const;
+  void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected, const char* remedy) const;
+  void floating(const char* name, const at::Tensor& tensor) const;  // one of the four element types
+  void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words) const;  // int32 [size]
+  void device(const char* name, const at::Tensor& tensor, const at::Tensor& like, const char* like_name) const;
+  void at_least(const char* name, int64_t value, int64_t least) const;
+  // Starting at 0, never falling, ending at or below `slots`. Read on CPU, elsewhere under check_indices_on_devices.
+  void offsets(const at::Tensor& expert_offsets, int64_t slots) const;
+  // Every value in [low, high). Read likewise.
+  void values(const char* name, const at::Tensor& indices, int64_t low, int64_t high, const char* remedy) const;
+
+  DType element(const at::Tensor& tensor) const;
+  Gate gate(c10::string_view name) const;
+  ActivationKind activation(c10::string_view name) const;
+};
+
+// `ummrm.check(True)`: also read index values on devices where that waits for the device.
+void check_indices_on_devices(bool enabled);
+
+// dtype of sums, statistics and gate weights.
+inline at::ScalarType accumulator(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline const void* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+// Autocast off for a scope: what is called inside has settled its dtypes.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
+};
+
+// at::parallel_for over units of about `cost` element operations each, in pieces worth a thread.
+template <class Body>
+void parallel_over(int64_t units, int64_t cost, const Body& body) {
+  constexpr int64_t kWorth = 32768;
+  at::parallel_for(0, units, std::max<int64_t>(1, kWorth / std::max<int64_t>(cost, 1)), body);
+}
+
+}  // namespace ummrm

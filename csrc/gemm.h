@@ -1,0 +1,17 @@
+// Which library multiplies matrices on this CPU.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+namespace ummrm {
+
+// out = a @ b (+ bias, added to every row). All 2-D, `out` preallocated, `a` and `b` may be transposed views.
+void product_into(
+    const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
+
+// The rule for fp32, in words, for build_info.
+const char* fp32_gemm_rule();
+
+}  // namespace ummrm

@@ -1,0 +1,250 @@
+// The FFN of the merge phase: merged_ffn, merged_ffn_forward, merged_ffn_backward. One merge_experts call makes every
+// tensor of a dense FFN from the experts, and the dense FFN runs on it. Made of the other operators through the
+// dispatcher. The merged tensors are not kept for backward: merging again costs (S + E + 1) passes over one FFN, keeping
+// them would cost a dense model's memory.
+#include <torch/library.h>
+
+#include "check.h"
+#include "ops.h"
+
+namespace ummrm {
+namespace {
+
+struct Experts {
+  const Tensor &shared_up, &routed_up, &shared_down, &routed_down;
+  const OptionalTensor &shared_up_bias, &routed_up_bias, &shared_down_bias, &routed_down_bias;
+};
+
+// The FFN's tensors as merge_experts takes them: each projection's rows have coefficients of their own, so a fused
+// gate-and-up projection enters as two views. `projection[i]` is the row of the coefficients for list entry i.
+struct Parts {
+  std::vector<Tensor> shared, routed;
+  std::vector<int64_t> projection;
+  int64_t num_projections, width;
+  bool glu, has_up_bias, has_down_bias;
+
+  void add(const Tensor& of_shared, const Tensor& of_routed, int64_t row) {
+    shared.push_back(of_shared);
+    routed.push_back(of_routed);
+    projection.push_back(row);
+  }
+  void add_up(const Tensor& of_shared, const Tensor& of_routed) {
+    if (!glu) return add(of_shared, of_routed, 0);
+    add(of_shared.slice(1, 0, width), of_routed.slice(1, 0, width), 0);
+    add(of_shared.slice(1, width), of_routed.slice(1, width), 1);
+  }
+  int64_t up_parts() const { return glu ? 2 : 1; }
+  // One row a list entry; the first entries are the projections in order, biases repeat their rows.
+  Tensor expand(const Tensor& coefficients) const {
+    if (static_cast<int64_t>(projection.size()) == num_projections) return coefficients;
+    return coefficients.index_select(0, at::tensor(projection, at::kLong).to(coefficients.device()));
+  }
+};
+
+Parts check_arguments(
+    const Checker& check, const Tensor& x, const Tensor& coefficients, const Experts& p, string_view activation, bool glu) {
+  check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
+  check.floating("x", x);
+  check.activation(activation);
+  check.floating("routed_up", p.routed_up);
+  const int64_t hidden = x.size(1);
+  check.shape("routed_up", p.routed_up, {-1, -1, hidden}, "[E, 2*I or I, H]", "the experts must take rows of x's width");
+  const int64_t num_experts = p.routed_up.size(0), pre_width = p.routed_up.size(1);
+  TORCH_CHECK_VALUE(
+      !glu || pre_width % 2 == 0, "ummrm.", check.op, ": `routed_up` must have an even number of rows with glu=True (gate | up), got ",
+      pre_width, "; concatenate gate and up, or pass glu=False.");
+  check.shape("shared_up", p.shared_up, {-1, pre_width, hidden}, "[S, 2*I or I, H]", "shared and routed experts share a shape");
+  const int64_t num_shared = p.shared_up.size(0), width = glu ? pre_width / 2 : pre_width;
+  const auto parameter = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape, const char* words) {
+    check.device(name, tensor, x, "x");
+    check.dtype(name, tensor, p.routed_up.scalar_type(), "give the experts' parameters one dtype");
+    check.shape(name, tensor, shape, words, "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
+  };
+  parameter("routed_up", p.routed_up, {num_experts, pre_width, hidden}, "[E, 2*I or I, H]");
+  parameter("shared_up", p.shared_up, {num_shared, pre_width, hidden}, "[S, 2*I or I, H]");
+  parameter("shared_down", p.shared_down, {num_shared, hidden, width}, "[S, H, I]");
+  parameter("routed_down", p.routed_down, {num_experts, hidden, width}, "[E, H, I]");
+  const auto pair = [&](const char* shared_name, const OptionalTensor& shared, const char* routed_name,
+                        const OptionalTensor& routed, int64_t size) {
+    TORCH_CHECK_VALUE(
+        shared.has_value() == routed.has_value(), "ummrm.", check.op, ": `", shared_name, "` and `", routed_name,
+        "` must both be given or both be None, got only one; pass the other, zeros if it has none.");
+    if (!shared.has_value()) return false;
+    parameter(shared_name, *shared, {num_shared, size}, "[S, width]");
+    parameter(routed_name, *routed, {num_experts, size}, "[E, width]");
+    return true;
+  };
+  Parts parts{{}, {}, {}, glu ? 3 : 2, width, glu, false, false};
+  parts.has_up_bias = pair("shared_up_bias", p.shared_up_bias, "routed_up_bias", p.routed_up_bias, pre_width);
+  parts.has_down_bias = pair("shared_down_bias", p.shared_down_bias, "routed_down_bias", p.routed_down_bias, hidden);
+  check.device("coefficients", coefficients, x, "x");
+  check.shape("coefficients", coefficients, {parts.num_projections, num_shared + num_experts}, glu ? "[3, S + E]" : "[2, S + E]",
+              "one row for each of gate, up and down (up and down without glu), shared experts first");
+  check.dtype("coefficients", coefficients, accumulator(p.routed_up), "coefficients stay in fp32 (fp64 for fp64 experts)");
+  parts.add_up(p.shared_up, p.routed_up);
+  parts.add(p.shared_down, p.routed_down, parts.num_projections - 1);
+  if (parts.has_up_bias) parts.add_up(*p.shared_up_bias, *p.routed_up_bias);
+  if (parts.has_down_bias) parts.add(*p.shared_down_bias, *p.routed_down_bias, parts.num_projections - 1);
+  return parts;
+}
+
+// The merged FFN in x's dtype, each tensor as a group of one shared expert: [1, ...].
+struct Dense {
+  Tensor up, down;
+  OptionalTensor up_bias, down_bias;
+};
+
+// Gate and up rows one above the other, cast on the way; an extra pass over 1/(S + E + 1) of what merging reads.
+Tensor stacked(const Tensor* parts, int64_t count, at::ScalarType dtype) {
+  if (count == 1) return parts[0].to(dtype).unsqueeze(0);
+  auto sizes = parts[0].sizes().vec();
+  sizes[0] *= count;
+  const Tensor out = at::empty(sizes, parts[0].options().dtype(dtype));
+  for (int64_t i = 0; i < count; ++i) out.slice(0, i * parts[0].size(0), (i + 1) * parts[0].size(0)).copy_(parts[i]);
+  return out.unsqueeze(0);
+}
+
+Dense merge(const Parts& parts, const Tensor& coefficients, at::ScalarType dtype) {
+  const auto merged = UMMRM_DISPATCHED(merge_experts).call(parts.shared, parts.routed, parts.expand(coefficients));
+  Dense dense;
+  const Tensor* next = merged.data();
+  dense.up = stacked(next, parts.up_parts(), dtype);
+  next += parts.up_parts();
+  dense.down = stacked(next++, 1, dtype);
+  if (parts.has_up_bias) {
+    dense.up_bias = stacked(next, parts.up_parts(), dtype);
+    next += parts.up_parts();
+  }
+  if (parts.has_down_bias) dense.down_bias = stacked(next, 1, dtype);
+  return dense;
+}
+
+// rows @ proj^T + bias, or rows @ proj: expert_gemm with the dense tensor as its only, shared, expert.
+Tensor dense_gemm(const Tensor& rows, const Tensor& proj, const OptionalTensor& bias, bool transpose) {
+  const Tensor none = proj.slice(0, 0, 0), offsets = at::zeros({1}, rows.options().dtype(at::kInt));
+  return UMMRM_DISPATCHED(expert_gemm).call(
+      rows, rows.slice(0, 0, 0), proj, none, offsets, rows.size(0), bias, std::nullopt, transpose);
+}
+
+Tensor dense_wgrad(const Tensor& grad, const Tensor& rows) {
+  const Tensor offsets = at::zeros({1}, rows.options().dtype(at::kInt));
+  return std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad).call(
+      grad, grad.slice(0, 0, 0), rows, rows.slice(0, 0, 0), offsets, rows.size(0), 1, true, false))[0];
+}
+
+Tensor dense_bias_grad(const Tensor& grad) {
+  const Tensor offsets = at::zeros({1}, grad.options().dtype(at::kInt));
+  return std::get<0>(UMMRM_DISPATCHED(expert_bias_grad).call(
+      grad, grad.slice(0, 0, 0), std::nullopt, offsets, grad.size(0), 1, true, false))[0];
+}
+
+// The experts' gradients c_e * dW, [n, ...], from the gradients of a tensor's parts and their coefficient rows.
+Tensor expert_grads(const std::vector<Tensor>& parts, const Tensor& coefficients, int64_t first_row, int64_t first_expert, const Tensor& like) {
+  const Tensor out = at::empty(like.sizes(), like.options());
+  for (int64_t e = 0; e < like.size(0); ++e) {
+    int64_t row = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Tensor c = coefficients[first_row + static_cast<int64_t>(i)][first_expert + e];
+      out[e].slice(0, row, row + parts[i].size(0)).copy_(parts[i].to(coefficients.scalar_type()) * c);
+      row += parts[i].size(0);
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+Tensor2 merged_ffn_forward(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
+                           const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                           const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                           const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
+  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Parts parts = check_arguments(Checker{"merged_ffn"}, x, coefficients, p, activation, glu);
+  const NoAutocast no_autocast;  // dtypes are settled
+  const Dense dense = merge(parts, coefficients, x.scalar_type());
+  const Tensor pre_activation = dense_gemm(x, dense.up, dense.up_bias, false);
+  const Tensor act = UMMRM_DISPATCHED(ummrm::activation).call(pre_activation, activation, glu);
+  return {dense_gemm(act, dense.down, dense.down_bias, false), pre_activation};
+}
+
+Tensor merged_ffn(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
+                  const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                  const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                  const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
+  return std::get<0>(merged_ffn_forward(
+      x, coefficients, shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
+      routed_down_bias, activation, glu));
+}
+
+std::vector<Tensor> merged_ffn_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
+    const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+    const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+    const Tensor& pre_activation, string_view activation, bool glu, std::array<bool, 10> need) {
+  const Checker check{"merged_ffn_backward"};
+  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Parts parts = check_arguments(check, x, coefficients, p, activation, glu);
+  check.shape("grad_out", grad_out, x.sizes(), "[T, H]", "pass the gradient of merged_ffn's result");
+  check.dtype("grad_out", grad_out, x.scalar_type(), "pass the gradient of merged_ffn's result");
+  check.shape("pre_activation", pre_activation, {x.size(0), routed_up.size(1)}, "[T, 2*I or I]", "pass what merged_ffn_forward returned");
+  enum { kX, kCoefficients, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias, kSharedDownBias, kRoutedDownBias };
+  const NoAutocast no_autocast;
+  std::vector<Tensor> grads(need.size(), at::empty({0}, x.options()));
+  const bool up_weights = need[kCoefficients] || need[kSharedUp] || need[kRoutedUp];
+  const bool down_weights = need[kCoefficients] || need[kSharedDown] || need[kRoutedDown];
+  const bool up_bias = parts.has_up_bias && (need[kCoefficients] || need[kSharedUpBias] || need[kRoutedUpBias]);
+  const bool down_bias = parts.has_down_bias && (need[kCoefficients] || need[kSharedDownBias] || need[kRoutedDownBias]);
+
+  // Gradients of the merged tensors, part by part as merged, in the parameters' dtype.
+  const auto dtype = routed_up.scalar_type();
+  const auto split_up = [&](const Tensor& grad) {
+    const Tensor wide = grad.to(dtype);
+    return glu ? std::vector<Tensor>{wide.slice(0, 0, parts.width), wide.slice(0, parts.width)} : std::vector<Tensor>{wide};
+  };
+  std::vector<Tensor> grad_up, grad_down, grad_up_bias, grad_down_bias;
+  if (down_bias) grad_down_bias = {dense_bias_grad(grad_out).to(dtype)};
+  if (need[kX] || up_weights || up_bias || down_weights) {
+    const Dense dense = merge(parts, coefficients, x.scalar_type());
+    // Weights of one make the activation a by-product of its backward, in the same pass.
+    const OptionalTensor ones = down_weights
+        ? OptionalTensor(at::ones({x.size(0)}, x.options().dtype(accumulator(x))))
+        : std::nullopt;
+    const Tensor grad_act = dense_gemm(grad_out, dense.down, std::nullopt, true);
+    const auto [grad_pre, act, dots] =
+        UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, ones, activation, glu);
+    if (down_weights) grad_down = {dense_wgrad(grad_out, act).to(dtype)};
+    if (up_weights) grad_up = split_up(dense_wgrad(grad_pre, x));
+    if (up_bias) grad_up_bias = split_up(dense_bias_grad(grad_pre));
+    if (need[kX]) grads[kX] = dense_gemm(grad_pre, dense.up, std::nullopt, true);
+  }
+
+  if (need[kCoefficients]) {
+    std::vector<Tensor> merged_grads;
+    for (const auto* list : {&grad_up, &grad_down, &grad_up_bias, &grad_down_bias}) {
+      merged_grads.insert(merged_grads.end(), list->begin(), list->end());
+    }
+    const Tensor dots = UMMRM_DISPATCHED(merge_experts_dots).call(merged_grads, parts.shared, parts.routed);
+    Tensor total = dots.slice(0, 0, parts.num_projections);
+    if (dots.size(0) > parts.num_projections) total = total.clone();
+    for (int64_t i = parts.num_projections; i < dots.size(0); ++i) total[parts.projection[i]].add_(dots[i]);
+    grads[kCoefficients] = total;
+  }
+  const int64_t num_shared = shared_up.size(0), down_row = parts.num_projections - 1;
+  const auto fill = [&](int64_t at, const std::vector<Tensor>& of, int64_t row, const Tensor& shared, const Tensor& routed) {
+    if (need[at]) grads[at] = expert_grads(of, coefficients, row, 0, shared);
+    if (need[at + 1]) grads[at + 1] = expert_grads(of, coefficients, row, num_shared, routed);
+  };
+  fill(kSharedUp, grad_up, 0, shared_up, routed_up);
+  fill(kSharedDown, grad_down, down_row, shared_down, routed_down);
+  if (parts.has_up_bias) fill(kSharedUpBias, grad_up_bias, 0, *shared_up_bias, *routed_up_bias);
+  if (parts.has_down_bias) fill(kSharedDownBias, grad_down_bias, down_row, *shared_down_bias, *routed_down_bias);
+  return grads;
+}
+
+TORCH_LIBRARY_IMPL(ummrm, CompositeExplicitAutograd, m) {
+  m.impl("merged_ffn", &merged_ffn);
+  m.impl("merged_ffn_forward", &merged_ffn_forward);
+  m.impl("merged_ffn_backward", &merged_ffn_backward);
+}
+
+}  // namespace ummrm

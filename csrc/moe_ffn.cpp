@@ -1,0 +1,215 @@
+// The composed MoE FFN: moe_ffn, moe_ffn_forward, moe_ffn_backward. Made of the other operators through the dispatcher,
+// so it follows whatever backend serves the device. Forward keeps the pre-activations and the routing maps; gathered
+// inputs, activations and expert outputs are made again in backward, where they are needed at all.
+#include <torch/library.h>
+
+#include "check.h"
+#include "ops.h"
+
+namespace ummrm {
+namespace {
+
+struct Experts {
+  const Tensor &shared_up, &routed_up, &shared_down, &routed_down;
+  const OptionalTensor &shared_up_bias, &routed_up_bias, &shared_down_bias, &routed_down_bias;
+};
+
+struct Sizes {
+  int64_t tokens, hidden, top_k, num_shared, num_experts, pre_width, width;
+  int64_t shared_rows() const { return num_shared * tokens; }
+};
+
+void check_parameter(
+    const Checker& check, const char* name, const Tensor& tensor, const Tensor& x, at::IntArrayRef shape, const char* words) {
+  check.device(name, tensor, x, "x");
+  check.dtype(name, tensor, x.scalar_type(), "give input and experts one dtype, or run under torch.autocast");
+  check.shape(name, tensor, shape, words, "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
+}
+
+Sizes check_arguments(
+    const Checker& check, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+    const Tensor& expert_indices, const Experts& p, string_view activation, bool glu) {
+  check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
+  check.floating("x", x);
+  check.activation(activation);
+  const char* from_route = "take it from ummrm.ops.route";
+  check.shape("expert_indices", expert_indices, {x.size(0), -1}, "[T, K]", from_route);
+  check.dtype("expert_indices", expert_indices, at::kInt, from_route);
+  check.device("expert_indices", expert_indices, x, "x");
+  check.at_least("expert_indices.shape[1]", expert_indices.size(1), 1);
+  check.shape("routed_up", p.routed_up, {-1, -1, x.size(1)}, "[E, 2*I or I, H]", "the experts must take rows of x's width");
+  check.shape("shared_up", p.shared_up, {-1, p.routed_up.size(1), x.size(1)}, "[S, 2*I or I, H]", "shared and routed experts share a shape");
+  const int64_t pre_width = p.routed_up.size(1);
+  TORCH_CHECK_VALUE(
+      !glu || pre_width % 2 == 0, "ummrm.", check.op, ": `routed_up` must have an even number of rows with glu=True (gate | up), got ",
+      pre_width, "; concatenate gate and up, or pass glu=False.");
+  const Sizes n{x.size(0), x.size(1), expert_indices.size(1), p.shared_up.size(0), p.routed_up.size(0), pre_width,
+                glu ? pre_width / 2 : pre_width};
+  check_parameter(check, "shared_up", p.shared_up, x, {n.num_shared, n.pre_width, n.hidden}, "[S, 2*I or I, H]");
+  check_parameter(check, "routed_up", p.routed_up, x, {n.num_experts, n.pre_width, n.hidden}, "[E, 2*I or I, H]");
+  check_parameter(check, "shared_down", p.shared_down, x, {n.num_shared, n.hidden, n.width}, "[S, H, I]");
+  check_parameter(check, "routed_down", p.routed_down, x, {n.num_experts, n.hidden, n.width}, "[E, H, I]");
+  const auto check_bias = [&](const char* name, const OptionalTensor& bias, int64_t experts, int64_t width, const char* words) {
+    if (bias.has_value()) check_parameter(check, name, *bias, x, {experts, width}, words);
+  };
+  check_bias("shared_up_bias", p.shared_up_bias, n.num_shared, n.pre_width, "[S, 2*I or I]");
+  check_bias("routed_up_bias", p.routed_up_bias, n.num_experts, n.pre_width, "[E, 2*I or I]");
+  check_bias("shared_down_bias", p.shared_down_bias, n.num_shared, n.hidden, "[S, H]");
+  check_bias("routed_down_bias", p.routed_down_bias, n.num_experts, n.hidden, "[E, H]");
+  const char* wide = "gate weights stay in fp32 (fp64 for fp64 input)";
+  check.device("shared_weight", shared_weight, x, "x");
+  check.shape("shared_weight", shared_weight, {n.tokens}, "[T]", from_route);
+  check.dtype("shared_weight", shared_weight, accumulator(x), wide);
+  check.device("routed_weights", routed_weights, x, "x");
+  check.shape("routed_weights", routed_weights, {n.tokens, n.top_k}, "[T, K]", from_route);
+  check.dtype("routed_weights", routed_weights, accumulator(x), wide);
+  return n;
+}
+
+// The combined row buffer's two parts: the shared experts' rows and the sorted ones.
+std::pair<Tensor, Tensor> split(const Tensor& rows, const Sizes& n) {
+  return {rows.slice(0, 0, n.shared_rows()), rows.slice(0, n.shared_rows())};
+}
+
+// <g_t, bias_e> of every token and expert, [T, experts]: a down bias's part in its gate's gradient.
+Tensor bias_dots(const Tensor& grad_out, const Tensor& bias) {
+  const auto acc = accumulator(grad_out);
+  return at::matmul(grad_out.to(acc), bias.to(acc).t());
+}
+
+Tensor shared_gate_grad(const Tensor& dots, const Tensor& grad_out, const OptionalTensor& bias, const Sizes& n) {
+  Tensor total = dots.slice(0, 0, n.shared_rows()).view({n.num_shared, n.tokens}).sum(0);
+  if (bias.has_value()) total = total + bias_dots(grad_out, *bias).sum(1);
+  return total / std::max<int64_t>(n.num_shared, 1);
+}
+
+Tensor routed_gate_grad(
+    const Tensor& dots, const Tensor& slot_to_sorted, const Tensor& expert_indices, const Tensor& grad_out,
+    const OptionalTensor& bias, const Sizes& n) {
+  const Tensor of_slots = dots.slice(0, n.shared_rows()).index_select(0, slot_to_sorted).view({n.tokens, n.top_k});
+  if (!bias.has_value()) return of_slots;
+  const Tensor from_bias = bias_dots(grad_out, *bias).gather(1, expert_indices.clamp_min(0).to(at::kLong));
+  return of_slots + from_bias.masked_fill(expert_indices.lt(0), 0);
+}
+
+}  // namespace
+
+Tensor5 moe_ffn_forward(const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+                        const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up,
+                        const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                        const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                        const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
+  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Sizes n = check_arguments(Checker{"moe_ffn"}, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
+  const NoAutocast no_autocast;  // dtypes are settled
+  const auto [slot_to_sorted, sorted_to_slot, offsets] = UMMRM_DISPATCHED(sort_slots).call(expert_indices, n.num_experts);
+  Tensor pre_activation, rows;
+  {
+    const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
+    pre_activation = UMMRM_DISPATCHED(expert_gemm).call(
+        x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, false);
+  }
+  {
+    const auto [shared, routed] = split(UMMRM_DISPATCHED(ummrm::activation).call(pre_activation, activation, glu), n);
+    rows = UMMRM_DISPATCHED(expert_gemm).call(
+        shared, routed, shared_down, routed_down, offsets, n.tokens, shared_down_bias, routed_down_bias, false);
+  }
+  const Tensor out = UMMRM_DISPATCHED(unpermute).call(
+      rows, slot_to_sorted, offsets, shared_weight, routed_weights, n.num_shared, n.top_k);
+  return {out, pre_activation, slot_to_sorted, sorted_to_slot, offsets};
+}
+
+Tensor moe_ffn(const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights, const Tensor& expert_indices,
+               const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+               const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+               const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, string_view activation,
+               bool glu) {
+  return std::get<0>(moe_ffn_forward(
+      x, shared_weight, routed_weights, expert_indices, shared_up, routed_up, shared_down, routed_down, shared_up_bias,
+      routed_up_bias, shared_down_bias, routed_down_bias, activation, glu));
+}
+
+std::vector<Tensor> moe_ffn_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+    const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+    const Tensor& routed_down, const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+    const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets, string_view activation, bool glu,
+    std::array<bool, 11> need) {
+  const Checker check{"moe_ffn_backward"};
+  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Sizes n = check_arguments(check, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
+  check.shape("grad_out", grad_out, x.sizes(), "[T, H]", "pass the gradient of moe_ffn's result");
+  check.dtype("grad_out", grad_out, x.scalar_type(), "pass the gradient of moe_ffn's result");
+  check.shape(
+      "pre_activation", pre_activation, {n.shared_rows() + n.tokens * n.top_k, n.pre_width}, "[S*T + T*K, 2*I or I]",
+      "pass what moe_ffn_forward returned");
+  enum { kX, kSharedWeight, kRoutedWeights, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias,
+         kSharedDownBias, kRoutedDownBias };
+  const NoAutocast no_autocast;
+  std::vector<Tensor> grads(need.size(), at::empty({0}, x.options()));
+  const bool up_side = need[kX] || need[kSharedUp] || need[kRoutedUp] || need[kSharedUpBias] || need[kRoutedUpBias];
+  const bool hidden_side = up_side || need[kSharedWeight] || need[kRoutedWeights] || need[kSharedDown] || need[kRoutedDown];
+
+  // The gate weight of each row of the combined buffer.
+  const Tensor row_weights = at::cat(
+      {(shared_weight / std::max<int64_t>(n.num_shared, 1)).repeat({n.num_shared}),
+       routed_weights.reshape({-1}).index_select(0, sorted_to_slot)});
+  Tensor grad_pre;
+  {
+    const Tensor grad_rows = UMMRM_DISPATCHED(permute).call(grad_out, sorted_to_slot, offsets, n.top_k);
+    if (hidden_side) {
+      Tensor weighted, dots;
+      {
+        const Tensor grad_act = UMMRM_DISPATCHED(expert_gemm).call(
+            grad_out, grad_rows, shared_down, routed_down, offsets, n.tokens, std::nullopt, std::nullopt, true);
+        std::tie(grad_pre, weighted, dots) =
+            UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, row_weights, activation, glu);
+      }
+      if (need[kSharedWeight]) grads[kSharedWeight] = shared_gate_grad(dots, grad_out, shared_down_bias, n);
+      if (need[kRoutedWeights]) {
+        grads[kRoutedWeights] = routed_gate_grad(dots, slot_to_sorted, expert_indices, grad_out, routed_down_bias, n);
+      }
+      if (need[kSharedDown] || need[kRoutedDown]) {
+        const auto [shared, routed] = split(weighted, n);
+        std::tie(grads[kSharedDown], grads[kRoutedDown]) = UMMRM_DISPATCHED(expert_gemm_wgrad).call(
+            grad_out, grad_rows, shared, routed, offsets, n.tokens, n.num_shared, need[kSharedDown], need[kRoutedDown]);
+      }
+    }
+    if (need[kSharedDownBias] || need[kRoutedDownBias]) {
+      std::tie(grads[kSharedDownBias], grads[kRoutedDownBias]) = UMMRM_DISPATCHED(expert_bias_grad).call(
+          grad_out, grad_rows, row_weights, offsets, n.tokens, n.num_shared, need[kSharedDownBias], need[kRoutedDownBias]);
+    }
+  }
+  if (!up_side) return grads;
+
+  const auto [grad_shared, grad_routed] = split(grad_pre, n);
+  if (need[kRoutedUp]) {
+    const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
+    std::tie(grads[kSharedUp], grads[kRoutedUp]) = UMMRM_DISPATCHED(expert_gemm_wgrad).call(
+        grad_shared, grad_routed, x, gathered, offsets, n.tokens, n.num_shared, need[kSharedUp], true);
+  } else if (need[kSharedUp]) {  // as a layer without routed experts, so that nothing is gathered
+    grads[kSharedUp] = std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad).call(
+        grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0), at::zeros({1}, offsets.options()), n.tokens,
+        n.num_shared, true, false));
+  }
+  if (need[kSharedUpBias] || need[kRoutedUpBias]) {
+    std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) = UMMRM_DISPATCHED(expert_bias_grad).call(
+        grad_shared, grad_routed, std::nullopt, offsets, n.tokens, n.num_shared, need[kSharedUpBias], need[kRoutedUpBias]);
+  }
+  if (need[kX]) {
+    const Tensor grad_rows = UMMRM_DISPATCHED(expert_gemm).call(
+        grad_shared, grad_routed, shared_up, routed_up, offsets, n.tokens, std::nullopt, std::nullopt, true);
+    grads[kX] = UMMRM_DISPATCHED(unpermute).call(
+        grad_rows, slot_to_sorted, offsets, std::nullopt, std::nullopt, n.num_shared, n.top_k);
+  }
+  return grads;
+}
+
+TORCH_LIBRARY_IMPL(ummrm, CompositeExplicitAutograd, m) {
+  m.impl("moe_ffn", &moe_ffn);
+  m.impl("moe_ffn_forward", &moe_ffn_forward);
+  m.impl("moe_ffn_backward", &moe_ffn_backward);
+}
+
+}  // namespace ummrm

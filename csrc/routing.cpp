@@ -1,0 +1,180 @@
+// Operators of the stem `routing` on the CPU: route, route_backward, sort_slots.
+#include <torch/library.h>
+
+#include <atomic>
+#include <limits>
+
+#include "check.h"
+#include "ops.h"
+#include "ummrm/routing.h"
+
+namespace ummrm {
+namespace {
+
+constexpr const char* kFlatten = "flatten batch and sequence into tokens first";
+
+void check_logits(
+    const Checker& check, const Tensor& logits, const OptionalTensor& mask, const OptionalTensor& clean_logits, int64_t top_k) {
+  check.shape("logits", logits, {-1, -1}, "[T, E]", kFlatten);
+  check.floating("logits", logits);
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  TORCH_CHECK_VALUE(
+      top_k >= 1 && top_k <= experts, "ummrm.", check.op, ": `top_k` must be between 1 and the number of experts (", experts,
+      "), got ", top_k, "; choose fewer experts per token.");
+  TORCH_CHECK_VALUE(
+      tokens <= std::numeric_limits<int32_t>::max() / top_k, "ummrm.", check.op,
+      ": `logits` must have T * top_k below 2^31, got T = ", tokens, " and top_k = ", top_k, "; split the batch.");
+  if (mask.has_value()) {
+    check.device("mask", *mask, logits, "logits");
+    check.shape("mask", *mask, {tokens}, "[T]", "give one entry a token");
+    check.dtype("mask", *mask, at::kBool, "pass mask=mask.bool()");
+  }
+  if (clean_logits.has_value()) {
+    check.device("clean_logits", *clean_logits, logits, "logits");
+    check.shape("clean_logits", *clean_logits, {tokens, experts}, "[T, E]", "give it the shape of `logits`");
+    check.dtype("clean_logits", *clean_logits, logits.scalar_type(), "give it the dtype of `logits`");
+  }
+}
+
+void check_fixed_weight(const Checker& check, Gate gate, double weight) {
+  TORCH_CHECK_VALUE(
+      gate != Gate::fixed || (weight >= 0 && weight <= 1), "ummrm.", check.op,
+      ": `fixed_shared_weight` must lie in [0, 1], got ", weight, "; it is the shared experts' share of the output.");
+}
+
+const bool* mask_or_null(const OptionalTensor& mask) { return static_cast<const bool*>(data_or_null(mask)); }
+
+}  // namespace
+
+Tensor6 route(const Tensor& logits_in, const OptionalTensor& mask_in, const OptionalTensor& clean_in, int64_t top_k,
+              string_view gate, double fixed_shared_weight) {
+  const Checker check{"route"};
+  check_logits(check, logits_in, mask_in, clean_in, top_k);
+  const Gate kind = check.gate(gate);
+  check_fixed_weight(check, kind, fixed_shared_weight);
+  const Tensor logits = logits_in.contiguous();
+  const OptionalTensor mask = contiguous(mask_in), clean = contiguous(clean_in);
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const auto acc = logits.options().dtype(accumulator(logits)), index = logits.options().dtype(at::kInt);
+  const Tensor shared_weight = at::empty({tokens}, acc), routed_weights = at::empty({tokens, top_k}, acc);
+  const Tensor indices = at::empty({tokens, top_k}, index), counts = at::empty({experts}, index);
+  const Tensor mean_prob = at::empty({experts}, acc), mean_z = at::empty({}, acc);
+
+  const int64_t blocks = (tokens + cpu::kRouteBlock - 1) / cpu::kRouteBlock;
+  std::vector<double> block_prob(blocks * experts), block_z(blocks);
+  std::vector<int32_t> block_count(blocks * experts);
+  std::vector<int64_t> block_live(blocks);
+  Route args{};
+  args.dtype = check.element(logits);
+  args.logits = logits.const_data_ptr();
+  args.clean = data_or_null(clean);
+  args.mask = mask_or_null(mask);
+  args.tokens = tokens;
+  args.experts = experts;
+  args.top_k = top_k;
+  args.gate = kind;
+  args.fixed_shared_weight = fixed_shared_weight;
+  args.shared_weight = shared_weight.mutable_data_ptr();
+  args.routed_weights = routed_weights.mutable_data_ptr();
+  args.expert_indices = indices.mutable_data_ptr<int32_t>();
+  args.block_prob = block_prob.data();
+  args.block_z = block_z.data();
+  args.block_count = block_count.data();
+  args.block_live = block_live.data();
+  // A logit costs about eight element operations: an exponential, and its part in each of the K selections.
+  parallel_over(blocks, cpu::kRouteBlock * experts * 8, [&](int64_t begin, int64_t end) { cpu::route(args, begin, end); });
+  cpu::route_finish(args, counts.mutable_data_ptr<int32_t>(), mean_prob.mutable_data_ptr(), mean_z.mutable_data_ptr());
+  return {shared_weight, routed_weights, indices, counts, mean_prob, mean_z};
+}
+
+Tensor2 route_backward(const Tensor& grad_shared_weight, const Tensor& grad_routed_weights, const Tensor& grad_mean_prob,
+                       const Tensor& grad_mean_z, const Tensor& logits_in, const OptionalTensor& mask_in,
+                       const OptionalTensor& clean_in, const Tensor& expert_indices_in, const Tensor& tokens_per_expert,
+                       string_view gate, double fixed_shared_weight) {
+  const Checker check{"route_backward"};
+  check.shape("expert_indices", expert_indices_in, {logits_in.size(0), -1}, "[T, K]", "pass what route returned");
+  const int64_t top_k = expert_indices_in.size(1);
+  check_logits(check, logits_in, mask_in, clean_in, top_k);
+  const Gate kind = check.gate(gate);
+  check_fixed_weight(check, kind, fixed_shared_weight);
+  const int64_t tokens = logits_in.size(0), experts = logits_in.size(1);
+  const auto acc = accumulator(logits_in);
+  const char* remedy = "pass the gradient of what route returned";
+  check.shape("grad_shared_weight", grad_shared_weight, {tokens}, "[T]", remedy);
+  check.dtype("grad_shared_weight", grad_shared_weight, acc, remedy);
+  check.shape("grad_routed_weights", grad_routed_weights, {tokens, top_k}, "[T, K]", remedy);
+  check.dtype("grad_routed_weights", grad_routed_weights, acc, remedy);
+  check.shape("grad_mean_prob", grad_mean_prob, {experts}, "[E]", remedy);
+  check.dtype("grad_mean_prob", grad_mean_prob, acc, remedy);
+  check.shape("grad_mean_z", grad_mean_z, {}, "[]", remedy);
+  check.dtype("grad_mean_z", grad_mean_z, acc, remedy);
+  check.dtype("expert_indices", expert_indices_in, at::kInt, "pass what route returned");
+  check.shape("tokens_per_expert", tokens_per_expert, {experts}, "[E]", "pass what route returned");
+  check.dtype("tokens_per_expert", tokens_per_expert, at::kInt, "pass what route returned");
+  const Tensor logits = logits_in.contiguous(), indices = expert_indices_in.contiguous();
+  const OptionalTensor mask = contiguous(mask_in), clean = contiguous(clean_in);
+  check.values("expert_indices", indices, mask.has_value() ? -1 : 0, experts, "pass what route returned");
+  const Tensor shared = grad_shared_weight.contiguous(), routed = grad_routed_weights.contiguous();
+  const Tensor prob = grad_mean_prob.contiguous();
+  const Tensor grad_logits = at::empty_like(logits);
+  const Tensor grad_clean = clean.has_value() ? at::empty_like(*clean) : at::empty({0}, logits.options());
+
+  RouteBackward args{};
+  args.dtype = check.element(logits);
+  args.logits = logits.const_data_ptr();
+  args.clean = data_or_null(clean);
+  args.mask = mask_or_null(mask);
+  args.tokens = tokens;
+  args.experts = experts;
+  args.top_k = top_k;
+  args.gate = kind;
+  args.fixed_shared_weight = fixed_shared_weight;
+  args.live_tokens = tokens_per_expert.sum().item<int64_t>() / top_k;
+  args.expert_indices = indices.const_data_ptr<int32_t>();
+  args.grad_shared_weight = shared.const_data_ptr();
+  args.grad_routed_weights = routed.const_data_ptr();
+  args.grad_mean_prob = prob.const_data_ptr();
+  args.grad_mean_z = grad_mean_z.const_data_ptr();
+  args.grad_logits = grad_logits.mutable_data_ptr();
+  args.grad_clean = clean.has_value() ? grad_clean.mutable_data_ptr() : nullptr;
+  parallel_over(tokens, experts * 16, [&](int64_t begin, int64_t end) { cpu::route_backward(args, begin, end); });
+  return {grad_logits, grad_clean};
+}
+
+Tensor3 sort_slots(const Tensor& expert_indices_in, int64_t num_experts) {
+  const Checker check{"sort_slots"};
+  check.at_least("num_experts", num_experts, 0);
+  check.dtype("expert_indices", expert_indices_in, at::kInt, "take it from ummrm.ops.route");
+  const Tensor indices = expert_indices_in.contiguous();
+  const int64_t slots = indices.numel();
+  TORCH_CHECK_VALUE(
+      slots <= std::numeric_limits<int32_t>::max(), "ummrm.sort_slots: `expert_indices` must have fewer than 2^31 entries, got ",
+      slots, "; split the batch.");
+  const Tensor slot_to_sorted = at::empty({slots}, indices.options()), sorted_to_slot = at::empty_like(slot_to_sorted);
+  const Tensor offsets = at::empty({num_experts + 1}, indices.options());
+
+  const int64_t blocks = (slots + cpu::kSortBlock - 1) / cpu::kSortBlock;
+  std::vector<int64_t> block_next(blocks * (num_experts + 1));
+  const SortSlots args{
+      indices.const_data_ptr<int32_t>(), slots, num_experts, slot_to_sorted.mutable_data_ptr<int32_t>(),
+      sorted_to_slot.mutable_data_ptr<int32_t>(), offsets.mutable_data_ptr<int32_t>(), block_next.data()};
+  std::atomic<int64_t> bad{-1};
+  parallel_over(blocks, cpu::kSortBlock, [&](int64_t begin, int64_t end) {
+    const int64_t found = cpu::sort_slots_count(args, begin, end);
+    if (found >= 0) bad = found;
+  });
+  TORCH_CHECK_INDEX(
+      bad < 0, "ummrm.sort_slots: `expert_indices` must lie in [-1, ", num_experts - 1, "] (-1 marks a masked token), got ",
+      args.expert_indices[bad], " at slot ", bad.load(), "; take it from ummrm.ops.route with the same number of experts.");
+  cpu::sort_slots_scan(args);
+  parallel_over(blocks, 4 * cpu::kSortBlock, [&](int64_t begin, int64_t end) { cpu::sort_slots_scatter(args, begin, end); });
+  return {slot_to_sorted, sorted_to_slot, offsets};
+}
+
+TORCH_LIBRARY_IMPL(ummrm, CPU, m) {
+  m.impl("route", &route);
+  m.impl("route_backward", &route_backward);
+  m.impl("sort_slots", &sort_slots);
+}
+
+}  // namespace ummrm

@@ -1,0 +1,40 @@
+// Weighted sums of experts, several FFN tensors in one call, each expert read once; and the dot products of a gradient
+// with every expert, which are the coefficients' gradient. Work is cut into fixed blocks of elements, numbered through
+// all tensors: a block belongs to one tensor, and results do not depend on how blocks are spread over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "ummrm/types.h"
+
+namespace ummrm {
+
+struct MergeTensor {
+  const void* const* experts;  // [experts] pointers to `elements` contiguous elements each, shared experts first
+  int64_t elements;
+  int64_t first_block;         // number of the tensor's first block
+  void* merged;                // out of merge_experts, [elements]
+  const void* grad;            // input of merge_experts_dots, [elements]
+};
+
+struct MergeExperts {
+  DType dtype;
+  int64_t num_tensors, num_experts;
+  const MergeTensor* tensors;
+  const void* coefficients;  // of merge_experts: accumulator type [num_tensors, num_experts]
+  double* block_dots;        // workspace of merge_experts_dots, [blocks, num_experts]
+};
+
+namespace cpu {
+
+inline constexpr int64_t kMergeBlock = 4096;  // elements
+
+constexpr int64_t merge_blocks(int64_t elements) { return (elements + kMergeBlock - 1) / kMergeBlock; }
+
+void merge_experts(const MergeExperts& args, int64_t begin_block, int64_t end_block);
+void merge_experts_dots(const MergeExperts& args, int64_t begin_block, int64_t end_block);
+// dots: accumulator type [num_tensors, num_experts], summed in block order.
+void merge_experts_dots_finish(const MergeExperts& args, void* dots);
+
+}  // namespace cpu
+}  // namespace ummrm

@@ -1,0 +1,108 @@
+"""Builds the extension `ummrm._C` from csrc/ and kernels/cpu/: the folders are the source list.
+
+The metadata is in pyproject.toml. The build writes `ummrm/_build_record.json` last, beside the extension, so that the
+package can tell which torch it was compiled against without loading it. Environment variables read at build time:
+MAX_JOBS (parallel compilers; torch's), CXX (the compiler).
+"""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent.resolve()
+CXX_STANDARD = "c++20"  # torch 2.15 refuses C++17
+COMPILE = [
+    "-O3",
+    "-g0",
+    f"-std={CXX_STANDARD}",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
+    # Without these two, GCC keeps comparisons and square roots scalar; neither changes a result.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+
+def openmp(torch_dir):
+    """Flags that put at::parallel_for on torch's own thread pool.
+
+    at::parallel_for is a header: without OpenMP it is serial, and with another OpenMP runtime than torch's it would
+    start a second pool that torch.set_num_threads does not reach. So the extension is linked to the very file that
+    torch ships (pip wheels: lib/libgomp*.so*), and to the system's only where torch ships none (a torch built by
+    hand or by conda, which then uses the system's as well).
+    """
+    lib, include = torch_dir / "lib", torch_dir / "include"
+    if sys.platform == "darwin":
+        ours = lib / "libomp.dylib"
+        if ours.exists() and (include / "omp.h").exists():
+            return ["-Xpreprocessor", "-fopenmp"], [str(ours)]
+        return [], []
+    shipped = sorted(lib.glob("libgomp*.so*")) or sorted((torch_dir.parent / "torch.libs").glob("libgomp*.so*"))
+    return ["-fopenmp"], [str(shipped[0])] if shipped else ["-fopenmp"]
+
+
+def extension():
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    try:  # in an environment that is not activated, ninja is importable but not on PATH
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
+    except ModuleNotFoundError:
+        pass
+
+    compile_openmp, link = openmp(Path(torch.__file__).parent)
+    sources = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "kernels/cpu") for p in (ROOT / d).glob("*.cpp"))
+    ext = CppExtension(
+        "ummrm._C",
+        sources,
+        include_dirs=[str(ROOT / "kernels/include")],
+        extra_compile_args=COMPILE + compile_openmp,
+        extra_link_args=link,
+    )
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # One folder per interpreter and torch, kept between builds: an editable install recompiles only what
+            # changed (setuptools would use a fresh temporary folder), and two torches never share an object.
+            tag = f"{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+            self.build_temp = str(ROOT / "build" / tag)
+
+        def run(self):
+            record = Path(self.get_ext_fullpath("ummrm._C")).parent / "_build_record.json"
+            record.unlink(missing_ok=True)
+            super().run()
+            # In place, build_ext links in build_lib first and copies; both need the record for a wheel to carry it.
+            built_in = Path(self.build_lib) / "ummrm"
+            content = {
+                "torch_version": str(torch.__version__),
+                "torch_cuda": torch.version.cuda,
+                "cxx_standard": CXX_STANDARD,
+                "python": platform.python_version(),
+                "sources": sources,
+            }
+            for folder in {record.parent, built_in} if not self.inplace else {record.parent}:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / record.name).write_text(json.dumps(content, indent=1) + "\n")
+
+    return [ext], {"build_ext": Build}
+
+
+NEEDS_TORCH = {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+try:
+    ext_modules, cmdclass = extension()
+except ModuleNotFoundError as error:
+    # Metadata and source archives need no torch; anything that compiles does.
+    if error.name != "torch" or NEEDS_TORCH & set(sys.argv):
+        raise
+    ext_modules, cmdclass = [], {}
+
+setup(packages=find_packages(include=["ummrm", "ummrm.*"]), ext_modules=ext_modules, cmdclass=cmdclass)
