@@ -1,0 +1,251 @@
+// routing.h: route against plain loops in double, its backward against finite differences of those loops, ties, NaN and masks; the sort of slots against std::stable_sort.
+#include "ummrm/routing.h"
+
+#include <numeric>
+
+#include "testing.h"
+
+using namespace testing;
+using ummrm::Gate;
+
+struct Routed {
+  Array shared, routed, mean_prob, mean_z;
+  std::vector<int32_t> indices, counts;
+  int64_t live;
+};
+
+struct Case {
+  DType type;
+  int64_t tokens, experts, top_k;
+  Gate gate;
+  bool masked, noisy;
+};
+
+struct Inputs {
+  Array logits, clean;
+  std::vector<char> mask;
+};
+
+static Inputs inputs_of(const Case& c, uint64_t seed) {
+  Random random(seed);
+  Inputs in{random.array(c.type, c.tokens * c.experts, 2), random.array(c.type, c.tokens * c.experts, 2), std::vector<char>(c.tokens, 1)};
+  for (int64_t i = 0; i < c.tokens * c.experts / 3; ++i) in.logits.set(i, std::nearbyint(in.logits[i]));  // ties
+  for (int64_t t = 0; c.masked && t < c.tokens; ++t) in.mask[t] = random.below(3) != 0;
+  return in;
+}
+
+static Routed run(const Case& c, const Inputs& in, int64_t threads) {
+  const DType acc = accumulator(c.type);
+  const int64_t blocks = (c.tokens + ummrm::cpu::kRouteBlock - 1) / ummrm::cpu::kRouteBlock;
+  Routed r{Array(acc, c.tokens), Array(acc, c.tokens * c.top_k), Array(acc, c.experts), Array(acc, 1),
+           std::vector<int32_t>(c.tokens * c.top_k, -9), std::vector<int32_t>(c.experts, -9), 0};
+  std::vector<double> prob(blocks * c.experts, NAN), z(blocks, NAN);
+  std::vector<int32_t> count(blocks * c.experts, -9);
+  std::vector<int64_t> live(blocks, -9);
+  const ummrm::Route args{c.type, in.logits.data(), c.noisy ? in.clean.data() : nullptr,
+                          c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr, c.tokens, c.experts, c.top_k,
+                          c.gate, 0.3, r.shared.data(), r.routed.data(), r.indices.data(), prob.data(), z.data(), count.data(), live.data()};
+  launch(blocks, threads, [&](int64_t begin, int64_t end) { ummrm::cpu::route(args, begin, end); });
+  ummrm::cpu::route_finish(args, r.counts.data(), r.mean_prob.data(), r.mean_z.data());
+  r.live = std::accumulate(live.begin(), live.end(), int64_t{0});
+  return r;
+}
+
+// One token, from the definition (DESIGN: p = softmax, K largest with ties to the lower index, then the gate).
+struct Token {
+  std::vector<double> p;
+  double lse;
+};
+
+static Token softmax(const double* logits, int64_t n) {
+  const double top = *std::max_element(logits, logits + n);
+  Token token{std::vector<double>(n), 0};
+  double sum = 0;
+  for (int64_t e = 0; e < n; ++e) sum += token.p[e] = std::exp(logits[e] - top);
+  for (double& p : token.p) p /= sum;
+  token.lse = top + std::log(sum);
+  return token;
+}
+
+static std::vector<int64_t> largest(const double* logits, int64_t n, int64_t k) {
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+  order.resize(k);
+  return order;
+}
+
+static void gates(Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared, std::vector<double>& routed) {
+  routed.assign(chosen.size(), 0);
+  double total = 0;
+  for (size_t j = 0; j < chosen.size(); ++j) total += routed[j] = gate == Gate::fixed ? p[chosen[j]] : std::exp(p[chosen[j]]);
+  const double top = p[chosen[0]];
+  for (double& r : routed) r *= (gate == Gate::fixed ? 0.7 : top) / total;
+  *shared = gate == Gate::fixed ? 0.3 : 1 - top;
+}
+
+static std::vector<double> row(const Array& logits, int64_t t, int64_t n) {
+  std::vector<double> out(n);
+  for (int64_t e = 0; e < n; ++e) out[e] = logits[t * n + e];
+  return out;
+}
+
+static void forward(const Case& c) {
+  const Inputs in = inputs_of(c, 17 + c.tokens);
+  const Routed got = run(c, in, 1), again = run(c, in, 3);
+  CHECK(got.mean_prob.same_bits(again.mean_prob) && got.mean_z.same_bits(again.mean_z) && got.counts == again.counts &&
+            got.routed.same_bits(again.routed), "route depends on the threads");
+  std::vector<double> mean_prob(c.experts, 0), routed;
+  std::vector<int32_t> counts(c.experts, 0);
+  double mean_z = 0, shared = 0;
+  int64_t live = 0;
+  const double tolerance = 16 * epsilon(accumulator(c.type));
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    if (c.masked && !in.mask[t]) {
+      check_close(got.shared, t, 1, 0, "shared weight of a masked token");
+      for (int64_t k = 0; k < c.top_k; ++k) {
+        check_close(got.routed, t * c.top_k + k, 0, 0, "routed weight of a masked token");
+        CHECK(got.indices[t * c.top_k + k] == -1, "index of a masked token");
+      }
+      continue;
+    }
+    ++live;
+    const auto logits = row(in.logits, t, c.experts);
+    const auto chosen = largest(logits.data(), c.experts, c.top_k);
+    gates(c.gate, softmax(logits.data(), c.experts).p, chosen, &shared, routed);
+    check_close(got.shared, t, shared, tolerance, "shared weight");
+    for (int64_t k = 0; k < c.top_k; ++k) {
+      CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t), static_cast<long long>(k));
+      check_close(got.routed, t * c.top_k + k, routed[k], tolerance, "routed weight");
+      ++counts[chosen[k]];
+    }
+    const Token clean = softmax(row(c.noisy ? in.clean : in.logits, t, c.experts).data(), c.experts);
+    for (int64_t e = 0; e < c.experts; ++e) mean_prob[e] += clean.p[e];
+    mean_z += clean.lse * clean.lse;
+  }
+  const double count = static_cast<double>(std::max<int64_t>(live, 1));
+  CHECK(got.counts == counts && got.live == live, "tokens per expert");
+  check_close(got.mean_z, 0, mean_z / count, tolerance * (1 + mean_z / count), "mean z");
+  for (int64_t e = 0; e < c.experts; ++e) check_close(got.mean_prob, e, mean_prob[e] / count, tolerance, "mean probability");
+}
+
+// grad_logits and grad_clean, in that order.
+static std::pair<Array, Array> gradients(const Case& c, const Inputs& in, const Routed& r, const Array& gs, const Array& gr, const Array& gp, const Array& gz) {
+  Array grad(c.type, c.tokens * c.experts), grad_clean(c.type, c.tokens * c.experts);
+  const ummrm::RouteBackward args{
+      c.type, in.logits.data(), c.noisy ? in.clean.data() : nullptr, c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr,
+      c.tokens, c.experts, c.top_k, c.gate, 0.3, r.live, r.indices.data(), gs.data(), gr.data(), gp.data(), gz.data(), grad.data(),
+      c.noisy ? grad_clean.data() : nullptr};
+  launch(c.tokens, 3, [&](int64_t begin, int64_t end) { ummrm::cpu::route_backward(args, begin, end); });
+  return {grad, grad_clean};
+}
+
+static void backward(const Case& c) {
+  const Inputs in = inputs_of(c, 5 + c.tokens);
+  Inputs wide_in{Array(DType::f64, in.logits.size), Array(DType::f64, in.clean.size), in.mask};
+  for (int64_t i = 0; i < in.logits.size; ++i) {
+    wide_in.logits.set(i, in.logits[i]);
+    wide_in.clean.set(i, in.clean[i]);
+  }
+  Random random(9);
+  const DType acc = accumulator(c.type);
+  const Array gs = random.array(acc, c.tokens), gr = random.array(acc, c.tokens * c.top_k), gp = random.array(acc, c.experts), gz = random.array(acc, 1);
+  const auto [grad, grad_clean] = gradients(c, in, run(c, in, 2), gs, gr, gp, gz);
+
+  // The loss whose gradient this is, as a function of one token's logits (others' terms are constant in them).
+  const double live = static_cast<double>(std::max<int64_t>(run(c, in, 1).live, 1));
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    const auto logits = row(wide_in.logits, t, c.experts), clean = row(wide_in.clean, t, c.experts);
+    const auto chosen = largest(logits.data(), c.experts, c.top_k);
+    const auto statistics = [&](const std::vector<double>& x) {
+      const Token token = softmax(x.data(), c.experts);
+      double loss = gz[0] * token.lse * token.lse / live;
+      for (int64_t e = 0; e < c.experts; ++e) loss += gp[e] * token.p[e] / live;
+      return loss;
+    };
+    const auto gate_loss = [&](const std::vector<double>& x) {
+      double shared = 0;
+      std::vector<double> routed;
+      gates(c.gate, softmax(x.data(), c.experts).p, chosen, &shared, routed);
+      double loss = c.gate == Gate::fixed ? 0 : gs[t] * shared;
+      for (int64_t k = 0; k < c.top_k; ++k) loss += gr[t * c.top_k + k] * routed[k];
+      return loss;
+    };
+    const auto slope = [&](const auto& loss, std::vector<double> x, int64_t e) {
+      const double h = 1e-5;
+      x[e] += h;
+      const double up = loss(x);
+      x[e] -= 2 * h;
+      return (up - loss(x)) / (2 * h);
+    };
+    for (int64_t e = 0; e < c.experts; ++e) {
+      const bool dead = c.masked && !in.mask[t];
+      const double of_gates = dead ? 0 : slope(gate_loss, logits, e);
+      const double of_statistics = dead ? 0 : slope(statistics, c.noisy ? clean : logits, e);
+      const double tolerance = dead ? 0 : 2e-9 + 32 * epsilon(acc) + 2 * epsilon(c.type) * (std::fabs(of_gates) + std::fabs(of_statistics));
+      check_close(grad, t * c.experts + e, c.noisy ? of_gates : of_gates + of_statistics, tolerance, "grad of logits");
+      if (c.noisy) check_close(grad_clean, t * c.experts + e, of_statistics, tolerance, "grad of clean logits");
+    }
+  }
+}
+
+static void special_values() {
+  const double inf = INFINITY;
+  for (const DType type : kTypes) {
+    const Case c{type, 4, 4, 2, Gate::shared_complement, false, false};
+    Inputs in{Array(type, 16), Array(type, 16), std::vector<char>(4, 1)};
+    const double logits[16] = {1, NAN, 3, 4, inf, 0, 0, 0, -inf, -inf, -inf, -inf, -inf, 2, -inf, -inf};
+    for (int64_t i = 0; i < 16; ++i) in.logits.set(i, logits[i]);
+    const Routed got = run(c, in, 1);
+    const std::vector<int32_t> want{0, 1, 0, 1, 0, 1, 1, 0};  // NaN rows by index; the last row ranks -inf after 2
+    CHECK(got.indices == want, "indices of rows with NaN and infinities");
+    for (int64_t t = 0; t < 3; ++t) CHECK(std::isnan(got.shared[t]) && std::isnan(got.routed[2 * t + 1]), "NaN propagates in row %d", static_cast<int>(t));
+    check_close(got.shared, 3, 0, 0, "a certain choice leaves the shared expert nothing");
+    CHECK(std::isnan(got.mean_prob[0]), "NaN propagates to the statistics");
+  }
+}
+
+static void sorting(int64_t slots, int64_t experts, int64_t threads) {
+  Random random(slots);
+  std::vector<int32_t> expert(slots), forward(slots, -9), backward(slots, -9), offsets(experts + 1, -9), want(slots);
+  for (int32_t& e : expert) e = static_cast<int32_t>(random.below(experts + 1)) - 1;
+  const int64_t blocks = (slots + ummrm::cpu::kSortBlock - 1) / ummrm::cpu::kSortBlock;
+  std::vector<int64_t> next(blocks * (experts + 1), -9);
+  const ummrm::SortSlots args{expert.data(), slots, experts, forward.data(), backward.data(), offsets.data(), next.data()};
+  launch(blocks, threads, [&](int64_t b, int64_t e) { CHECK(ummrm::cpu::sort_slots_count(args, b, e) == -1, "all in range"); });
+  ummrm::cpu::sort_slots_scan(args);
+  launch(blocks, threads, [&](int64_t b, int64_t e) { ummrm::cpu::sort_slots_scatter(args, b, e); });
+  std::iota(want.begin(), want.end(), 0);
+  const auto key = [&](int32_t slot) { return expert[slot] < 0 ? experts : expert[slot]; };
+  std::stable_sort(want.begin(), want.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
+  CHECK(backward == want, "sorted order");
+  for (int64_t r = 0; r < slots; ++r) CHECK(forward[backward[r]] == r, "the two maps are inverse");
+  for (int64_t e = 0; e <= experts; ++e) {
+    const auto below = std::count_if(expert.begin(), expert.end(), [&](int32_t x) { return x >= 0 && x < e; });
+    CHECK(offsets[e] == below, "offset %lld", static_cast<long long>(e));
+  }
+  if (slots == 0) return;
+  expert[slots - 1] = static_cast<int32_t>(experts);
+  CHECK(ummrm::cpu::sort_slots_count(args, 0, blocks) == slots - 1, "finds the slot out of range");
+}
+
+int main() {
+  for (const DType type : kTypes) {
+    for (const Gate gate : {Gate::shared_complement, Gate::fixed}) {
+      for (const bool masked : {false, true}) {
+        for (const bool noisy : {false, true}) {
+          for (const auto& [tokens, experts, top_k] : {std::tuple{600, 7, 5}, {33, 3, 1}, {5, 1, 1}, {17, 40, 8}, {0, 4, 2}}) {
+            const Case c{type, tokens, experts, top_k, gate, masked, noisy};
+            forward(c);
+            if (tokens < 100) backward(c);
+          }
+        }
+      }
+    }
+  }
+  special_values();
+  sorting(0, 3, 1);
+  sorting(100, 1, 1);
+  sorting(20000, 7, 3);
+  return finish();
+}
