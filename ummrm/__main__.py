@@ -1,0 +1,13 @@
+"""`python -m ummrm`: the command line, with a clear error where its libraries are not installed."""
+
+import sys
+
+try:
+    from .cli import main
+except ModuleNotFoundError as error:
+    if error.name in ("typer", "rich", "yaml", "matplotlib"):
+        sys.exit(f"error: the command line needs {error.name}; pip install 'ummrm[demo]'")
+    raise
+
+if __name__ == "__main__":
+    main()
