@@ -1,7 +1,9 @@
-"""A process that saves a model and dies by SIGKILL at the n-th system operation of the save (see test_saving.py)."""
+"""A process that saves models in children that die by SIGKILL at the n-th system operation (see test_saving.py)."""
 
+import json
 import os
 import signal
+import sys
 
 import torch
 import transformers.configuration_utils
@@ -33,9 +35,8 @@ def make_model(seed, merged):
     return ummrm.merge(ummrm.prepare_merge(model)) if merged else model
 
 
-def save_and_die(folder, die_at, seed, merged, exchange, connection):
-    """Saves `make_model(seed, merged)`; killed at the `die_at`-th step (0: never), else sends the number of steps."""
-    torch.set_num_threads(1)
+def save_and_die(folder, die_at, seed, merged, exchange):
+    """Saves `make_model(seed, merged)`, killed at the `die_at`-th step of the save; the number of steps if it lives."""
     model = make_model(seed, merged)
     steps = 0
 
@@ -56,4 +57,28 @@ def save_and_die(folder, die_at, seed, merged, exchange, connection):
     for owner, name in STEPS:
         watch(owner, name)
     model.save_pretrained(folder, max_shard_size="20KB")
-    connection.send(steps)
+    return steps
+
+
+def serve():
+    """Forks one child for each request on stdin (JSON arguments of `save_and_die`), so that imports are paid once.
+
+    Answers with the child's number of steps, or "killed", or "failed". Nothing here starts a thread before the fork.
+    """
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        receiver, sender = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(sender, str(save_and_die(**json.loads(line))).encode())
+            os._exit(0)
+        os.close(sender)
+        _, status = os.waitpid(child, 0)
+        answer = os.read(receiver, 100).decode()
+        os.close(receiver)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        print("RESULT", "killed" if killed else answer or "failed", flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,12 +1,14 @@
 """A model folder is whole or not there: kill a save at any moment and the previous folder still loads."""
 
-import multiprocessing
+import json
 import os
-import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from saving_child import CONFIG, make_model, save_and_die
+from saving_child import CONFIG, make_model
 from tiny_models import outputs_of, padded_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -17,24 +19,21 @@ OLD, NEW = 0, 1  # seeds of the model in the folder and of the one whose save is
 
 
 @pytest.fixture(scope="module")
-def forkserver():
-    """Children that have imported everything already: a kill then costs milliseconds, not an import of transformers."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saving_child"])
-    return context
+def killed_save():
+    """Runs a save that is killed at its `die_at`-th step: None then, or the number of steps of one that got through."""
+    script = Path(__file__).with_name("saving_child.py")
+    server = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
+    def run(folder, die_at, merged=False, exchange=True):
+        request = {"folder": str(folder), "die_at": die_at, "seed": NEW, "merged": merged, "exchange": exchange}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        result = next(line.split()[1] for line in server.stdout if line.startswith("RESULT"))
+        return None if result == "killed" else int(result)
 
-def killed_save(context, folder, die_at, merged=False, exchange=True):
-    """Runs a save in a child that is killed at its `die_at`-th step; the number of steps if it got through, else None."""
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=save_and_die, args=(str(folder), die_at, NEW, merged, exchange, sender))
-    child.start()
-    sender.close()
-    child.join(120)
-    if child.exitcode == -signal.SIGKILL:
-        return None
-    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
-    return receiver.recv()
+    yield run
+    server.stdin.close()
+    assert server.wait(60) == 0
 
 
 def saved_model(folder, merged=False):
@@ -63,11 +62,11 @@ def loadable_folders(parent):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["moe", "merged"])
-def test_kill_9_at_every_step_of_a_save(forkserver, merged, tmp_path):
+def test_kill_9_at_every_step_of_a_save(killed_save, merged, tmp_path):
     folder = tmp_path / "model"
     old, new = saved_model(folder, merged), make_model(NEW, merged)
     outcomes = []
-    while (steps := killed_save(forkserver, folder, len(outcomes) + 1, merged)) is None:
+    while (steps := killed_save(folder, len(outcomes) + 1, merged)) is None:
         is_old, is_new = loads_as(folder, old), loads_as(folder, new)
         assert is_old != is_new, f"killed at step {len(outcomes) + 1}"
         assert (folder / "tokenizer.json").read_text() == "{}"
@@ -80,12 +79,12 @@ def test_kill_9_at_every_step_of_a_save(forkserver, merged, tmp_path):
     assert os.listdir(tmp_path) == ["model"], "the next whole save clears what the killed ones left"
 
 
-def test_kill_9_where_the_file_system_cannot_exchange(forkserver, tmp_path):
+def test_kill_9_where_the_file_system_cannot_exchange(killed_save, tmp_path):
     """Moved aside first: a kill between the two renames is mended by the next save, and nothing is lost."""
     folder = tmp_path / "model"
     old, new = saved_model(folder), make_model(NEW, False)
     missing, step = 0, 1
-    while killed_save(forkserver, folder, step, exchange=False) is None:
+    while killed_save(folder, step, exchange=False) is None:
         step += 1
         if not folder.exists():
             missing += 1
@@ -99,10 +98,10 @@ def test_kill_9_where_the_file_system_cannot_exchange(forkserver, tmp_path):
     assert loads_as(folder, new)
 
 
-def test_a_killed_first_save_leaves_nothing_half_written_that_loads(forkserver, tmp_path):
+def test_a_killed_first_save_leaves_nothing_half_written_that_loads(killed_save, tmp_path):
     new = make_model(NEW, False)
     step = 1
-    while killed_save(forkserver, tmp_path / "model", step) is None:
+    while killed_save(tmp_path / "model", step) is None:
         for folder in loadable_folders(tmp_path):
             assert loads_as(folder, new), f"killed at step {step}"
         step += 1
