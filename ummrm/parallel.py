@@ -6,6 +6,25 @@ import torch
 import torch.distributed as dist
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce of a tensor, and of its gradient: every process's loss depends on every process's tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        return _all_reduced(tensor, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+def _all_reduced(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def sum_over_processes(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum of `tensor` over the processes of `group`, differentiable; `tensor` itself without torch.distributed.
 
@@ -18,6 +37,4 @@ def sum_over_processes(tensor: torch.Tensor, group: dist.ProcessGroup | None = N
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(tensor, group=group if group is not None else dist.group.WORLD)
+    return _SumOverProcesses.apply(tensor, group)
