@@ -44,11 +44,31 @@ check, build_info, tile_table, launch = _C.check, _C.build_info, _C.tile_table, 
 _library = torch.library.Library("ummrm", "IMPL")
 
 
-# Shape functions. They see what the kernels' own checks see later, so they check nothing.
+# Shape functions. The kernels check shapes and dtypes later; devices are checked here too, because one meta tensor
+# among others sends a call here for good.
+
+
+def _check_devices(op: str, args: tuple) -> None:
+    named = zip(getattr(torch.ops.ummrm, op).default._schema.arguments, args, strict=False)
+    tensors = [(a.name, t) for a, v in named for t in (v if isinstance(v, (list, tuple)) else (v,))]
+    tensors = [(name, t) for name, t in tensors if isinstance(t, Tensor)]
+    for name, tensor in tensors[1:]:
+        if tensor.device != tensors[0][1].device:
+            raise ValueError(
+                f"ummrm.{op}: `{name}` must be on the device of `{tensors[0][0]}`, {tensors[0][1].device}, "
+                f"got {tensor.device}; move it there."
+            )
 
 
 def _fake(function):
-    torch.library.register_fake(f"ummrm::{function.__name__[1:]}", function, lib=_library)
+    op = function.__name__[1:]
+
+    @functools.wraps(function)
+    def checked(*args):
+        _check_devices(op, args)
+        return function(*args)
+
+    torch.library.register_fake(f"ummrm::{op}", checked, lib=_library)
     return function
 
 

@@ -7,6 +7,7 @@ The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ def _reference_sort_slots(expert_indices, num_experts):
         low, high = expert_indices.aminmax()
         if low < -1 or high >= num_experts:
             raise IndexError(
-                f"expert_indices must lie in [-1, {num_experts - 1}] (-1 marks a masked token), got values from {low} "
-                f"to {high}; take them from ummrm.ops.route with the same number of experts."
+                f"ummrm.sort_slots: `expert_indices` must lie in [-1, {num_experts - 1}] (-1 marks a masked token), got "
+                f"values from {low} to {high}; take it from ummrm.ops.route with the same number of experts."
             )
     return reference.sort_slots(expert_indices, num_experts)
 
@@ -72,6 +73,27 @@ BACKENDS = {
     "reference": Backend(("cpu", "cuda"), _REFERENCE_KERNELS),
 }
 
+# Where no row of the table serves a device, the dispatcher's own message lists dispatch keys; this one says what to do.
+_REFUSED_DEVICES = ("cuda", "mps", "xpu")
+_refusals = torch.library.Library("ummrm", "IMPL")
+
+
+def _refusal(op: str, device: str) -> Callable:
+    def refuse(*args, **kwargs):
+        raise ValueError(
+            f"ummrm.{op}: `device` must be of a type that this build has kernels for, got {device!r}; move the model "
+            "and its inputs to 'cpu', or install a build of ummrm with kernels for it."
+        )
+
+    return refuse
+
+
+for _op in _REFERENCE_KERNELS:
+    for _device in _REFUSED_DEVICES:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{_op}", _device.upper()):
+            _refusals.impl(_op, _refusal(_op, _device), _device.upper())
+
+
 _overriding: tuple[str, torch.library.Library] | None = None
 
 
@@ -98,9 +120,11 @@ def use_backend(name: str) -> None:
         _overriding = None
     if backend.kernels:
         library = torch.library.Library("ummrm", "IMPL")
-        for op, kernel in backend.kernels.items():
-            for device in backend.devices:
-                library.impl(op, kernel, device.upper())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the purpose
+            for op, kernel in backend.kernels.items():
+                for device in backend.devices:
+                    library.impl(op, kernel, device.upper())
         _overriding = name, library
 
 

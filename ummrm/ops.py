@@ -203,8 +203,9 @@ def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tens
     over any number of experts, accumulated in fp32 (fp64) in expert order and rounded once.
 
     Args:
-        shared: n tensors [S, ...], float, all of one dtype. An expert's slice must be contiguous; the stride between
-            experts may be anything, so that the gate rows `up[:, :I]` of a fused projection pass as they are.
+        shared: n tensors [S, ...], float, all of one dtype. Each expert's slice should be contiguous (it is
+            copied otherwise); the stride between experts may be anything, so that the gate rows `up[:, :I]` of a fused
+            projection pass as they are.
         routed: n tensors [E, ...] of the same trailing shapes.
         coefficients: [n, S + E], shared experts first; fp32 (fp64 beside fp64 tensors).
 

@@ -254,8 +254,8 @@ def expert_gemm_wgrad(
     grads = _groups(grad_shared_rows, grad_routed_rows, expert_offsets, num_tokens, num_shared_experts)
     groups = _groups(shared_rows, routed_rows, expert_offsets, num_tokens, num_shared_experts)
     products = [g.T @ rows for (g, _), (rows, _) in zip(grads, groups, strict=True)]
-    shape = (0, grad_routed_rows.shape[1], routed_rows.shape[1])
-    return _stack_needed(products, num_shared_experts, need_shared, need_routed, routed_rows.new_empty(shape))
+    empty = routed_rows.new_empty(0, grad_routed_rows.shape[1], routed_rows.shape[1])
+    return _stack_needed(products, num_shared_experts, need_shared, need_routed, empty)
 
 
 def expert_bias_grad(
@@ -268,7 +268,7 @@ def expert_bias_grad(
     need_shared: bool,
     need_routed: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype, shape = routed_rows.dtype, (0, routed_rows.shape[1])
+    dtype, empty = routed_rows.dtype, routed_rows.new_empty(0, routed_rows.shape[1])
     shared, routed = shared_rows.to(accumulator(shared_rows)), routed_rows.to(accumulator(routed_rows))
     if row_weights is not None:
         num_shared_rows = num_shared_experts * num_tokens
@@ -278,17 +278,16 @@ def expert_bias_grad(
         routed = routed * row_weights[num_shared_rows:].unsqueeze(-1)
     groups = _groups(shared, routed, expert_offsets, num_tokens, num_shared_experts)
     sums = [rows.sum(0).to(dtype) for rows, _ in groups]
-    return _stack_needed(sums, num_shared_experts, need_shared, need_routed, routed_rows.new_empty(shape))
+    return _stack_needed(sums, num_shared_experts, need_shared, need_routed, empty)
 
 
 def _stack_needed(
     results: list[Tensor], num_shared: int, need_shared: bool, need_routed: bool, empty: Tensor
 ) -> tuple[Tensor, Tensor]:
-    shared, routed = results[:num_shared], results[num_shared:]
-    return (
-        torch.stack(shared) if need_shared and shared else empty.clone(),
-        torch.stack(routed) if need_routed else empty.clone(),
-    )
+    """The results as one tensor for each kind of expert; [0] where not needed. `empty` stands for no experts."""
+    groups = (results[:num_shared], need_shared), (results[num_shared:], need_routed)
+    shared, routed = ((torch.stack(g) if g else empty) if needed else empty.new_empty(0) for g, needed in groups)
+    return shared, routed
 
 
 def activation(pre_activation: Tensor, kind: str = "silu", glu: bool = True) -> Tensor:
