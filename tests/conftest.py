@@ -1,0 +1,73 @@
+"""What every test shares: a fresh printed seed, the choice of backend, and poisoned memory."""
+
+import ctypes
+import hashlib
+import random
+
+import pytest
+import torch
+
+from ummrm import backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="seed of all random inputs; by default a fresh one")
+
+
+def pytest_configure(config):
+    seed = config.getoption("--seed")
+    config.ummrm_seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+
+
+def pytest_report_header(config):
+    return f"ummrm: random inputs from --seed={config.ummrm_seed}; torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Seeds torch and random from the session's seed and the test's name, so that one test can be repeated alone."""
+    digest = hashlib.sha256(f"{request.config.ummrm_seed} {request.node.nodeid}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "little")
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def _runnable_backends():
+    return [name for name, backend in backends.BACKENDS.items() if backend.obstacle() is None]
+
+
+@pytest.fixture(params=_runnable_backends())
+def backend(request):
+    """Runs the test once on every backend that can run in this process."""
+    backends.use_backend(request.param)
+    yield request.param
+    backends.use_backend(next(iter(backends.BACKENDS)))
+
+
+_M_PERTURB = -6  # mallopt's parameter, malloc.h of glibc
+_PATTERN = 0x80  # glibc fills new memory with its complement: 0x7f7f7f7f is 3.4e38 as a float
+
+
+@pytest.fixture
+def poisoned():
+    """Fills new memory before its use: tensors with NaN or the largest integer and, on glibc, every malloc."""
+    libc = ctypes.CDLL(None)
+    perturb = hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if perturb:
+        libc.mallopt(_M_PERTURB, _PATTERN)
+    assert torch.empty(3).isnan().all()
+    yield
+    if perturb:
+        libc.mallopt(_M_PERTURB, 0)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile(fullgraph=True) without code generation, which is not what our registrations decide."""
+    torch._dynamo.reset()
+    return lambda function, **options: torch.compile(function, fullgraph=True, backend="aot_eager", **options)
