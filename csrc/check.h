@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "ummrm/activation.h"
 #include "ummrm/routing.h"
@@ -57,6 +58,13 @@ inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& ten
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
 };
+
+// Gradients before any is known to be needed: `count` empty tensors, each its own, since results may not alias.
+inline std::vector<at::Tensor> empty_grads(size_t count, const at::Tensor& like) {
+  std::vector<at::Tensor> grads;
+  for (size_t i = 0; i < count; ++i) grads.push_back(at::empty({0}, like.options()));
+  return grads;
+}
 
 // at::parallel_for over units of about `cost` element operations each, in pieces worth a thread.
 template <class Body>

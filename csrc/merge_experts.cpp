@@ -24,21 +24,28 @@ struct Lists {
 
 Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
   const auto n = static_cast<int64_t>(routed.size());
-  check.at_least("len(routed)", n, 1);
+  TORCH_CHECK_VALUE(n > 0, "ummrm.", check.op, ": `routed` must hold at least one tensor, got 0; pass the FFN's tensors.");
   TORCH_CHECK_VALUE(
       static_cast<int64_t>(shared.size()) == n, "ummrm.", check.op, ": `shared` must have as many tensors as `routed` (", n,
       "), got ", shared.size(), "; pass each FFN tensor of both kinds of expert, in the same order.");
   check.floating("routed", routed[0]);
+  for (const auto& [name, list] : {std::pair{"shared", shared}, std::pair{"routed", routed}}) {
+    for (const Tensor& tensor : list) {
+      TORCH_CHECK_VALUE(
+          tensor.dim() > 0, "ummrm.", check.op, ": `", name, "` must hold tensors [", name[0] == 's' ? "S" : "E",
+          ", ...], got a scalar; stack the experts.");
+    }
+  }
   Lists lists;
-  lists.num_experts = shared[0].dim() > 0 && routed[0].dim() > 0 ? shared[0].size(0) + routed[0].size(0) : 0;
-  check.at_least("number of experts", lists.num_experts, 1);
+  lists.num_experts = shared[0].size(0) + routed[0].size(0);
+  TORCH_CHECK_VALUE(
+      lists.num_experts > 0, "ummrm.", check.op, ": `routed` and `shared` must hold at least one expert, got 0; stack the experts.");
   for (int64_t i = 0; i < n; ++i) {
     for (const auto& [name, tensor] : {std::pair{"shared", shared[i]}, std::pair{"routed", routed[i]}}) {
       check.device(name, tensor, routed[0], "routed[0]");
       check.dtype(name, tensor, routed[0].scalar_type(), "all tensors of one call share a dtype");
     }
     auto expected = routed[i].sizes().vec();
-    TORCH_CHECK_VALUE(!expected.empty(), "ummrm.", check.op, ": `routed` must hold tensors [E, ...], got a scalar; stack the experts.");
     expected[0] = routed[0].size(0);
     check.shape("routed", routed[i], expected, "[E, ...]", "every tensor holds the same experts");
     expected[0] = shared[0].size(0);

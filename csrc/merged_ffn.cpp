@@ -189,7 +189,7 @@ std::vector<Tensor> merged_ffn_backward(
   check.shape("pre_activation", pre_activation, {x.size(0), routed_up.size(1)}, "[T, 2*I or I]", "pass what merged_ffn_forward returned");
   enum { kX, kCoefficients, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias, kSharedDownBias, kRoutedDownBias };
   const NoAutocast no_autocast;
-  std::vector<Tensor> grads(need.size(), at::empty({0}, x.options()));
+  std::vector<Tensor> grads = empty_grads(need.size(), x);
   const bool up_weights = need[kCoefficients] || need[kSharedUp] || need[kRoutedUp];
   const bool down_weights = need[kCoefficients] || need[kSharedDown] || need[kRoutedDown];
   const bool up_bias = parts.has_up_bias && (need[kCoefficients] || need[kSharedUpBias] || need[kRoutedUpBias]);

@@ -106,6 +106,7 @@ void define_launchers(py::module_ m) {
   m.def("merge_experts_dots", [](const Tensors& grads, const Tensors& shared, const Tensors& routed) {
     return ummrm::merge_experts_dots(grads, shared, routed);
   }, release());
+  m.def("onednn_product", &ummrm::onednn_product, release(), "a @ b (+ bias) in fp32, the alternative of csrc/gemm.cpp.");
   m.def("moe_ffn", &ummrm::moe_ffn, release());
   m.def("moe_ffn_forward", &ummrm::moe_ffn_forward, release());
   m.def("moe_ffn_backward", &ummrm::moe_ffn_backward, release());

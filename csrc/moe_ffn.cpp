@@ -147,7 +147,7 @@ std::vector<Tensor> moe_ffn_backward(
   enum { kX, kSharedWeight, kRoutedWeights, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias,
          kSharedDownBias, kRoutedDownBias };
   const NoAutocast no_autocast;
-  std::vector<Tensor> grads(need.size(), at::empty({0}, x.options()));
+  std::vector<Tensor> grads = empty_grads(need.size(), x);
   const bool up_side = need[kX] || need[kSharedUp] || need[kRoutedUp] || need[kSharedUpBias] || need[kRoutedUpBias];
   const bool hidden_side = up_side || need[kSharedWeight] || need[kRoutedWeights] || need[kSharedDown] || need[kRoutedDown];
 

@@ -145,11 +145,11 @@ Tensor3 sort_slots(const Tensor& expert_indices_in, int64_t num_experts) {
   const Checker check{"sort_slots"};
   check.at_least("num_experts", num_experts, 0);
   check.dtype("expert_indices", expert_indices_in, at::kInt, "take it from ummrm.ops.route");
-  const Tensor indices = expert_indices_in.contiguous();
-  const int64_t slots = indices.numel();
+  const int64_t slots = expert_indices_in.numel();
   TORCH_CHECK_VALUE(
       slots <= std::numeric_limits<int32_t>::max(), "ummrm.sort_slots: `expert_indices` must have fewer than 2^31 entries, got ",
       slots, "; split the batch.");
+  const Tensor indices = expert_indices_in.contiguous();
   const Tensor slot_to_sorted = at::empty({slots}, indices.options()), sorted_to_slot = at::empty_like(slot_to_sorted);
   const Tensor offsets = at::empty({num_experts + 1}, indices.options());
 

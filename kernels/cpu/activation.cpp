@@ -1,5 +1,5 @@
-// CPU kernels of activation.h. A strip of a row is widened into L1 buffers, the nonlinearity runs over the buffers in
-// one vectorised loop per kind, and the results are rounded once. So a kind is written once, not once per element type.
+// CPU kernels of activation.h. The nonlinearity of a strip of a row goes into L1 buffers by one vectorised loop per kind;
+// one more loop, the same for all kinds, makes every output of the strip and rounds once.
 #include "ummrm/activation.h"
 
 #include <algorithm>
@@ -58,15 +58,15 @@ struct Relu2 {
   }
 };
 
-template <class Kind, class F>
-UMMRM_INLINE void apply(const F* z, int64_t count, F* act) {
-  for (int64_t i = 0; i < count; ++i) act[i] = Kind::at(z[i]).act;
+template <class Kind, class T, class F>
+UMMRM_INLINE void apply(const T* z, int64_t count, F* act) {
+  for (int64_t i = 0; i < count; ++i) act[i] = Kind::at(load(z[i])).act;
 }
 
-template <class Kind, class F>
-UMMRM_INLINE void apply(const F* z, int64_t count, F* act, F* derivative) {
+template <class Kind, class T, class F>
+UMMRM_INLINE void apply(const T* z, int64_t count, F* act, F* derivative) {
   for (int64_t i = 0; i < count; ++i) {
-    const Value<F> value = Kind::at(z[i]);
+    const Value<F> value = Kind::at(load(z[i]));
     act[i] = value.act;
     derivative[i] = value.derivative;
   }
@@ -86,17 +86,16 @@ UMMRM_INLINE void apply_kind(ActivationKind kind, Buffers... buffers) {
 template <class T>
 UMMRM_INLINE void activation_body(const Activation& args, int64_t begin, int64_t end) {
   using F = Accumulator<T>;
-  const int64_t pre_width = args.glu ? 2 * args.width : args.width;
-  F z[kStrip], act[kStrip];
+  const int64_t width = args.width, pre_width = args.glu ? 2 * width : width;
+  F act[kStrip];
   for (int64_t row = begin; row < end; ++row) {
     const T* pre = static_cast<const T*>(args.pre_activation) + row * pre_width;
-    T* out = static_cast<T*>(args.out) + row * args.width;
-    for (int64_t column = 0; column < args.width; column += kStrip) {
-      const int64_t count = std::min(kStrip, args.width - column);
-      load_many(pre + column, count, z);
-      apply_kind(args.kind, static_cast<const F*>(z), count, static_cast<F*>(act));
+    T* out = static_cast<T*>(args.out) + row * width;
+    for (int64_t column = 0; column < width; column += kStrip) {
+      const int64_t count = std::min(kStrip, width - column);
+      apply_kind(args.kind, pre + column, count, static_cast<F*>(act));
       if (args.glu) {
-        const T* up = pre + args.width + column;
+        const T* up = pre + width + column;
         for (int64_t i = 0; i < count; ++i) act[i] *= load(up[i]);
       }
       store_many(act, count, out + column);
@@ -104,36 +103,51 @@ UMMRM_INLINE void activation_body(const Activation& args, int64_t begin, int64_t
   }
 }
 
+// The products of one strip, in one pass over it: gradients, w*A, and g*A for the row's dot. Without glu `up` and
+// `grad_up` are unused; without weights, weighted and product are.
+template <bool glu, bool weighted, class T, class F>
+UMMRM_INLINE void combine(
+    const F* act, const F* derivative, const T* __restrict grad, const T* __restrict up, F weight, int64_t count,
+    T* __restrict grad_gate, T* __restrict grad_up, T* __restrict weighted_act, F* __restrict product) {
+  for (int64_t i = 0; i < count; ++i) {
+    const F g = load(grad[i]), u = glu ? load(up[i]) : F(1), a = act[i] * u;
+    grad_gate[i] = store<T>(weight * g * (derivative[i] * u));
+    if constexpr (glu) grad_up[i] = store<T>(weight * g * act[i]);
+    if constexpr (weighted) {
+      weighted_act[i] = store<T>(weight * a);
+      product[i] = g * a;
+    }
+  }
+}
+
 template <class T>
 UMMRM_INLINE void activation_backward_body(const ActivationBackward& args, int64_t begin, int64_t end) {
   using F = Accumulator<T>;
-  const int64_t pre_width = args.glu ? 2 * args.width : args.width;
+  const int64_t width = args.width, pre_width = args.glu ? 2 * width : width;
   const auto* weights = static_cast<const F*>(args.row_weights);
-  F z[kStrip], up[kStrip], g[kStrip], act[kStrip], derivative[kStrip];
+  F act[kStrip], derivative[kStrip], product[kStrip];
   for (int64_t row = begin; row < end; ++row) {
     const T* pre = static_cast<const T*>(args.pre_activation) + row * pre_width;
-    const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+    const T* grad = static_cast<const T*>(args.grad) + row * width;
     T* grad_pre = static_cast<T*>(args.grad_pre_activation) + row * pre_width;
     const F weight = weights == nullptr ? F(1) : weights[row];
     F dot = 0;
-    for (int64_t column = 0; column < args.width; column += kStrip) {
-      const int64_t count = std::min(kStrip, args.width - column);
-      load_many(pre + column, count, z);
-      load_many(grad + column, count, g);
-      apply_kind(args.kind, static_cast<const F*>(z), count, static_cast<F*>(act), static_cast<F*>(derivative));
-      if (args.glu) {
-        load_many(pre + args.width + column, count, up);
-        T* grad_up = grad_pre + args.width + column;
-        for (int64_t i = 0; i < count; ++i) grad_up[i] = store<T>(weight * g[i] * act[i]);
-        for (int64_t i = 0; i < count; ++i) derivative[i] *= up[i];
-        for (int64_t i = 0; i < count; ++i) act[i] *= up[i];
+    for (int64_t column = 0; column < width; column += kStrip) {
+      const int64_t count = std::min(kStrip, width - column);
+      apply_kind(args.kind, pre + column, count, static_cast<F*>(act), static_cast<F*>(derivative));
+      const T *g = grad + column, *up = pre + width + column;
+      T *grad_gate = grad_pre + column, *grad_up = grad_pre + width + column;
+      T* weighted = weights == nullptr ? nullptr : static_cast<T*>(args.weighted_activation) + row * width + column;
+      if (args.glu && weights != nullptr) {
+        combine<true, true>(act, derivative, g, up, weight, count, grad_gate, grad_up, weighted, product);
+      } else if (args.glu) {
+        combine<true, false>(act, derivative, g, up, weight, count, grad_gate, grad_up, weighted, product);
+      } else if (weights != nullptr) {
+        combine<false, true>(act, derivative, g, up, weight, count, grad_gate, grad_up, weighted, product);
+      } else {
+        combine<false, false>(act, derivative, g, up, weight, count, grad_gate, grad_up, weighted, product);
       }
-      for (int64_t i = 0; i < count; ++i) grad_pre[column + i] = store<T>(weight * g[i] * derivative[i]);
-      if (weights == nullptr) continue;
-      T* weighted = static_cast<T*>(args.weighted_activation) + row * args.width + column;
-      for (int64_t i = 0; i < count; ++i) weighted[i] = store<T>(weight * act[i]);
-      for (int64_t i = 0; i < count; ++i) g[i] *= act[i];
-      dot += lane_sum(g, count);
+      if (weights != nullptr) dot += lane_sum(product, count);
     }
     if (weights != nullptr) static_cast<F*>(args.row_dots)[row] = dot;
   }
