@@ -102,7 +102,7 @@ def test_vmap(case):
 
 
 def test_second_derivatives_through_func(case):
-    """torch.func runs plain torch, which can be differentiated again: Hessian times vector against finite differences."""
+    """torch.func runs plain torch, which can be differentiated again: here against finite differences."""
     function, x, _ = case
     gradient = torch.func.grad(lambda x: function(x).square().sum())
     tangent, h = torch.randn_like(x), 1e-6
@@ -192,17 +192,17 @@ def test_autocast_of_the_other_operators():
 
 def test_backward_inside_autocast_is_the_same():
     """backward() called while autocast is on neither casts nor fails."""
-    for run in (lambda: ops.moe_ffn(**moe_arguments(torch.float32)),):
-        torch.manual_seed(3)
-        arguments = moe_arguments(torch.float32)
+    for op, arguments in (
+        (ops.moe_ffn, moe_arguments(torch.float32)),
+        (ops.merged_ffn, merged_inputs(T, H, INTERMEDIATE, E, S)),
+    ):
         leaves = [v for v in arguments.values() if v.requires_grad]
-        want = torch.autograd.grad(ops.moe_ffn(**arguments).sum(), leaves)
-        out = ops.moe_ffn(**arguments).sum()
+        want = torch.autograd.grad(op(**arguments).sum(), leaves)
+        out = op(**arguments).sum()
         with torch.autocast("cpu", torch.bfloat16):
             got = torch.autograd.grad(out, leaves)
         for a, b in zip(want, got, strict=True):
             assert torch.equal(a, b)
-        assert run().dtype == torch.float32
 
 
 def profiled(function):
@@ -242,13 +242,9 @@ def test_a_backend_that_cannot_run_raises_and_changes_nothing(monkeypatch):
         backends.backend_for("meta")
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+@pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_a_device_without_kernels_is_one_clear_error(device):
-    if (
-        torch._C._dispatch_has_kernel_for_dispatch_key("ummrm::activation", "CUDA")
-        and ummrm._C.build_info()["cuda_archs"]
-    ):
-        assert device == "cuda" or device in backends._REFUSED_DEVICES
+    """By the kernel on that device's key, since no such device is here. A build for CUDA has kernels on its key."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
     with pytest.raises(ValueError, match=f"ummrm.activation: `device` must .*got '{device}'; move"):
         raw.activation.default.redispatch(key, floats(2, 4), "silu", True)

@@ -25,8 +25,8 @@ def _reference_sort_slots(expert_indices, num_experts):
         low, high = expert_indices.aminmax()
         if low < -1 or high >= num_experts:
             raise IndexError(
-                f"ummrm.sort_slots: `expert_indices` must lie in [-1, {num_experts - 1}] (-1 marks a masked token), got "
-                f"values from {low} to {high}; take it from ummrm.ops.route with the same number of experts."
+                f"ummrm.sort_slots: `expert_indices` must lie in [-1, {num_experts - 1}] (-1 marks a masked token), "
+                f"got values from {low} to {high}; take it from ummrm.ops.route with the same number of experts."
             )
     return reference.sort_slots(expert_indices, num_experts)
 
