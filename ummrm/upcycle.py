@@ -65,6 +65,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     for index, site in ffn_sites(moe).items():
         fill_experts(moe.get_submodule(site), family.dense_ffn(layers[index], dense.config))
     transplant(dense, moe, clone=copy)
+    _keep_checkpointing(dense, moe)
     if not copy:
         dense.__dict__.clear()
         dense.__class__ = ConsumedModel
@@ -114,9 +115,6 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
             for key in ours.keys() & theirs.keys():
                 ours[key] = take(theirs[key])
         module.training = origin.training
-        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if key in vars(origin):
-                setattr(module, key, vars(origin)[key])
     if getattr(source, "generation_config", None) is not None:
         target.generation_config = copy_module.deepcopy(source.generation_config)
     leftover = [n for n, t in [*target.named_parameters(), *target.named_buffers()] if t.is_meta]
@@ -125,6 +123,15 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
             f"{type(target).__name__} has tensors that {type(source).__name__} lacks, first {leftover[0]!r}: this "
             "version of transformers builds them differently; please report it with both class names."
         )
+
+
+def _keep_checkpointing(dense: PreTrainedModel, moe: PreTrainedModel) -> None:
+    """Leaves activation checkpointing as it was in each layer."""
+    sources = dict(dense.named_modules())
+    for name, module in moe.named_modules():
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if name in sources and key in vars(sources[name]):
+                setattr(module, key, vars(sources[name])[key])
 
 
 def _check_upcyclable(dense: object) -> None:
