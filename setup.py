@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 
 ROOT = Path(__file__).parent.resolve()
 CXX_STANDARD = "c++20"  # torch 2.15 refuses C++17
@@ -68,20 +69,26 @@ def extension():
         extra_link_args=link,
     )
 
+    # One folder per interpreter and torch: two torches never share an object, and what one left is never shipped for
+    # another. It is kept between builds, where an editable install would use a temporary one, so that ninja recompiles
+    # only what has changed.
+    folder = ROOT / "build" / f"{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+
+    class BuildFolder(build):
+        def initialize_options(self):
+            super().initialize_options()
+            self.build_base = str(folder)
+
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # One folder per interpreter and torch, kept between builds: an editable install recompiles only what
-            # changed (setuptools would use a fresh temporary folder), and two torches never share an object.
-            tag = f"{platform.machine()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / tag)
+            self.build_temp = str(folder / "temp")
+            self.force = True  # always link: setuptools compares times with sources alone, not with torch or headers
 
         def run(self):
             record = Path(self.get_ext_fullpath("ummrm._C")).parent / "_build_record.json"
             record.unlink(missing_ok=True)
             super().run()
-            # In place, build_ext links in build_lib first and copies; both need the record for a wheel to carry it.
-            built_in = Path(self.build_lib) / "ummrm"
             content = {
                 "torch_version": str(torch.__version__),
                 "torch_cuda": torch.version.cuda,
@@ -89,11 +96,9 @@ def extension():
                 "python": platform.python_version(),
                 "sources": sources,
             }
-            for folder in {record.parent, built_in} if not self.inplace else {record.parent}:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / record.name).write_text(json.dumps(content, indent=1) + "\n")
+            record.write_text(json.dumps(content, indent=1) + "\n")
 
-    return [ext], {"build_ext": Build}
+    return [ext], {"build": BuildFolder, "build_ext": Build}
 
 
 NEEDS_TORCH = {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}

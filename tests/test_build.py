@@ -137,5 +137,7 @@ def test_wheel_from_clean_sources(tmp_path, isolated):
         "import ummrm, torch; print(ummrm.__file__); "
         "print(torch.ops.ummrm.activation(torch.ones(1, 2), 'relu', True).item())"
     )
-    where, value = run(sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}).split()
+    where, value = run(
+        sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}
+    ).split()
     assert Path(where).parent == target / "ummrm" and float(value) == 1
