@@ -80,15 +80,22 @@ def sanitize(kind):
     run(tool("ctest"), "--test-dir", build, "--output-on-failure")
 
 
+def interpreter(name):
+    """`name` from PATH, or an installed one that pyenv keeps off it."""
+    kept = sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}"))
+    for candidate in filter(None, [shutil.which(name), *kept]):
+        if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
+            return candidate
+    raise NotRun(f"there is no {name} on PATH")
+
+
 def make_environment(name):
     """Creates .venvs/NAME unless it is complete, and returns its interpreter."""
     row, folder = ENVIRONMENTS[name], ROOT / ".venvs" / name
     python, complete = folder / "bin/python", folder / ".complete"
     if complete.exists() and complete.read_text() == repr(row):
         return python
-    base = sys.executable if row.python is None else shutil.which(row.python)
-    if base is None or subprocess.run([base, "-c", ""], capture_output=True).returncode != 0:
-        raise NotRun(f"there is no {row.python} on PATH")
+    base = sys.executable if row.python is None else interpreter(row.python)
     if (free := shutil.disk_usage(ROOT).free) < row.disk:
         raise NotRun(f"installing it takes {row.disk / GIB:.0f} GiB of disk, {free / GIB:.0f} are free")
     run(base, "-m", "venv", "--clear", folder)
