@@ -1,0 +1,92 @@
+"""What a user would pick instead: the same layer by other means, each written as its users write it."""
+
+import torch
+import torch.nn.functional as F
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+
+def dense_ffn(x, up, down):
+    """Gated FFN without biases, plain torch eager."""
+    gate, value = F.linear(x, up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * value, down)
+
+
+def _shared(x, p, shared_weight):
+    total = sum(dense_ffn(x, up, down) for up, down in zip(p["shared_up"], p["shared_down"], strict=True))
+    return (shared_weight / len(p["shared_up"])).unsqueeze(-1).to(x.dtype) * total
+
+
+def _sorted(expert_indices, num_experts):
+    experts, order = expert_indices.flatten().sort(stable=True)
+    return order, torch.bincount(experts, minlength=num_experts)
+
+
+def expert_loop(x, shared_weight, routed_weights, expert_indices, **p):
+    """Sort once, then one expert after the other."""
+    order, counts = _sorted(expert_indices, len(p["routed_up"]))
+    rows = x[order // expert_indices.shape[1]].split(counts.tolist())
+    out = torch.cat([dense_ffn(r, p["routed_up"][e], p["routed_down"][e]) for e, r in enumerate(rows)])
+    return _combine(x, shared_weight, routed_weights, order, out, p)
+
+
+def grouped_mm(x, shared_weight, routed_weights, expert_indices, **p):
+    """Sort once, then torch.nn.functional.grouped_mm over the routed experts."""
+    order, counts = _sorted(expert_indices, len(p["routed_up"]))
+    offsets = counts.cumsum(0).to(torch.int32)
+    rows = x[order // expert_indices.shape[1]]
+    gate, value = F.grouped_mm(rows, p["routed_up"].mT, offs=offsets).chunk(2, dim=-1)
+    out = F.grouped_mm(F.silu(gate) * value, p["routed_down"].mT, offs=offsets)
+    return _combine(x, shared_weight, routed_weights, order, out, p)
+
+
+def _combine(x, shared_weight, routed_weights, order, rows, p):
+    weighted = rows * routed_weights.flatten()[order].unsqueeze(-1).to(x.dtype)
+    routed = torch.zeros_like(x).index_add(0, order // routed_weights.shape[1], weighted)
+    return routed + _shared(x, p, shared_weight)
+
+
+def transformers_experts(implementation):
+    """transformers' own experts module (Mixtral's), with a separate shared FFN beside it."""
+
+    def run(x, shared_weight, routed_weights, expert_indices, **p):
+        experts, width, hidden = p["routed_up"].shape
+        config = MixtralConfig(hidden_size=hidden, intermediate_size=width // 2, num_local_experts=experts)
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            module = MixtralExperts(config)
+        del module.gate_up_proj, module.down_proj
+        module.gate_up_proj, module.down_proj = p["routed_up"], p["routed_down"]
+        routed = module(x, expert_indices.long(), routed_weights.to(x.dtype))
+        return routed + _shared(x, p, shared_weight)
+
+    return run
+
+
+LAYERS = {
+    "expert loop": expert_loop,
+    "torch grouped_mm": grouped_mm,
+    "transformers eager": transformers_experts("eager"),
+    "transformers grouped_mm": transformers_experts("grouped_mm"),
+}
+
+
+def route(logits, top_k):
+    """XFT gate weights in eager torch (torch.topk; ties are not resolved)."""
+    p = logits.float().softmax(-1)
+    top, indices = p.topk(top_k, dim=-1)
+    routed = top[:, :1] * top.softmax(-1)
+    counts = torch.bincount(indices.flatten(), minlength=logits.shape[-1])
+    z = logits.float().logsumexp(-1).square().mean()
+    return 1 - top[:, 0], routed, indices.int(), counts, p.mean(0), z
+
+
+def merge(tensors, coefficients, accumulate):
+    """sum_e c_e W_e over a list of [n, ...] tensors, eagerly; in fp32, or in the tensors' own dtype."""
+    merged = []
+    for weights, c in zip(tensors, coefficients, strict=True):
+        total = torch.zeros_like(weights[0], dtype=torch.float32 if accumulate else None)
+        for weight, coefficient in zip(weights, c, strict=True):
+            total = total + coefficient.to(total.dtype) * weight
+        merged.append(total.to(weights.dtype))
+    return merged
