@@ -88,10 +88,13 @@ def main():
     if not options.expression:
         threads = f"-{options.threads}threads" if options.threads else ""
         name = f"{options.device}{threads}-{record['datetime'][:10]}-{record['ummrm']['commit'][:12]}"
-        for benchmark in record["benchmarks"]:
-            benchmark["stats"].pop("data", None)
+        kept = {key: record[key] for key in ("datetime", "ummrm")}  # the rest names the host and its user
+        kept["benchmarks"] = [
+            {"group": b["group"], **b["extra_info"], **{k: b["stats"][k] for k in ("min", "median", "max", "rounds")}}
+            for b in record["benchmarks"]
+        ]
         (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         (HERE / "results" / f"{name}.txt").write_text(text + "\n")
         print(f"\nwritten: bench/results/{name}.json and .txt")
 
