@@ -148,7 +148,7 @@ def test_a_plain_torch_loop_upcycles_trains_merges_and_gives_the_own_module_clas
     assert all(torch.equal(dict(network.named_parameters())[n], p) for n, p in frozen.items())
 
     merged = ummrm.merge(network)
-    assert type(merged.ffns[0]) is Gated and not hasattr(merged, "umm_merge_share")
+    assert type(merged.ffns[0]) is Gated and merged.state_dict().keys() == TwoLayer().state_dict().keys()
     assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in TwoLayer().parameters())
     torch.testing.assert_close(merged(x), network(x), rtol=1e-5, atol=1e-6)
     assert ummrm.merge_coefficients(network).keys() == {"ffns.0", "ffns.1"}
@@ -242,6 +242,26 @@ def test_lambda_one_gives_the_mean_of_the_shared_experts():
     merged = ummrm.merge(network)
     for ffn, dense in zip(network.ffns, merged.ffns, strict=True):
         torch.testing.assert_close(dense.c.weight, ffn.shared_experts.down_proj.mean(0))
+
+
+def test_a_learned_lambda_is_one_parameter_of_any_network():
+    """Also of one that runs its children one by one, where a registered extra child would be run too."""
+    network = nn.Sequential(*(UpcycledFFN.from_dense(Gated(F.silu), SMALL) for _ in range(3)))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ummrm.prepare_merge(network, MergeConfig(shared_share=0.25, learn_shared_share=True))
+    x = torch.randn(5, HIDDEN)
+    network(x).square().sum().backward()
+    learned = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    assert set(learned) == {"0.alpha", "1.alpha", "2.alpha", "0.umm_merge_share.logit"}
+    assert all(p.grad.abs().max() > 0 for p in learned.values())
+    with torch.no_grad():
+        learned["0.umm_merge_share.logit"].fill_(20.0)
+    for coefficients in ummrm.merge_coefficients(network).values():
+        torch.testing.assert_close(coefficients[:, :2], torch.full((3, 2), 0.5))
+    torch.testing.assert_close(ummrm.merge(network)(x), network(x), rtol=1e-5, atol=1e-6)
+    assert set(copy.deepcopy(network).state_dict()) == set(network.state_dict())
 
 
 def test_to_dense_without_a_template_is_a_clear_error():

@@ -205,7 +205,8 @@ class MergeShare(nn.Module):
         super().__init__()
         self.config = config
         if config.learn_shared_share:
-            self.logit = nn.Parameter(torch.empty((), dtype=torch.float32, device=device))
+            # one element, not a scalar: sharding libraries refuse parameters without dimensions
+            self.logit = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
             self.reset_parameters()
 
     def reset_parameters(self, constant_=nn.init.constant_) -> None:
@@ -215,10 +216,10 @@ class MergeShare(nn.Module):
             constant_(self.logit, math.log(share / (1 - share)))
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
-        """lambda as a scalar of `like`'s dtype and device."""
+        """lambda, [1], of `like`'s dtype and device."""
         if self.config.learn_shared_share:
             return self.logit.sigmoid().to(like)
-        return torch.full((), self.config.shared_share, dtype=like.dtype, device=like.device)
+        return torch.full((1,), self.config.shared_share, dtype=like.dtype, device=like.device)
 
     def extra_repr(self) -> str:
         return f"{self.config.shared_share}, learned={self.config.learn_shared_share}"
@@ -234,7 +235,7 @@ class MergedFFN(nn.Module):
         spec: shape and kind of the FFN.
         config: the upcycling configuration it came from.
         merge_config: granularity of alpha.
-        share: the model's lambda; held by reference, not registered here, since it is the model's.
+        share: lambda, held by reference: one for the whole network, registered where `prepare_merge` puts it.
         dtype: of the experts; alpha is fp32.
         device: where parameters are created.
     """

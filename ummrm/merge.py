@@ -50,7 +50,6 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
             + ("; it is in its merge phase already." if merged_ffns(moe) else "; call ummrm.upcycle first.")
         )
     shares = _usage_shares(ffns, usage) if config.alpha_init == "usage" else {}
-    holder = moe.base_model if isinstance(moe, PreTrainedModel) else moe
     share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
     merged = {name: MergedFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
     for name, gate_share in shares.items():
@@ -59,6 +58,9 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
 
     for name, ffn in merged.items():
         moe.set_submodule(name, ffn)
+    # One lambda for the network. An arbitrary root may run its children one by one (nn.Sequential does), so there the
+    # first FFN holds it.
+    holder = moe.base_model if isinstance(moe, PreTrainedModel) else next(iter(merged.values()))
     setattr(holder, SHARE_NAME, share)
     freeze_for_merge(moe)
     if isinstance(moe, UmmPreTrainedMixin):
@@ -90,7 +92,6 @@ def merge(moe: nn.Module) -> nn.Module:
         )
     if not isinstance(moe, UmmPreTrainedMixin):
         dense = copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()})
-        delattr(dense, SHARE_NAME)
         return dense.requires_grad_(True).eval()
     with torch.device("meta"):
         dense = moe.stock_class(stock_config(moe.config))
