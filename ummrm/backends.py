@@ -8,7 +8,7 @@ The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,6 @@ BACKENDS = {
 
 # Where no row of the table serves a device, the dispatcher's own message lists dispatch keys; this one says what to do.
 _REFUSED_DEVICES = ("cuda", "mps", "xpu")
-_refusals = torch.library.Library("ummrm", "IMPL")
 
 
 def _refusal(op: str, device: str) -> Callable:
@@ -88,12 +87,17 @@ def _refusal(op: str, device: str) -> Callable:
     return refuse
 
 
-for _op in _REFERENCE_KERNELS:
-    for _device in _REFUSED_DEVICES:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{_op}", _device.upper()):
-            _refusals.impl(_op, _refusal(_op, _device), _device.upper())
+def _refuse(devices: Iterable[str]) -> torch.library.Library:
+    """Registers refusals on those of `devices` that have no kernels. They end when what is returned is destroyed."""
+    library = torch.library.Library("ummrm", "IMPL")
+    for op in _REFERENCE_KERNELS:
+        for device in devices:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{op}", device.upper()):
+                library.impl(op, _refusal(op, device), device.upper())
+    return library
 
 
+_refusals = _refuse(_REFUSED_DEVICES)
 _overriding: tuple[str, torch.library.Library] | None = None
 
 
@@ -109,7 +113,7 @@ def use_backend(name: str) -> None:
         ValueError: there is no such backend.
         RuntimeError: it cannot run in this process; nothing has changed then.
     """
-    global _overriding
+    global _overriding, _refusals
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
     backend = BACKENDS[name]
@@ -118,6 +122,7 @@ def use_backend(name: str) -> None:
     if _overriding is not None:
         _overriding[1]._destroy()  # the kernels below come back
         _overriding = None
+    _refusals._destroy()  # torch 2.11 lets no Python kernel replace another
     if backend.kernels:
         library = torch.library.Library("ummrm", "IMPL")
         with warnings.catch_warnings():
@@ -126,6 +131,7 @@ def use_backend(name: str) -> None:
                 for device in backend.devices:
                     library.impl(op, kernel, device.upper())
         _overriding = name, library
+    _refusals = _refuse(_REFUSED_DEVICES)
 
 
 def backend_for(device: torch.device | str) -> str:
