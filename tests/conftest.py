@@ -16,6 +16,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     seed = config.getoption("--seed")
+    # Tensors are small here: a second thread only adds waiting where other work shares the cores (ten times the run
+    # time was measured). What must not depend on threads is tested with one and two.
+    torch.set_num_threads(1)
     config.ummrm_seed = random.SystemRandom().randrange(2**31) if seed is None else seed
 
 

@@ -40,6 +40,11 @@ def in_order(arguments, activation="silu", glu=True):
     return (*(arguments.get(name) for name in NEED), activation, glu)
 
 
+def check(arguments, floor_dtype=None):
+    """Against the reference. On the way to a result up to three intermediates are rounded, and then the result."""
+    compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype, roundings=4)
+
+
 @poisoned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("glu", [True, False], ids=["gated", "plain"])
@@ -47,7 +52,7 @@ def in_order(arguments, activation="silu", glu=True):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_reference(backend, dtype, glu, biases, case):
     arguments = merged_inputs(*case, glu, biases, dtype) | {"glu": glu}
-    compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype=dtype)
+    check(arguments, floor_dtype=dtype)
 
 
 @poisoned
@@ -55,7 +60,7 @@ def test_against_reference(backend, dtype, glu, biases, case):
 def test_parameters_wider_than_x(backend, narrow):
     """fp32 parameters under 16-bit autocast: merged in fp32, rounded once to x's dtype; gradients in fp32."""
     arguments = merged_inputs(20, 12, 10, 3, 1, dtype=narrow, wide=torch.float32)
-    compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype=narrow)
+    check(arguments, floor_dtype=narrow)
     out = ops.merged_ffn(**arguments)
     grads = torch.autograd.grad(out.float().sum(), [arguments[n] for n in NEED])
     assert out.dtype == narrow and grads[0].dtype == narrow
@@ -68,7 +73,7 @@ def test_parameters_wider_than_x(backend, narrow):
 def test_activations(backend, activation, glu):
     for dtype in (torch.float32, torch.bfloat16):
         arguments = merged_inputs(19, 12, 10, 4, 1, glu, dtype=dtype) | {"glu": glu, "activation": activation}
-        compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype=dtype)
+        check(arguments, floor_dtype=dtype)
 
 
 @poisoned
@@ -76,7 +81,7 @@ def test_activations(backend, activation, glu):
 def test_biases_of_one_projection_only(backend, missing):
     arguments = merged_inputs(10, 6, 5, 3, 2)
     arguments = {n: v for n, v in arguments.items() if not n.endswith(f"{missing}_bias")}
-    compare(ops.merged_ffn, reference.merged_ffn, arguments)
+    check(arguments)
 
 
 @poisoned
@@ -137,9 +142,9 @@ def test_nan_propagates(backend):
 def test_strided_x(backend):
     arguments = merged_inputs(15, 8, 6, 4, 2)
     arguments["x"] = strided(arguments["x"]).detach().requires_grad_()
-    compare(ops.merged_ffn, reference.merged_ffn, arguments)
+    check(arguments)
     arguments["x"] = arguments["x"].detach().T.contiguous().T.requires_grad_()
-    compare(ops.merged_ffn, reference.merged_ffn, arguments)
+    check(arguments)
 
 
 @poisoned

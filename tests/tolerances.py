@@ -18,17 +18,18 @@ FLOOR = {torch.float64: 2e-14, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, tor
 _FEW = 128
 
 
-def assert_close_to_truth(actual, plain, truth, what="output", floor_dtype=None):
+def assert_close_to_truth(actual, plain, truth, what="output", floor_dtype=None, roundings=1):
     """Applies the rule to one tensor; NaN and infinities must stand where the truth has them.
 
-    `floor_dtype` is the narrowest dtype on the way to the result, where that is not the result's own.
+    `floor_dtype` is the narrowest dtype on the way to the result, where that is not the result's own, and `roundings`
+    how often a value is rounded to it on that way.
     """
     assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)} instead of {list(truth.shape)}"
     if not truth.is_floating_point():
         assert torch.equal(actual, truth), f"{what}: {actual} instead of {truth}"
         return
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype} instead of {plain.dtype}"
-    floor = FLOOR[floor_dtype or plain.dtype]
+    floor = roundings * FLOOR[floor_dtype or plain.dtype]
     finite = truth.isfinite() & plain.isfinite()
     assert torch.equal(actual.isfinite(), finite), f"{what}: finite elsewhere than the truth"
     actual, plain, truth = (t.double()[finite] for t in (actual, plain, truth))
@@ -78,13 +79,13 @@ def run(function, arguments, grad_outputs=None):
     return [o.detach() for o in out], list(grads), grad_outputs
 
 
-def compare(op, reference, arguments, floor_dtype=None):
+def compare(op, reference, arguments, floor_dtype=None, roundings=1):
     """Holds `op(**arguments)` and its gradients to the rule; `reference` takes the same arguments."""
     actual, actual_grads, grad_outputs = run(op, arguments)
     plain, plain_grads, _ = run(reference, arguments, grad_outputs)
     doubled = {name: to_double(value) for name, value in arguments.items()}
     truth, truth_grads, _ = run(reference, doubled, grad_outputs)
     for i, triple in enumerate(zip(actual, plain, truth, strict=True)):
-        assert_close_to_truth(*triple, f"output {i}", floor_dtype)
+        assert_close_to_truth(*triple, f"output {i}", floor_dtype, roundings)
     for i, triple in enumerate(zip(actual_grads, plain_grads, truth_grads, strict=True)):
-        assert_close_to_truth(*triple, f"gradient {i}", floor_dtype)
+        assert_close_to_truth(*triple, f"gradient {i}", floor_dtype, roundings)
