@@ -12,12 +12,12 @@ namespace {
 // The width of the activation, from the pre-activation's.
 int64_t check_pre_activation(const Checker& check, const Tensor& pre_activation, bool glu) {
   check.floating("pre_activation", pre_activation);
-  check.shape(
-      "pre_activation", pre_activation, {-1, -1}, glu ? "[rows, 2*I]" : "[rows, I]", "flatten the leading dimensions first");
+  check.shape("pre_activation", pre_activation, {-1, -1}, glu ? "[rows, 2*I]" : "[rows, I]",
+              "flatten the leading dimensions first");
   const int64_t width = pre_activation.size(1);
-  TORCH_CHECK_VALUE(
-      !glu || width % 2 == 0, "ummrm.", check.op, ": `pre_activation` must have an even width with glu=True (gate | up), got ",
-      width, "; concatenate gate and up, or pass glu=False.");
+  TORCH_CHECK_VALUE(!glu || width % 2 == 0, "ummrm.", check.op,
+                    ": `pre_activation` must have an even width with glu=True (gate | up), got ", width,
+                    "; concatenate gate and up, or pass glu=False.");
   return glu ? width / 2 : width;
 }
 
@@ -47,7 +47,8 @@ Tensor3 activation_backward(const Tensor& grad_in, const Tensor& pre_activation,
   if (row_weights_in.has_value()) {
     check.device("row_weights", *row_weights_in, pre_activation, "pre_activation");
     check.shape("row_weights", *row_weights_in, {rows}, "[rows]", "give one weight a row");
-    check.dtype("row_weights", *row_weights_in, accumulator(pre_activation), "gate weights stay in fp32 (fp64 for fp64 rows)");
+    check.dtype("row_weights", *row_weights_in, accumulator(pre_activation),
+                "gate weights stay in fp32 (fp64 for fp64 rows)");
   }
   const Tensor pre = pre_activation.contiguous(), grad = grad_in.contiguous();
   const OptionalTensor weights = contiguous(row_weights_in);
@@ -55,11 +56,18 @@ Tensor3 activation_backward(const Tensor& grad_in, const Tensor& pre_activation,
   const Tensor grad_pre = at::empty_like(pre);
   const Tensor weighted = weights.has_value() ? at::empty_like(grad) : at::empty({0}, pre.options());
   const Tensor dots = at::empty({weights.has_value() ? rows : 0}, acc);
-  const ActivationBackward args{
-      check.element(pre), chosen, glu, width, grad.const_data_ptr(), pre.const_data_ptr(), data_or_null(weights),
-      grad_pre.mutable_data_ptr(), weights.has_value() ? weighted.mutable_data_ptr() : nullptr,
-      weights.has_value() ? dots.mutable_data_ptr() : nullptr};
-  parallel_over(rows, width * 2 * kCost, [&](int64_t begin, int64_t end) { cpu::activation_backward(args, begin, end); });
+  const ActivationBackward args{check.element(pre),
+                                chosen,
+                                glu,
+                                width,
+                                grad.const_data_ptr(),
+                                pre.const_data_ptr(),
+                                data_or_null(weights),
+                                grad_pre.mutable_data_ptr(),
+                                weights.has_value() ? weighted.mutable_data_ptr() : nullptr,
+                                weights.has_value() ? dots.mutable_data_ptr() : nullptr};
+  parallel_over(rows, width * 2 * kCost,
+                [&](int64_t begin, int64_t end) { cpu::activation_backward(args, begin, end); });
   return {grad_pre, weighted, dots};
 }
 

@@ -42,10 +42,11 @@ std::optional<at::Tensor> readable(const at::Tensor& indices) {
 
 void check_indices_on_devices(bool enabled) { check_devices = enabled; }
 
-void Checker::shape(
-    const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words, const char* remedy) const {
+void Checker::shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words,
+                    const char* remedy) const {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; fits && d < shape.size(); ++d) fits = shape[d] < 0 || tensor.size(static_cast<int64_t>(d)) == shape[d];
+  for (size_t d = 0; fits && d < shape.size(); ++d)
+    fits = shape[d] < 0 || tensor.size(static_cast<int64_t>(d)) == shape[d];
   if (fits) return;
   std::ostringstream sizes;  // the known sizes, where any is known
   bool any_known = false;
@@ -58,22 +59,21 @@ void Checker::shape(
       sizes << shape[d];
     }
   }
-  TORCH_CHECK_VALUE(
-      false, "ummrm.", op, ": `", name, "` must have shape ", words, any_known ? " = [" + sizes.str() + "]" : std::string(),
-      ", got ", described(tensor), "; ", remedy, ".");
+  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `", name, "` must have shape ", words,
+                    any_known ? " = [" + sizes.str() + "]" : std::string(), ", got ", described(tensor), "; ", remedy,
+                    ".");
 }
 
 void Checker::dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected, const char* remedy) const {
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == expected, "ummrm.", op, ": `", name, "` must be ", name_of(expected), ", got ",
-      described(tensor), "; ", remedy, ".");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, "ummrm.", op, ": `", name, "` must be ", name_of(expected),
+                   ", got ", described(tensor), "; ", remedy, ".");
 }
 
 void Checker::floating(const char* name, const at::Tensor& tensor) const {
   const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "ummrm.", op, ": `", name,
-      "` must be float64, float32, bfloat16 or float16, got ", described(tensor), "; convert it, e.g. `", name, ".float()`.");
+  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "ummrm.",
+                   op, ": `", name, "` must be float64, float32, bfloat16 or float16, got ", described(tensor),
+                   "; convert it, e.g. `", name, ".float()`.");
 }
 
 void Checker::index(const char* name, const at::Tensor& tensor, int64_t size, const char* words) const {
@@ -82,14 +82,14 @@ void Checker::index(const char* name, const at::Tensor& tensor, int64_t size, co
 }
 
 void Checker::device(const char* name, const at::Tensor& tensor, const at::Tensor& like, const char* like_name) const {
-  TORCH_CHECK_VALUE(
-      tensor.device() == like.device(), "ummrm.", op, ": `", name, "` must be on the device of `", like_name, "` (",
-      like.device(), "), got ", tensor.device(), "; move it with `", name, ".to(", like_name, ".device)`.");
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "ummrm.", op, ": `", name, "` must be on the device of `",
+                    like_name, "` (", like.device(), "), got ", tensor.device(), "; move it with `", name, ".to(",
+                    like_name, ".device)`.");
 }
 
 void Checker::at_least(const char* name, int64_t value, int64_t least) const {
-  TORCH_CHECK_VALUE(
-      value >= least, "ummrm.", op, ": `", name, "` must be at least ", least, ", got ", value, "; pass a larger value.");
+  TORCH_CHECK_VALUE(value >= least, "ummrm.", op, ": `", name, "` must be at least ", least, ", got ", value,
+                    "; pass a larger value.");
 }
 
 void Checker::offsets(const at::Tensor& expert_offsets, int64_t slots) const {
@@ -99,10 +99,10 @@ void Checker::offsets(const at::Tensor& expert_offsets, int64_t slots) const {
   int64_t previous = 0;
   for (int64_t e = 0; e < host->numel(); ++e) {
     const int64_t offset = offsets[e];
-    TORCH_CHECK_INDEX(
-        offset >= previous && offset <= slots && (e > 0 || offset == 0), "ummrm.", op,
-        ": `expert_offsets` must start at 0, never fall and end at or below the number of slots (", slots, "), got ",
-        offset, " at position ", e, "; take it from ummrm.ops.sort_slots of the same routing.");
+    TORCH_CHECK_INDEX(offset >= previous && offset <= slots && (e > 0 || offset == 0), "ummrm.", op,
+                      ": `expert_offsets` must start at 0, never fall and end at or below the number of slots (", slots,
+                      "), got ", offset, " at position ", e,
+                      "; take it from ummrm.ops.sort_slots of the same routing.");
     previous = offset;
   }
 }
@@ -112,9 +112,8 @@ void Checker::values(const char* name, const at::Tensor& indices, int64_t low, i
   if (!host.has_value()) return;
   const auto* values = host->const_data_ptr<int32_t>();
   const int64_t bad = cpu::first_out_of_range(values, 0, indices.numel(), low, high);
-  TORCH_CHECK_INDEX(
-      bad < 0, "ummrm.", op, ": `", name, "` must lie in [", low, ", ", high - 1, "], got ", values[bad], " at position ",
-      bad, "; ", remedy, ".");
+  TORCH_CHECK_INDEX(bad < 0, "ummrm.", op, ": `", name, "` must lie in [", low, ", ", high - 1, "], got ", values[bad],
+                    " at position ", bad, "; ", remedy, ".");
 }
 
 DType Checker::element(const at::Tensor& tensor) const {
@@ -130,8 +129,8 @@ DType Checker::element(const at::Tensor& tensor) const {
 Gate Checker::gate(c10::string_view name) const {
   if (name == "shared_complement") return Gate::shared_complement;
   if (name == "fixed") return Gate::fixed;
-  TORCH_CHECK_VALUE(
-      false, "ummrm.", op, ": `gate` must be 'shared_complement' or 'fixed', got '", std::string(name), "'; pass one of these.");
+  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `gate` must be 'shared_complement' or 'fixed', got '", std::string(name),
+                    "'; pass one of these.");
 }
 
 ActivationKind Checker::activation(c10::string_view name) const {
@@ -140,9 +139,9 @@ ActivationKind Checker::activation(c10::string_view name) const {
   if (name == "gelu_tanh") return ActivationKind::gelu_tanh;
   if (name == "relu") return ActivationKind::relu;
   if (name == "relu2") return ActivationKind::relu2;
-  TORCH_CHECK_VALUE(
-      false, "ummrm.", op, ": `", std::string(op).starts_with("activation") ? "kind" : "activation",
-      "` must be 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2', got '", std::string(name), "'; pass one of these.");
+  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `", std::string(op).starts_with("activation") ? "kind" : "activation",
+                    "` must be 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2', got '", std::string(name),
+                    "'; pass one of these.");
 }
 
 }  // namespace ummrm

@@ -22,7 +22,8 @@ struct Checker {
   const char* op;
 
   // `shape` has -1 where any size will do; `words` spells it out, as "[T, H]".
-  void shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words, const char* remedy) const;
+  void shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words,
+             const char* remedy) const;
   void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected, const char* remedy) const;
   void floating(const char* name, const at::Tensor& tensor) const;  // one of the four element types
   void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words) const;  // int32 [size]
@@ -56,7 +57,8 @@ inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& ten
 
 // Autocast off for a scope: what is called inside has settled its dtypes.
 struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
+  c10::impl::ExcludeDispatchKeyGuard guard{
+      c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
 };
 
 // Gradients before any is known to be needed: `count` empty tensors, each its own, since results may not alias.

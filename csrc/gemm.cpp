@@ -17,7 +17,8 @@ namespace {
 const std::optional<c10::OperatorHandle>& linear_pointwise() {
   static const auto handle = []() -> std::optional<c10::OperatorHandle> {
     const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    const bool known = found.has_value() && found->schema().arguments().size() == 6 && found->schema().returns().size() == 1;
+    const bool known =
+        found.has_value() && found->schema().arguments().size() == 6 && found->schema().returns().size() == 1;
     return known ? std::optional(*found) : std::nullopt;
   }();
   return handle;
@@ -32,16 +33,20 @@ bool fp32_by_onednn() {
 }  // namespace
 
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(linear_pointwise().has_value(), "this torch has no oneDNN linear operator; build torch with MKLDNN");
-  torch::jit::Stack stack{
-      a, b.t(), bias.has_value() ? c10::IValue(*bias) : c10::IValue(), "none",
-      c10::IValue(c10::List<std::optional<at::Scalar>>()), ""};
+  TORCH_CHECK_VALUE(linear_pointwise().has_value(),
+                    "this torch has no oneDNN linear operator; build torch with MKLDNN");
+  torch::jit::Stack stack{a,
+                          b.t(),
+                          bias.has_value() ? c10::IValue(*bias) : c10::IValue(),
+                          "none",
+                          c10::IValue(c10::List<std::optional<at::Scalar>>()),
+                          ""};
   linear_pointwise()->callBoxed(stack);
   return stack.front().toTensor();
 }
 
-void product_into(
-    const at::Tensor& out_slice, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
+void product_into(const at::Tensor& out_slice, const at::Tensor& a, const at::Tensor& b,
+                  const std::optional<at::Tensor>& bias) {
   at::Tensor out = out_slice;
   if (out.scalar_type() == at::kFloat && a.size(1) > 0 && fp32_by_onednn()) {
     out.copy_(onednn_product(a, b, bias));
@@ -53,7 +58,8 @@ void product_into(
 }
 
 const char* fp32_gemm_rule() {
-  return fp32_by_onednn() ? "oneDNN (AMD processor with AVX-512)" : "at::mm (oneDNN only on AMD processors with AVX-512)";
+  return fp32_by_onednn() ? "oneDNN (AMD processor with AVX-512)"
+                          : "at::mm (oneDNN only on AMD processors with AVX-512)";
 }
 
 }  // namespace ummrm

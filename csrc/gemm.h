@@ -8,8 +8,8 @@
 namespace ummrm {
 
 // out = a @ b (+ bias, added to every row). All 2-D, `out` preallocated, `a` and `b` may be transposed views.
-void product_into(
-    const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
+void product_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                  const std::optional<at::Tensor>& bias = std::nullopt);
 
 // a @ b (+ bias) in fp32 by oneDNN, whatever the rule; for its test and for the benchmark behind the rule.
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias);

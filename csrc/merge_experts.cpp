@@ -24,22 +24,22 @@ struct Lists {
 
 Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
   const auto n = static_cast<int64_t>(routed.size());
-  TORCH_CHECK_VALUE(n > 0, "ummrm.", check.op, ": `routed` must hold at least one tensor, got 0; pass the FFN's tensors.");
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(shared.size()) == n, "ummrm.", check.op, ": `shared` must have as many tensors as `routed` (", n,
-      "), got ", shared.size(), "; pass each FFN tensor of both kinds of expert, in the same order.");
+  TORCH_CHECK_VALUE(n > 0, "ummrm.", check.op,
+                    ": `routed` must hold at least one tensor, got 0; pass the FFN's tensors.");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(shared.size()) == n, "ummrm.", check.op,
+                    ": `shared` must have as many tensors as `routed` (", n, "), got ", shared.size(),
+                    "; pass each FFN tensor of both kinds of expert, in the same order.");
   check.floating("routed", routed[0]);
   for (const auto& [name, list] : {std::pair{"shared", shared}, std::pair{"routed", routed}}) {
     for (const Tensor& tensor : list) {
-      TORCH_CHECK_VALUE(
-          tensor.dim() > 0, "ummrm.", check.op, ": `", name, "` must hold tensors [", name[0] == 's' ? "S" : "E",
-          ", ...], got a scalar; stack the experts.");
+      TORCH_CHECK_VALUE(tensor.dim() > 0, "ummrm.", check.op, ": `", name, "` must hold tensors [",
+                        name[0] == 's' ? "S" : "E", ", ...], got a scalar; stack the experts.");
     }
   }
   Lists lists;
   lists.num_experts = shared[0].size(0) + routed[0].size(0);
-  TORCH_CHECK_VALUE(
-      lists.num_experts > 0, "ummrm.", check.op, ": `routed` and `shared` must hold at least one expert, got 0; stack the experts.");
+  TORCH_CHECK_VALUE(lists.num_experts > 0, "ummrm.", check.op,
+                    ": `routed` and `shared` must hold at least one expert, got 0; stack the experts.");
   for (int64_t i = 0; i < n; ++i) {
     for (const auto& [name, tensor] : {std::pair{"shared", shared[i]}, std::pair{"routed", routed[i]}}) {
       check.device(name, tensor, routed[0], "routed[0]");
@@ -76,19 +76,20 @@ std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Te
   Lists lists = check_lists(check, shared, routed);
   const auto n = static_cast<int64_t>(routed.size());
   check.device("coefficients", coefficients_in, routed[0], "routed[0]");
-  check.shape("coefficients", coefficients_in, {n, lists.num_experts}, "[len(routed), S + E]", "one row a tensor, shared experts first");
-  check.dtype("coefficients", coefficients_in, accumulator(routed[0]), "coefficients stay in fp32 (fp64 for fp64 experts)");
+  check.shape("coefficients", coefficients_in, {n, lists.num_experts}, "[len(routed), S + E]",
+              "one row a tensor, shared experts first");
+  check.dtype("coefficients", coefficients_in, accumulator(routed[0]),
+              "coefficients stay in fp32 (fp64 for fp64 experts)");
   const Tensor coefficients = coefficients_in.contiguous();
   std::vector<Tensor> merged;
   for (int64_t i = 0; i < n; ++i) {
     merged.push_back(at::empty(routed[i].sizes().slice(1), routed[i].options()));
     lists.tensors[i].merged = merged.back().mutable_data_ptr();
   }
-  const MergeExperts args{
-      check.element(routed[0]), n, lists.num_experts, lists.tensors.data(), coefficients.const_data_ptr(), nullptr};
-  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts, [&](int64_t begin, int64_t end) {
-    cpu::merge_experts(args, begin, end);
-  });
+  const MergeExperts args{check.element(routed[0]),      n,      lists.num_experts, lists.tensors.data(),
+                          coefficients.const_data_ptr(), nullptr};
+  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts,
+                [&](int64_t begin, int64_t end) { cpu::merge_experts(args, begin, end); });
   return merged;
 }
 
@@ -96,23 +97,24 @@ Tensor merge_experts_dots(TensorList grads_in, TensorList shared, TensorList rou
   const Checker check{"merge_experts_dots"};
   Lists lists = check_lists(check, shared, routed);
   const auto n = static_cast<int64_t>(routed.size());
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(grads_in.size()) == n, "ummrm.merge_experts_dots: `grads` must have as many tensors as `routed` (", n,
-      "), got ", grads_in.size(), "; pass one gradient a merged tensor.");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(grads_in.size()) == n,
+                    "ummrm.merge_experts_dots: `grads` must have as many tensors as `routed` (", n, "), got ",
+                    grads_in.size(), "; pass one gradient a merged tensor.");
   std::vector<Tensor> grads;
   for (int64_t i = 0; i < n; ++i) {
     check.device("grads", grads_in[i], routed[0], "routed[0]");
-    check.shape("grads", grads_in[i], routed[i].sizes().slice(1), "a merged tensor's", "pass one gradient a merged tensor");
+    check.shape("grads", grads_in[i], routed[i].sizes().slice(1), "a merged tensor's",
+                "pass one gradient a merged tensor");
     check.dtype("grads", grads_in[i], routed[0].scalar_type(), "all tensors of one call share a dtype");
     grads.push_back(grads_in[i].contiguous());
     lists.tensors[i].grad = grads.back().const_data_ptr();
   }
   const Tensor dots = at::empty({n, lists.num_experts}, routed[0].options().dtype(accumulator(routed[0])));
   std::vector<double> block_dots(lists.blocks * lists.num_experts);
-  const MergeExperts args{check.element(routed[0]), n, lists.num_experts, lists.tensors.data(), nullptr, block_dots.data()};
-  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts, [&](int64_t begin, int64_t end) {
-    cpu::merge_experts_dots(args, begin, end);
-  });
+  const MergeExperts args{check.element(routed[0]), n,       lists.num_experts,
+                          lists.tensors.data(),     nullptr, block_dots.data()};
+  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts,
+                [&](int64_t begin, int64_t end) { cpu::merge_experts_dots(args, begin, end); });
   cpu::merge_experts_dots_finish(args, dots.mutable_data_ptr());
   return dots;
 }

@@ -1,7 +1,7 @@
 // The FFN of the merge phase: merged_ffn, merged_ffn_forward, merged_ffn_backward. One merge_experts call makes every
 // tensor of a dense FFN from the experts, and the dense FFN runs on it. Made of the other operators through the
-// dispatcher. The merged tensors are not kept for backward: merging again costs (S + E + 1) passes over one FFN, keeping
-// them would cost a dense model's memory.
+// dispatcher. The merged tensors are not kept for backward: merging again costs (S + E + 1) passes over one FFN,
+// keeping them would cost a dense model's memory.
 #include <torch/library.h>
 
 #include "check.h"
@@ -41,24 +41,27 @@ struct Parts {
   }
 };
 
-Parts check_arguments(
-    const Checker& check, const Tensor& x, const Tensor& coefficients, const Experts& p, string_view activation, bool glu) {
+Parts check_arguments(const Checker& check, const Tensor& x, const Tensor& coefficients, const Experts& p,
+                      string_view activation, bool glu) {
   check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
   check.floating("x", x);
   check.activation(activation);
   check.floating("routed_up", p.routed_up);
   const int64_t hidden = x.size(1);
-  check.shape("routed_up", p.routed_up, {-1, -1, hidden}, "[E, 2*I or I, H]", "the experts must take rows of x's width");
+  check.shape("routed_up", p.routed_up, {-1, -1, hidden}, "[E, 2*I or I, H]",
+              "the experts must take rows of x's width");
   const int64_t num_experts = p.routed_up.size(0), pre_width = p.routed_up.size(1);
-  TORCH_CHECK_VALUE(
-      !glu || pre_width % 2 == 0, "ummrm.", check.op, ": `routed_up` must have an even number of rows with glu=True (gate | up), got ",
-      pre_width, "; concatenate gate and up, or pass glu=False.");
-  check.shape("shared_up", p.shared_up, {-1, pre_width, hidden}, "[S, 2*I or I, H]", "shared and routed experts share a shape");
+  TORCH_CHECK_VALUE(!glu || pre_width % 2 == 0, "ummrm.", check.op,
+                    ": `routed_up` must have an even number of rows with glu=True (gate | up), got ", pre_width,
+                    "; concatenate gate and up, or pass glu=False.");
+  check.shape("shared_up", p.shared_up, {-1, pre_width, hidden}, "[S, 2*I or I, H]",
+              "shared and routed experts share a shape");
   const int64_t num_shared = p.shared_up.size(0), width = glu ? pre_width / 2 : pre_width;
   const auto parameter = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape, const char* words) {
     check.device(name, tensor, x, "x");
     check.dtype(name, tensor, p.routed_up.scalar_type(), "give the experts' parameters one dtype");
-    check.shape(name, tensor, shape, words, "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
+    check.shape(name, tensor, shape, words,
+                "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
   };
   parameter("routed_up", p.routed_up, {num_experts, pre_width, hidden}, "[E, 2*I or I, H]");
   parameter("shared_up", p.shared_up, {num_shared, pre_width, hidden}, "[S, 2*I or I, H]");
@@ -66,9 +69,9 @@ Parts check_arguments(
   parameter("routed_down", p.routed_down, {num_experts, hidden, width}, "[E, H, I]");
   const auto pair = [&](const char* shared_name, const OptionalTensor& shared, const char* routed_name,
                         const OptionalTensor& routed, int64_t size) {
-    TORCH_CHECK_VALUE(
-        shared.has_value() == routed.has_value(), "ummrm.", check.op, ": `", shared_name, "` and `", routed_name,
-        "` must both be given or both be None, got only one; pass the other, zeros if it has none.");
+    TORCH_CHECK_VALUE(shared.has_value() == routed.has_value(), "ummrm.", check.op, ": `", shared_name, "` and `",
+                      routed_name,
+                      "` must both be given or both be None, got only one; pass the other, zeros if it has none.");
     if (!shared.has_value()) return false;
     parameter(shared_name, *shared, {num_shared, size}, "[S, width]");
     parameter(routed_name, *routed, {num_experts, size}, "[E, width]");
@@ -78,9 +81,11 @@ Parts check_arguments(
   parts.has_up_bias = pair("shared_up_bias", p.shared_up_bias, "routed_up_bias", p.routed_up_bias, pre_width);
   parts.has_down_bias = pair("shared_down_bias", p.shared_down_bias, "routed_down_bias", p.routed_down_bias, hidden);
   check.device("coefficients", coefficients, x, "x");
-  check.shape("coefficients", coefficients, {parts.num_projections, num_shared + num_experts}, glu ? "[3, S + E]" : "[2, S + E]",
+  check.shape("coefficients", coefficients, {parts.num_projections, num_shared + num_experts},
+              glu ? "[3, S + E]" : "[2, S + E]",
               "one row for each of gate, up and down (up and down without glu), shared experts first");
-  check.dtype("coefficients", coefficients, accumulator(p.routed_up), "coefficients stay in fp32 (fp64 for fp64 experts)");
+  check.dtype("coefficients", coefficients, accumulator(p.routed_up),
+              "coefficients stay in fp32 (fp64 for fp64 experts)");
   parts.add_up(p.shared_up, p.routed_up);
   parts.add(p.shared_down, p.routed_down, parts.num_projections - 1);
   if (parts.has_up_bias) parts.add_up(*p.shared_up_bias, *p.routed_up_bias);
@@ -122,24 +127,26 @@ Dense merge(const Parts& parts, const Tensor& coefficients, at::ScalarType dtype
 // rows @ proj^T + bias, or rows @ proj: expert_gemm with the dense tensor as its only, shared, expert.
 Tensor dense_gemm(const Tensor& rows, const Tensor& proj, const OptionalTensor& bias, bool transpose) {
   const Tensor none = proj.slice(0, 0, 0), offsets = at::zeros({1}, rows.options().dtype(at::kInt));
-  return UMMRM_DISPATCHED(expert_gemm).call(
-      rows, rows.slice(0, 0, 0), proj, none, offsets, rows.size(0), bias, std::nullopt, transpose);
+  return UMMRM_DISPATCHED(expert_gemm)
+      .call(rows, rows.slice(0, 0, 0), proj, none, offsets, rows.size(0), bias, std::nullopt, transpose);
 }
 
 Tensor dense_wgrad(const Tensor& grad, const Tensor& rows) {
   const Tensor offsets = at::zeros({1}, rows.options().dtype(at::kInt));
-  return std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad).call(
-      grad, grad.slice(0, 0, 0), rows, rows.slice(0, 0, 0), offsets, rows.size(0), 1, true, false))[0];
+  return std::get<0>(
+      UMMRM_DISPATCHED(expert_gemm_wgrad)
+          .call(grad, grad.slice(0, 0, 0), rows, rows.slice(0, 0, 0), offsets, rows.size(0), 1, true, false))[0];
 }
 
 Tensor dense_bias_grad(const Tensor& grad) {
   const Tensor offsets = at::zeros({1}, grad.options().dtype(at::kInt));
-  return std::get<0>(UMMRM_DISPATCHED(expert_bias_grad).call(
-      grad, grad.slice(0, 0, 0), std::nullopt, offsets, grad.size(0), 1, true, false))[0];
+  return std::get<0>(UMMRM_DISPATCHED(expert_bias_grad)
+                         .call(grad, grad.slice(0, 0, 0), std::nullopt, offsets, grad.size(0), 1, true, false))[0];
 }
 
 // The experts' gradients c_e * dW, [n, ...], from the gradients of a tensor's parts and their coefficient rows.
-Tensor expert_grads(const std::vector<Tensor>& parts, const Tensor& coefficients, int64_t first_row, int64_t first_expert, const Tensor& like) {
+Tensor expert_grads(const std::vector<Tensor>& parts, const Tensor& coefficients, int64_t first_row,
+                    int64_t first_expert, const Tensor& like) {
   const Tensor out = at::empty(like.sizes(), like.options());
   for (int64_t e = 0; e < like.size(0); ++e) {
     int64_t row = 0;
@@ -154,11 +161,13 @@ Tensor expert_grads(const std::vector<Tensor>& parts, const Tensor& coefficients
 
 }  // namespace
 
-Tensor2 merged_ffn_forward(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
-                           const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
-                           const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
-                           const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
-  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+Tensor2 merged_ffn_forward(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up,
+                           const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+                           const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                           const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+                           string_view activation, bool glu) {
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
   const Parts parts = check_arguments(Checker{"merged_ffn"}, x, coefficients, p, activation, glu);
   const NoAutocast no_autocast;  // dtypes are settled
   const Dense dense = merge(parts, coefficients, x.scalar_type());
@@ -171,23 +180,36 @@ Tensor merged_ffn(const Tensor& x, const Tensor& coefficients, const Tensor& sha
                   const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
                   const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
                   const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
-  return std::get<0>(merged_ffn_forward(
-      x, coefficients, shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
-      routed_down_bias, activation, glu));
+  return std::get<0>(merged_ffn_forward(x, coefficients, shared_up, routed_up, shared_down, routed_down, shared_up_bias,
+                                        routed_up_bias, shared_down_bias, routed_down_bias, activation, glu));
 }
 
-std::vector<Tensor> merged_ffn_backward(
-    const Tensor& grad_out, const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
-    const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
-    const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
-    const Tensor& pre_activation, string_view activation, bool glu, std::array<bool, 10> need) {
+std::vector<Tensor> merged_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& coefficients,
+                                        const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+                                        const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                                        const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                                        const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+                                        string_view activation, bool glu, std::array<bool, 10> need) {
   const Checker check{"merged_ffn_backward"};
-  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
   const Parts parts = check_arguments(check, x, coefficients, p, activation, glu);
   check.shape("grad_out", grad_out, x.sizes(), "[T, H]", "pass the gradient of merged_ffn's result");
   check.dtype("grad_out", grad_out, x.scalar_type(), "pass the gradient of merged_ffn's result");
-  check.shape("pre_activation", pre_activation, {x.size(0), routed_up.size(1)}, "[T, 2*I or I]", "pass what merged_ffn_forward returned");
-  enum { kX, kCoefficients, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias, kSharedDownBias, kRoutedDownBias };
+  check.shape("pre_activation", pre_activation, {x.size(0), routed_up.size(1)}, "[T, 2*I or I]",
+              "pass what merged_ffn_forward returned");
+  enum {
+    kX,
+    kCoefficients,
+    kSharedUp,
+    kRoutedUp,
+    kSharedDown,
+    kRoutedDown,
+    kSharedUpBias,
+    kRoutedUpBias,
+    kSharedDownBias,
+    kRoutedDownBias
+  };
   const NoAutocast no_autocast;
   std::vector<Tensor> grads = empty_grads(need.size(), x);
   const bool up_weights = need[kCoefficients] || need[kSharedUp] || need[kRoutedUp];
@@ -199,16 +221,16 @@ std::vector<Tensor> merged_ffn_backward(
   const auto dtype = routed_up.scalar_type();
   const auto split_up = [&](const Tensor& grad) {
     const Tensor wide = grad.to(dtype);
-    return glu ? std::vector<Tensor>{wide.slice(0, 0, parts.width), wide.slice(0, parts.width)} : std::vector<Tensor>{wide};
+    return glu ? std::vector<Tensor>{wide.slice(0, 0, parts.width), wide.slice(0, parts.width)}
+               : std::vector<Tensor>{wide};
   };
   std::vector<Tensor> grad_up, grad_down, grad_up_bias, grad_down_bias;
   if (down_bias) grad_down_bias = {dense_bias_grad(grad_out).to(dtype)};
   if (need[kX] || up_weights || up_bias || down_weights) {
     const Dense dense = merge(parts, coefficients, x.scalar_type());
     // Weights of one make the activation a by-product of its backward, in the same pass.
-    const OptionalTensor ones = down_weights
-        ? OptionalTensor(at::ones({x.size(0)}, x.options().dtype(accumulator(x))))
-        : std::nullopt;
+    const OptionalTensor ones =
+        down_weights ? OptionalTensor(at::ones({x.size(0)}, x.options().dtype(accumulator(x)))) : std::nullopt;
     const Tensor grad_act = dense_gemm(grad_out, dense.down, std::nullopt, true);
     const auto [grad_pre, act, dots] =
         UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, ones, activation, glu);
@@ -230,7 +252,8 @@ std::vector<Tensor> merged_ffn_backward(
     grads[kCoefficients] = total;
   }
   const int64_t num_shared = shared_up.size(0), down_row = parts.num_projections - 1;
-  const auto fill = [&](int64_t at, const std::vector<Tensor>& of, int64_t row, const Tensor& shared, const Tensor& routed) {
+  const auto fill = [&](int64_t at, const std::vector<Tensor>& of, int64_t row, const Tensor& shared,
+                        const Tensor& routed) {
     if (need[at]) grads[at] = expert_grads(of, coefficients, row, 0, shared);
     if (need[at + 1]) grads[at + 1] = expert_grads(of, coefficients, row, num_shared, routed);
   };

@@ -23,58 +23,70 @@ void define(torch::Library& m, const std::string& schema) { m.def(schema.c_str()
 TORCH_LIBRARY(ummrm, m) {
   const std::string experts = kExperts;
   // routing
-  define(m, "route(Tensor logits, Tensor? mask, Tensor? clean_logits, int top_k, str gate, float fixed_shared_weight) -> "
-            "(Tensor shared_weight, Tensor routed_weights, Tensor expert_indices, Tensor tokens_per_expert, "
-            "Tensor mean_prob, Tensor mean_z)");
-  define(m, "route_backward(Tensor grad_shared_weight, Tensor grad_routed_weights, Tensor grad_mean_prob, "
-            "Tensor grad_mean_z, Tensor logits, Tensor? mask, Tensor? clean_logits, Tensor expert_indices, "
-            "Tensor tokens_per_expert, str gate, float fixed_shared_weight) -> "
-            "(Tensor grad_logits, Tensor grad_clean_logits)");
-  define(m, "sort_slots(Tensor expert_indices, int num_experts) -> "
-            "(Tensor slot_to_sorted, Tensor sorted_to_slot, Tensor expert_offsets)");
+  define(m,
+         "route(Tensor logits, Tensor? mask, Tensor? clean_logits, int top_k, str gate, float fixed_shared_weight) -> "
+         "(Tensor shared_weight, Tensor routed_weights, Tensor expert_indices, Tensor tokens_per_expert, "
+         "Tensor mean_prob, Tensor mean_z)");
+  define(m,
+         "route_backward(Tensor grad_shared_weight, Tensor grad_routed_weights, Tensor grad_mean_prob, "
+         "Tensor grad_mean_z, Tensor logits, Tensor? mask, Tensor? clean_logits, Tensor expert_indices, "
+         "Tensor tokens_per_expert, str gate, float fixed_shared_weight) -> "
+         "(Tensor grad_logits, Tensor grad_clean_logits)");
+  define(m,
+         "sort_slots(Tensor expert_indices, int num_experts) -> "
+         "(Tensor slot_to_sorted, Tensor sorted_to_slot, Tensor expert_offsets)");
   // permute
   define(m, "permute(Tensor x, Tensor sorted_to_slot, Tensor expert_offsets, int top_k) -> Tensor");
-  define(m, "unpermute(Tensor rows, Tensor slot_to_sorted, Tensor expert_offsets, Tensor? shared_weight, "
-            "Tensor? routed_weights, int num_shared_experts, int top_k) -> Tensor");
-  define(m, "unpermute_backward(Tensor grad_out, Tensor rows, Tensor slot_to_sorted, Tensor expert_offsets, "
-            "Tensor? shared_weight, Tensor? routed_weights, int num_shared_experts, int top_k) -> "
-            "(Tensor grad_rows, Tensor grad_shared_weight, Tensor grad_routed_weights)");
+  define(m,
+         "unpermute(Tensor rows, Tensor slot_to_sorted, Tensor expert_offsets, Tensor? shared_weight, "
+         "Tensor? routed_weights, int num_shared_experts, int top_k) -> Tensor");
+  define(m,
+         "unpermute_backward(Tensor grad_out, Tensor rows, Tensor slot_to_sorted, Tensor expert_offsets, "
+         "Tensor? shared_weight, Tensor? routed_weights, int num_shared_experts, int top_k) -> "
+         "(Tensor grad_rows, Tensor grad_shared_weight, Tensor grad_routed_weights)");
   // expert_gemm
-  define(m, "expert_gemm(Tensor shared_rows, Tensor routed_rows, Tensor shared_proj, Tensor routed_proj, "
-            "Tensor expert_offsets, int num_tokens, Tensor? shared_bias=None, Tensor? routed_bias=None, "
-            "bool transpose=False) -> Tensor");
-  define(m, "expert_gemm_wgrad(Tensor grad_shared_rows, Tensor grad_routed_rows, Tensor shared_rows, Tensor routed_rows, "
-            "Tensor expert_offsets, int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> "
-            "(Tensor, Tensor)");
-  define(m, "expert_bias_grad(Tensor shared_rows, Tensor routed_rows, Tensor? row_weights, Tensor expert_offsets, "
-            "int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> (Tensor, Tensor)");
+  define(m,
+         "expert_gemm(Tensor shared_rows, Tensor routed_rows, Tensor shared_proj, Tensor routed_proj, "
+         "Tensor expert_offsets, int num_tokens, Tensor? shared_bias=None, Tensor? routed_bias=None, "
+         "bool transpose=False) -> Tensor");
+  define(m,
+         "expert_gemm_wgrad(Tensor grad_shared_rows, Tensor grad_routed_rows, Tensor shared_rows, Tensor routed_rows, "
+         "Tensor expert_offsets, int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> "
+         "(Tensor, Tensor)");
+  define(m,
+         "expert_bias_grad(Tensor shared_rows, Tensor routed_rows, Tensor? row_weights, Tensor expert_offsets, "
+         "int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> (Tensor, Tensor)");
   // activation
   define(m, "activation(Tensor pre_activation, str kind, bool glu) -> Tensor");
-  define(m, "activation_backward(Tensor grad, Tensor pre_activation, Tensor? row_weights, str kind, bool glu) -> "
-            "(Tensor grad_pre_activation, Tensor weighted_activation, Tensor row_dots)");
+  define(m,
+         "activation_backward(Tensor grad, Tensor pre_activation, Tensor? row_weights, str kind, bool glu) -> "
+         "(Tensor grad_pre_activation, Tensor weighted_activation, Tensor row_dots)");
   // merge_experts
   define(m, "merge_experts(Tensor[] shared, Tensor[] routed, Tensor coefficients) -> Tensor[]");
   define(m, "merge_experts_dots(Tensor[] grads, Tensor[] shared, Tensor[] routed) -> Tensor");
   // moe_ffn
   const std::string moe = "Tensor x, Tensor shared_weight, Tensor routed_weights, Tensor expert_indices, " + experts;
   define(m, "moe_ffn(" + moe + ", str activation, bool glu) -> Tensor");
-  define(m, "moe_ffn_forward(" + moe + ", str activation, bool glu) -> (Tensor out, Tensor pre_activation, "
-            "Tensor slot_to_sorted, Tensor sorted_to_slot, Tensor expert_offsets)");
-  define(m, "moe_ffn_backward(Tensor grad_out, " + moe + ", Tensor pre_activation, Tensor slot_to_sorted, "
-            "Tensor sorted_to_slot, Tensor expert_offsets, str activation, bool glu, bool[11] need) -> Tensor[]");
+  define(m, "moe_ffn_forward(" + moe +
+                ", str activation, bool glu) -> (Tensor out, Tensor pre_activation, "
+                "Tensor slot_to_sorted, Tensor sorted_to_slot, Tensor expert_offsets)");
+  define(m, "moe_ffn_backward(Tensor grad_out, " + moe +
+                ", Tensor pre_activation, Tensor slot_to_sorted, "
+                "Tensor sorted_to_slot, Tensor expert_offsets, str activation, bool glu, bool[11] need) -> Tensor[]");
   // merged_ffn
   const std::string merged = "Tensor x, Tensor coefficients, " + experts;
   define(m, "merged_ffn(" + merged + ", str activation, bool glu) -> Tensor");
   define(m, "merged_ffn_forward(" + merged + ", str activation, bool glu) -> (Tensor out, Tensor pre_activation)");
-  define(m, "merged_ffn_backward(Tensor grad_out, " + merged + ", Tensor pre_activation, str activation, bool glu, "
-            "bool[10] need) -> Tensor[]");
+  define(m, "merged_ffn_backward(Tensor grad_out, " + merged +
+                ", Tensor pre_activation, str activation, bool glu, "
+                "bool[10] need) -> Tensor[]");
 }
 
 py::dict build_info() {
   py::dict info;
   info["torch_version"] = TORCH_VERSION;
   info["cpp_standard"] = static_cast<int64_t>(__cplusplus);
-  #if defined(__clang__)
+#if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
   info["compiler"] = "gcc " __VERSION__;
@@ -100,13 +112,20 @@ void define_launchers(py::module_ m) {
   m.def("expert_bias_grad", &ummrm::expert_bias_grad, release());
   m.def("activation", &ummrm::activation, release());
   m.def("activation_backward", &ummrm::activation_backward, release());
-  m.def("merge_experts", [](const Tensors& shared, const Tensors& routed, const at::Tensor& coefficients) {
-    return ummrm::merge_experts(shared, routed, coefficients);
-  }, release());
-  m.def("merge_experts_dots", [](const Tensors& grads, const Tensors& shared, const Tensors& routed) {
-    return ummrm::merge_experts_dots(grads, shared, routed);
-  }, release());
-  m.def("onednn_product", &ummrm::onednn_product, release(), "a @ b (+ bias) in fp32, the alternative of csrc/gemm.cpp.");
+  m.def(
+      "merge_experts",
+      [](const Tensors& shared, const Tensors& routed, const at::Tensor& coefficients) {
+        return ummrm::merge_experts(shared, routed, coefficients);
+      },
+      release());
+  m.def(
+      "merge_experts_dots",
+      [](const Tensors& grads, const Tensors& shared, const Tensors& routed) {
+        return ummrm::merge_experts_dots(grads, shared, routed);
+      },
+      release());
+  m.def("onednn_product", &ummrm::onednn_product, release(),
+        "a @ b (+ bias) in fp32, the alternative of csrc/gemm.cpp.");
   m.def("moe_ffn", &ummrm::moe_ffn, release());
   m.def("moe_ffn_forward", &ummrm::moe_ffn_forward, release());
   m.def("moe_ffn_backward", &ummrm::moe_ffn_backward, release());

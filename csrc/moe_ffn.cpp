@@ -19,16 +19,16 @@ struct Sizes {
   int64_t shared_rows() const { return num_shared * tokens; }
 };
 
-void check_parameter(
-    const Checker& check, const char* name, const Tensor& tensor, const Tensor& x, at::IntArrayRef shape, const char* words) {
+void check_parameter(const Checker& check, const char* name, const Tensor& tensor, const Tensor& x,
+                     at::IntArrayRef shape, const char* words) {
   check.device(name, tensor, x, "x");
   check.dtype(name, tensor, x.scalar_type(), "give input and experts one dtype, or run under torch.autocast");
-  check.shape(name, tensor, shape, words, "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
+  check.shape(name, tensor, shape, words,
+              "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]");
 }
 
-Sizes check_arguments(
-    const Checker& check, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
-    const Tensor& expert_indices, const Experts& p, string_view activation, bool glu) {
+Sizes check_arguments(const Checker& check, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+                      const Tensor& expert_indices, const Experts& p, string_view activation, bool glu) {
   check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
   check.floating("x", x);
   check.activation(activation);
@@ -37,19 +37,22 @@ Sizes check_arguments(
   check.dtype("expert_indices", expert_indices, at::kInt, from_route);
   check.device("expert_indices", expert_indices, x, "x");
   check.at_least("expert_indices.shape[1]", expert_indices.size(1), 1);
-  check.shape("routed_up", p.routed_up, {-1, -1, x.size(1)}, "[E, 2*I or I, H]", "the experts must take rows of x's width");
-  check.shape("shared_up", p.shared_up, {-1, p.routed_up.size(1), x.size(1)}, "[S, 2*I or I, H]", "shared and routed experts share a shape");
+  check.shape("routed_up", p.routed_up, {-1, -1, x.size(1)}, "[E, 2*I or I, H]",
+              "the experts must take rows of x's width");
+  check.shape("shared_up", p.shared_up, {-1, p.routed_up.size(1), x.size(1)}, "[S, 2*I or I, H]",
+              "shared and routed experts share a shape");
   const int64_t pre_width = p.routed_up.size(1);
-  TORCH_CHECK_VALUE(
-      !glu || pre_width % 2 == 0, "ummrm.", check.op, ": `routed_up` must have an even number of rows with glu=True (gate | up), got ",
-      pre_width, "; concatenate gate and up, or pass glu=False.");
-  const Sizes n{x.size(0), x.size(1), expert_indices.size(1), p.shared_up.size(0), p.routed_up.size(0), pre_width,
-                glu ? pre_width / 2 : pre_width};
+  TORCH_CHECK_VALUE(!glu || pre_width % 2 == 0, "ummrm.", check.op,
+                    ": `routed_up` must have an even number of rows with glu=True (gate | up), got ", pre_width,
+                    "; concatenate gate and up, or pass glu=False.");
+  const Sizes n{x.size(0),           x.size(1), expert_indices.size(1),         p.shared_up.size(0),
+                p.routed_up.size(0), pre_width, glu ? pre_width / 2 : pre_width};
   check_parameter(check, "shared_up", p.shared_up, x, {n.num_shared, n.pre_width, n.hidden}, "[S, 2*I or I, H]");
   check_parameter(check, "routed_up", p.routed_up, x, {n.num_experts, n.pre_width, n.hidden}, "[E, 2*I or I, H]");
   check_parameter(check, "shared_down", p.shared_down, x, {n.num_shared, n.hidden, n.width}, "[S, H, I]");
   check_parameter(check, "routed_down", p.routed_down, x, {n.num_experts, n.hidden, n.width}, "[E, H, I]");
-  const auto check_bias = [&](const char* name, const OptionalTensor& bias, int64_t experts, int64_t width, const char* words) {
+  const auto check_bias = [&](const char* name, const OptionalTensor& bias, int64_t experts, int64_t width,
+                              const char* words) {
     if (bias.has_value()) check_parameter(check, name, *bias, x, {experts, width}, words);
   };
   check_bias("shared_up_bias", p.shared_up_bias, n.num_shared, n.pre_width, "[S, 2*I or I]");
@@ -83,9 +86,8 @@ Tensor shared_gate_grad(const Tensor& dots, const Tensor& grad_out, const Option
   return total / std::max<int64_t>(n.num_shared, 1);
 }
 
-Tensor routed_gate_grad(
-    const Tensor& dots, const Tensor& slot_to_sorted, const Tensor& expert_indices, const Tensor& grad_out,
-    const OptionalTensor& bias, const Sizes& n) {
+Tensor routed_gate_grad(const Tensor& dots, const Tensor& slot_to_sorted, const Tensor& expert_indices,
+                        const Tensor& grad_out, const OptionalTensor& bias, const Sizes& n) {
   const Tensor of_slots = dots.slice(0, n.shared_rows()).index_select(0, slot_to_sorted).view({n.tokens, n.top_k});
   if (!bias.has_value()) return of_slots;
   const Tensor from_bias = bias_dots(grad_out, *bias).gather(1, expert_indices.clamp_min(0).to(at::kLong));
@@ -99,23 +101,28 @@ Tensor5 moe_ffn_forward(const Tensor& x, const Tensor& shared_weight, const Tens
                         const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
                         const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
                         const OptionalTensor& routed_down_bias, string_view activation, bool glu) {
-  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
-  const Sizes n = check_arguments(Checker{"moe_ffn"}, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Sizes n =
+      check_arguments(Checker{"moe_ffn"}, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
   const NoAutocast no_autocast;  // dtypes are settled
-  const auto [slot_to_sorted, sorted_to_slot, offsets] = UMMRM_DISPATCHED(sort_slots).call(expert_indices, n.num_experts);
+  const auto [slot_to_sorted, sorted_to_slot, offsets] =
+      UMMRM_DISPATCHED(sort_slots).call(expert_indices, n.num_experts);
   Tensor pre_activation, rows;
   {
     const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
-    pre_activation = UMMRM_DISPATCHED(expert_gemm).call(
-        x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, false);
+    pre_activation =
+        UMMRM_DISPATCHED(expert_gemm)
+            .call(x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, false);
   }
   {
     const auto [shared, routed] = split(UMMRM_DISPATCHED(ummrm::activation).call(pre_activation, activation, glu), n);
-    rows = UMMRM_DISPATCHED(expert_gemm).call(
-        shared, routed, shared_down, routed_down, offsets, n.tokens, shared_down_bias, routed_down_bias, false);
+    rows = UMMRM_DISPATCHED(expert_gemm)
+               .call(shared, routed, shared_down, routed_down, offsets, n.tokens, shared_down_bias, routed_down_bias,
+                     false);
   }
-  const Tensor out = UMMRM_DISPATCHED(unpermute).call(
-      rows, slot_to_sorted, offsets, shared_weight, routed_weights, n.num_shared, n.top_k);
+  const Tensor out = UMMRM_DISPATCHED(unpermute).call(rows, slot_to_sorted, offsets, shared_weight, routed_weights,
+                                                      n.num_shared, n.top_k);
   return {out, pre_activation, slot_to_sorted, sorted_to_slot, offsets};
 }
 
@@ -124,45 +131,58 @@ Tensor moe_ffn(const Tensor& x, const Tensor& shared_weight, const Tensor& route
                const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
                const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, string_view activation,
                bool glu) {
-  return std::get<0>(moe_ffn_forward(
-      x, shared_weight, routed_weights, expert_indices, shared_up, routed_up, shared_down, routed_down, shared_up_bias,
-      routed_up_bias, shared_down_bias, routed_down_bias, activation, glu));
+  return std::get<0>(moe_ffn_forward(x, shared_weight, routed_weights, expert_indices, shared_up, routed_up,
+                                     shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
+                                     routed_down_bias, activation, glu));
 }
 
-std::vector<Tensor> moe_ffn_backward(
-    const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
-    const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
-    const Tensor& routed_down, const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
-    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
-    const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets, string_view activation, bool glu,
-    std::array<bool, 11> need) {
+std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                                     const Tensor& routed_weights, const Tensor& expert_indices,
+                                     const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+                                     const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                                     const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                                     const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+                                     const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets,
+                                     string_view activation, bool glu, std::array<bool, 11> need) {
   const Checker check{"moe_ffn_backward"};
-  const Experts p{shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
   const Sizes n = check_arguments(check, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
   check.shape("grad_out", grad_out, x.sizes(), "[T, H]", "pass the gradient of moe_ffn's result");
   check.dtype("grad_out", grad_out, x.scalar_type(), "pass the gradient of moe_ffn's result");
-  check.shape(
-      "pre_activation", pre_activation, {n.shared_rows() + n.tokens * n.top_k, n.pre_width}, "[S*T + T*K, 2*I or I]",
-      "pass what moe_ffn_forward returned");
-  enum { kX, kSharedWeight, kRoutedWeights, kSharedUp, kRoutedUp, kSharedDown, kRoutedDown, kSharedUpBias, kRoutedUpBias,
-         kSharedDownBias, kRoutedDownBias };
+  check.shape("pre_activation", pre_activation, {n.shared_rows() + n.tokens * n.top_k, n.pre_width},
+              "[S*T + T*K, 2*I or I]", "pass what moe_ffn_forward returned");
+  enum {
+    kX,
+    kSharedWeight,
+    kRoutedWeights,
+    kSharedUp,
+    kRoutedUp,
+    kSharedDown,
+    kRoutedDown,
+    kSharedUpBias,
+    kRoutedUpBias,
+    kSharedDownBias,
+    kRoutedDownBias
+  };
   const NoAutocast no_autocast;
   std::vector<Tensor> grads = empty_grads(need.size(), x);
   const bool up_side = need[kX] || need[kSharedUp] || need[kRoutedUp] || need[kSharedUpBias] || need[kRoutedUpBias];
-  const bool hidden_side = up_side || need[kSharedWeight] || need[kRoutedWeights] || need[kSharedDown] || need[kRoutedDown];
+  const bool hidden_side =
+      up_side || need[kSharedWeight] || need[kRoutedWeights] || need[kSharedDown] || need[kRoutedDown];
 
   // The gate weight of each row of the combined buffer.
-  const Tensor row_weights = at::cat(
-      {(shared_weight / std::max<int64_t>(n.num_shared, 1)).repeat({n.num_shared}),
-       routed_weights.reshape({-1}).index_select(0, sorted_to_slot)});
+  const Tensor row_weights = at::cat({(shared_weight / std::max<int64_t>(n.num_shared, 1)).repeat({n.num_shared}),
+                                      routed_weights.reshape({-1}).index_select(0, sorted_to_slot)});
   Tensor grad_pre;
   {
     const Tensor grad_rows = UMMRM_DISPATCHED(permute).call(grad_out, sorted_to_slot, offsets, n.top_k);
     if (hidden_side) {
       Tensor weighted, dots;
       {
-        const Tensor grad_act = UMMRM_DISPATCHED(expert_gemm).call(
-            grad_out, grad_rows, shared_down, routed_down, offsets, n.tokens, std::nullopt, std::nullopt, true);
+        const Tensor grad_act = UMMRM_DISPATCHED(expert_gemm)
+                                    .call(grad_out, grad_rows, shared_down, routed_down, offsets, n.tokens,
+                                          std::nullopt, std::nullopt, true);
         std::tie(grad_pre, weighted, dots) =
             UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, row_weights, activation, glu);
       }
@@ -172,13 +192,17 @@ std::vector<Tensor> moe_ffn_backward(
       }
       if (need[kSharedDown] || need[kRoutedDown]) {
         const auto [shared, routed] = split(weighted, n);
-        std::tie(grads[kSharedDown], grads[kRoutedDown]) = UMMRM_DISPATCHED(expert_gemm_wgrad).call(
-            grad_out, grad_rows, shared, routed, offsets, n.tokens, n.num_shared, need[kSharedDown], need[kRoutedDown]);
+        std::tie(grads[kSharedDown], grads[kRoutedDown]) =
+            UMMRM_DISPATCHED(expert_gemm_wgrad)
+                .call(grad_out, grad_rows, shared, routed, offsets, n.tokens, n.num_shared, need[kSharedDown],
+                      need[kRoutedDown]);
       }
     }
     if (need[kSharedDownBias] || need[kRoutedDownBias]) {
-      std::tie(grads[kSharedDownBias], grads[kRoutedDownBias]) = UMMRM_DISPATCHED(expert_bias_grad).call(
-          grad_out, grad_rows, row_weights, offsets, n.tokens, n.num_shared, need[kSharedDownBias], need[kRoutedDownBias]);
+      std::tie(grads[kSharedDownBias], grads[kRoutedDownBias]) =
+          UMMRM_DISPATCHED(expert_bias_grad)
+              .call(grad_out, grad_rows, row_weights, offsets, n.tokens, n.num_shared, need[kSharedDownBias],
+                    need[kRoutedDownBias]);
     }
   }
   if (!up_side) return grads;
@@ -186,22 +210,26 @@ std::vector<Tensor> moe_ffn_backward(
   const auto [grad_shared, grad_routed] = split(grad_pre, n);
   if (need[kRoutedUp]) {
     const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
-    std::tie(grads[kSharedUp], grads[kRoutedUp]) = UMMRM_DISPATCHED(expert_gemm_wgrad).call(
-        grad_shared, grad_routed, x, gathered, offsets, n.tokens, n.num_shared, need[kSharedUp], true);
+    std::tie(grads[kSharedUp], grads[kRoutedUp]) =
+        UMMRM_DISPATCHED(expert_gemm_wgrad)
+            .call(grad_shared, grad_routed, x, gathered, offsets, n.tokens, n.num_shared, need[kSharedUp], true);
   } else if (need[kSharedUp]) {  // as a layer without routed experts, so that nothing is gathered
-    grads[kSharedUp] = std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad).call(
-        grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0), at::zeros({1}, offsets.options()), n.tokens,
-        n.num_shared, true, false));
+    grads[kSharedUp] = std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
+                                       .call(grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0),
+                                             at::zeros({1}, offsets.options()), n.tokens, n.num_shared, true, false));
   }
   if (need[kSharedUpBias] || need[kRoutedUpBias]) {
-    std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) = UMMRM_DISPATCHED(expert_bias_grad).call(
-        grad_shared, grad_routed, std::nullopt, offsets, n.tokens, n.num_shared, need[kSharedUpBias], need[kRoutedUpBias]);
+    std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) =
+        UMMRM_DISPATCHED(expert_bias_grad)
+            .call(grad_shared, grad_routed, std::nullopt, offsets, n.tokens, n.num_shared, need[kSharedUpBias],
+                  need[kRoutedUpBias]);
   }
   if (need[kX]) {
-    const Tensor grad_rows = UMMRM_DISPATCHED(expert_gemm).call(
-        grad_shared, grad_routed, shared_up, routed_up, offsets, n.tokens, std::nullopt, std::nullopt, true);
-    grads[kX] = UMMRM_DISPATCHED(unpermute).call(
-        grad_rows, slot_to_sorted, offsets, std::nullopt, std::nullopt, n.num_shared, n.top_k);
+    const Tensor grad_rows =
+        UMMRM_DISPATCHED(expert_gemm)
+            .call(grad_shared, grad_routed, shared_up, routed_up, offsets, n.tokens, std::nullopt, std::nullopt, true);
+    grads[kX] = UMMRM_DISPATCHED(unpermute).call(grad_rows, slot_to_sorted, offsets, std::nullopt, std::nullopt,
+                                                 n.num_shared, n.top_k);
   }
   return grads;
 }

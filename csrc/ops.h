@@ -24,10 +24,10 @@ using Tensor6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor6 route(const Tensor& logits, const OptionalTensor& mask, const OptionalTensor& clean_logits, int64_t top_k,
               string_view gate, double fixed_shared_weight);
-Tensor2 route_backward(const Tensor& grad_shared_weight, const Tensor& grad_routed_weights, const Tensor& grad_mean_prob,
-                       const Tensor& grad_mean_z, const Tensor& logits, const OptionalTensor& mask,
-                       const OptionalTensor& clean_logits, const Tensor& expert_indices, const Tensor& tokens_per_expert,
-                       string_view gate, double fixed_shared_weight);
+Tensor2 route_backward(const Tensor& grad_shared_weight, const Tensor& grad_routed_weights,
+                       const Tensor& grad_mean_prob, const Tensor& grad_mean_z, const Tensor& logits,
+                       const OptionalTensor& mask, const OptionalTensor& clean_logits, const Tensor& expert_indices,
+                       const Tensor& tokens_per_expert, string_view gate, double fixed_shared_weight);
 Tensor3 sort_slots(const Tensor& expert_indices, int64_t num_experts);
 
 Tensor permute(const Tensor& x, const Tensor& sorted_to_slot, const Tensor& expert_offsets, int64_t top_k);
@@ -65,31 +65,33 @@ Tensor5 moe_ffn_forward(const Tensor& x, const Tensor& shared_weight, const Tens
                         const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
                         const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
                         const OptionalTensor& routed_down_bias, string_view activation, bool glu);
-std::vector<Tensor> moe_ffn_backward(
-    const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
-    const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
-    const Tensor& routed_down, const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
-    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
-    const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& expert_offsets, string_view activation,
-    bool glu, std::array<bool, 11> need);
+std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                                     const Tensor& routed_weights, const Tensor& expert_indices,
+                                     const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+                                     const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                                     const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                                     const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+                                     const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
+                                     const Tensor& expert_offsets, string_view activation, bool glu,
+                                     std::array<bool, 11> need);
 
 Tensor merged_ffn(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
                   const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
                   const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
                   const OptionalTensor& routed_down_bias, string_view activation, bool glu);
-Tensor2 merged_ffn_forward(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
-                           const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
-                           const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
-                           const OptionalTensor& routed_down_bias, string_view activation, bool glu);
-std::vector<Tensor> merged_ffn_backward(
-    const Tensor& grad_out, const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
-    const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
-    const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
-    const Tensor& pre_activation, string_view activation, bool glu, std::array<bool, 10> need);
+Tensor2 merged_ffn_forward(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up,
+                           const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+                           const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                           const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+                           string_view activation, bool glu);
+std::vector<Tensor> merged_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& coefficients,
+                                        const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+                                        const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                                        const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                                        const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+                                        string_view activation, bool glu, std::array<bool, 10> need);
 
-inline std::string qualified_name(std::string op) {
-  return op.starts_with("ummrm::") ? op : "ummrm::" + op;
-}
+inline std::string qualified_name(std::string op) { return op.starts_with("ummrm::") ? op : "ummrm::" + op; }
 
 // The operator `name` through the dispatcher, with the signature of its C++ function: for compositions, so that
 // whichever backend serves the device runs.
@@ -99,10 +101,10 @@ auto find_operator(Function*, const char* name) {
 }
 
 // `op` is the function's name, qualified where another name hides it.
-#define UMMRM_DISPATCHED(op)                                                                        \
-  ([]() -> const auto& {                                                                            \
-    static const auto handle = ::ummrm::find_operator(&op, ::ummrm::qualified_name(#op).c_str());   \
-    return handle;                                                                                  \
+#define UMMRM_DISPATCHED(op)                                                                      \
+  ([]() -> const auto& {                                                                          \
+    static const auto handle = ::ummrm::find_operator(&op, ::ummrm::qualified_name(#op).c_str()); \
+    return handle;                                                                                \
   }())
 
 }  // namespace ummrm

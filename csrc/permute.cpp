@@ -14,9 +14,9 @@ struct Sizes {
 };
 
 // What unpermute and its backward share.
-Sizes check_unpermute(
-    const Checker& check, const Tensor& rows, const Tensor& slot_to_sorted, const Tensor& expert_offsets,
-    const OptionalTensor& shared_weight, const OptionalTensor& routed_weights, int64_t num_shared, int64_t top_k) {
+Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& slot_to_sorted,
+                      const Tensor& expert_offsets, const OptionalTensor& shared_weight,
+                      const OptionalTensor& routed_weights, int64_t num_shared, int64_t top_k) {
   check.floating("rows", rows);
   check.at_least("top_k", top_k, 1);
   check.at_least("num_shared_experts", num_shared, 0);
@@ -24,11 +24,11 @@ Sizes check_unpermute(
   check.index("expert_offsets", expert_offsets, -1, "[E + 1]");
   check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
   const int64_t slots = slot_to_sorted.numel(), tokens = slots / top_k;
-  TORCH_CHECK_VALUE(
-      slots % top_k == 0, "ummrm.", check.op, ": `slot_to_sorted` must have T * top_k entries, a multiple of ", top_k,
-      ", got ", slots, "; pass the top_k that route used.");
-  check.shape(
-      "rows", rows, {num_shared * tokens + slots, -1}, "[S*T + T*K, H]", "put the shared experts' rows before the sorted rows");
+  TORCH_CHECK_VALUE(slots % top_k == 0, "ummrm.", check.op,
+                    ": `slot_to_sorted` must have T * top_k entries, a multiple of ", top_k, ", got ", slots,
+                    "; pass the top_k that route used.");
+  check.shape("rows", rows, {num_shared * tokens + slots, -1}, "[S*T + T*K, H]",
+              "put the shared experts' rows before the sorted rows");
   if (shared_weight.has_value()) {
     check.device("shared_weight", *shared_weight, rows, "rows");
     check.shape("shared_weight", *shared_weight, {tokens}, "[T]", "take it from ummrm.ops.route");
@@ -60,9 +60,12 @@ Tensor permute(const Tensor& x_in, const Tensor& sorted_to_slot_in, const Tensor
   const Tensor x = x_in.contiguous(), sorted_to_slot = sorted_to_slot_in.contiguous();
   const int64_t hidden = x.size(1);
   const Tensor out = at::empty({slots, hidden}, x.options());
-  const Permute args{
-      x.const_data_ptr(), sorted_to_slot.const_data_ptr<int32_t>(), expert_offsets[-1].item<int64_t>(), top_k,
-      hidden * x.element_size(), out.mutable_data_ptr()};
+  const Permute args{x.const_data_ptr(),
+                     sorted_to_slot.const_data_ptr<int32_t>(),
+                     expert_offsets[-1].item<int64_t>(),
+                     top_k,
+                     hidden * x.element_size(),
+                     out.mutable_data_ptr()};
   parallel_over(slots, hidden, [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
   return out;
 }
@@ -71,18 +74,25 @@ Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const T
                  const OptionalTensor& shared_weight_in, const OptionalTensor& routed_weights_in,
                  int64_t num_shared_experts, int64_t top_k) {
   const Checker check{"unpermute"};
-  const auto [tokens, slots, live] = check_unpermute(
-      check, rows_in, slot_to_sorted_in, expert_offsets, shared_weight_in, routed_weights_in, num_shared_experts, top_k);
+  const auto [tokens, slots, live] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets,
+                                                     shared_weight_in, routed_weights_in, num_shared_experts, top_k);
   const Tensor rows = rows_in.contiguous(), slot_to_sorted = slot_to_sorted_in.contiguous();
   const OptionalTensor shared_weight = contiguous(shared_weight_in), routed_weights = contiguous(routed_weights_in);
   const int64_t hidden = rows.size(1);
   const Tensor out = at::empty({tokens, hidden}, rows.options());
-  const Unpermute args{
-      check.element(rows), rows.const_data_ptr(), slot_to_sorted.const_data_ptr<int32_t>(), data_or_null(shared_weight),
-      data_or_null(routed_weights), tokens, hidden, top_k, num_shared_experts, live, out.mutable_data_ptr()};
-  parallel_over(tokens, hidden * (num_shared_experts + top_k), [&](int64_t begin, int64_t end) {
-    cpu::unpermute(args, begin, end);
-  });
+  const Unpermute args{check.element(rows),
+                       rows.const_data_ptr(),
+                       slot_to_sorted.const_data_ptr<int32_t>(),
+                       data_or_null(shared_weight),
+                       data_or_null(routed_weights),
+                       tokens,
+                       hidden,
+                       top_k,
+                       num_shared_experts,
+                       live,
+                       out.mutable_data_ptr()};
+  parallel_over(tokens, hidden * (num_shared_experts + top_k),
+                [&](int64_t begin, int64_t end) { cpu::unpermute(args, begin, end); });
   return out;
 }
 
@@ -90,8 +100,8 @@ Tensor3 unpermute_backward(const Tensor& grad_out_in, const Tensor& rows_in, con
                            const Tensor& expert_offsets, const OptionalTensor& shared_weight_in,
                            const OptionalTensor& routed_weights_in, int64_t num_shared_experts, int64_t top_k) {
   const Checker check{"unpermute_backward"};
-  const auto [tokens, slots, live] = check_unpermute(
-      check, rows_in, slot_to_sorted_in, expert_offsets, shared_weight_in, routed_weights_in, num_shared_experts, top_k);
+  const auto [tokens, slots, live] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets,
+                                                     shared_weight_in, routed_weights_in, num_shared_experts, top_k);
   check.device("grad_out", grad_out_in, rows_in, "rows");
   check.shape("grad_out", grad_out_in, {tokens, rows_in.size(1)}, "[T, H]", "pass the gradient of unpermute's result");
   check.dtype("grad_out", grad_out_in, rows_in.scalar_type(), "pass the gradient of unpermute's result");
@@ -103,14 +113,22 @@ Tensor3 unpermute_backward(const Tensor& grad_out_in, const Tensor& rows_in, con
   const Tensor grad_rows = at::empty_like(rows);
   const Tensor grad_shared = shared_weight.has_value() ? at::empty({tokens}, acc) : at::empty({0}, acc);
   const Tensor grad_routed = routed_weights.has_value() ? at::empty({tokens, top_k}, acc) : at::empty({0}, acc);
-  const UnpermuteBackward args{
-      check.element(rows), grad_out.const_data_ptr(), rows.const_data_ptr(), slot_to_sorted.const_data_ptr<int32_t>(),
-      data_or_null(shared_weight), data_or_null(routed_weights), tokens, hidden, top_k, num_shared_experts, live,
-      grad_rows.mutable_data_ptr(), shared_weight.has_value() ? grad_shared.mutable_data_ptr() : nullptr,
-      routed_weights.has_value() ? grad_routed.mutable_data_ptr() : nullptr};
-  parallel_over(tokens, 2 * hidden * (num_shared_experts + top_k), [&](int64_t begin, int64_t end) {
-    cpu::unpermute_backward(args, begin, end);
-  });
+  const UnpermuteBackward args{check.element(rows),
+                               grad_out.const_data_ptr(),
+                               rows.const_data_ptr(),
+                               slot_to_sorted.const_data_ptr<int32_t>(),
+                               data_or_null(shared_weight),
+                               data_or_null(routed_weights),
+                               tokens,
+                               hidden,
+                               top_k,
+                               num_shared_experts,
+                               live,
+                               grad_rows.mutable_data_ptr(),
+                               shared_weight.has_value() ? grad_shared.mutable_data_ptr() : nullptr,
+                               routed_weights.has_value() ? grad_routed.mutable_data_ptr() : nullptr};
+  parallel_over(tokens, 2 * hidden * (num_shared_experts + top_k),
+                [&](int64_t begin, int64_t end) { cpu::unpermute_backward(args, begin, end); });
   return {grad_rows, grad_shared, grad_routed};
 }
 

@@ -13,17 +13,17 @@ namespace {
 
 constexpr const char* kFlatten = "flatten batch and sequence into tokens first";
 
-void check_logits(
-    const Checker& check, const Tensor& logits, const OptionalTensor& mask, const OptionalTensor& clean_logits, int64_t top_k) {
+void check_logits(const Checker& check, const Tensor& logits, const OptionalTensor& mask,
+                  const OptionalTensor& clean_logits, int64_t top_k) {
   check.shape("logits", logits, {-1, -1}, "[T, E]", kFlatten);
   check.floating("logits", logits);
   const int64_t tokens = logits.size(0), experts = logits.size(1);
-  TORCH_CHECK_VALUE(
-      top_k >= 1 && top_k <= experts, "ummrm.", check.op, ": `top_k` must be between 1 and the number of experts (", experts,
-      "), got ", top_k, "; choose fewer experts per token.");
-  TORCH_CHECK_VALUE(
-      tokens <= std::numeric_limits<int32_t>::max() / top_k, "ummrm.", check.op,
-      ": `logits` must have T * top_k below 2^31, got T = ", tokens, " and top_k = ", top_k, "; split the batch.");
+  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= experts, "ummrm.", check.op,
+                    ": `top_k` must be between 1 and the number of experts (", experts, "), got ", top_k,
+                    "; choose fewer experts per token.");
+  TORCH_CHECK_VALUE(tokens <= std::numeric_limits<int32_t>::max() / top_k, "ummrm.", check.op,
+                    ": `logits` must have T * top_k below 2^31, got T = ", tokens, " and top_k = ", top_k,
+                    "; split the batch.");
   if (mask.has_value()) {
     check.device("mask", *mask, logits, "logits");
     check.shape("mask", *mask, {tokens}, "[T]", "give one entry a token");
@@ -37,9 +37,9 @@ void check_logits(
 }
 
 void check_fixed_weight(const Checker& check, Gate gate, double weight) {
-  TORCH_CHECK_VALUE(
-      gate != Gate::fixed || (weight >= 0 && weight <= 1), "ummrm.", check.op,
-      ": `fixed_shared_weight` must lie in [0, 1], got ", weight, "; it is the shared experts' share of the output.");
+  TORCH_CHECK_VALUE(gate != Gate::fixed || (weight >= 0 && weight <= 1), "ummrm.", check.op,
+                    ": `fixed_shared_weight` must lie in [0, 1], got ", weight,
+                    "; it is the shared experts' share of the output.");
 }
 
 const bool* mask_or_null(const OptionalTensor& mask) { return static_cast<const bool*>(data_or_null(mask)); }
@@ -82,15 +82,16 @@ Tensor6 route(const Tensor& logits_in, const OptionalTensor& mask_in, const Opti
   args.block_count = block_count.data();
   args.block_live = block_live.data();
   // A logit costs about eight element operations: an exponential, and its part in each of the K selections.
-  parallel_over(blocks, cpu::kRouteBlock * experts * 8, [&](int64_t begin, int64_t end) { cpu::route(args, begin, end); });
+  parallel_over(blocks, cpu::kRouteBlock * experts * 8,
+                [&](int64_t begin, int64_t end) { cpu::route(args, begin, end); });
   cpu::route_finish(args, counts.mutable_data_ptr<int32_t>(), mean_prob.mutable_data_ptr(), mean_z.mutable_data_ptr());
   return {shared_weight, routed_weights, indices, counts, mean_prob, mean_z};
 }
 
-Tensor2 route_backward(const Tensor& grad_shared_weight, const Tensor& grad_routed_weights, const Tensor& grad_mean_prob,
-                       const Tensor& grad_mean_z, const Tensor& logits_in, const OptionalTensor& mask_in,
-                       const OptionalTensor& clean_in, const Tensor& expert_indices_in, const Tensor& tokens_per_expert,
-                       string_view gate, double fixed_shared_weight) {
+Tensor2 route_backward(const Tensor& grad_shared_weight, const Tensor& grad_routed_weights,
+                       const Tensor& grad_mean_prob, const Tensor& grad_mean_z, const Tensor& logits_in,
+                       const OptionalTensor& mask_in, const OptionalTensor& clean_in, const Tensor& expert_indices_in,
+                       const Tensor& tokens_per_expert, string_view gate, double fixed_shared_weight) {
   const Checker check{"route_backward"};
   check.shape("expert_indices", expert_indices_in, {logits_in.size(0), -1}, "[T, K]", "pass what route returned");
   const int64_t top_k = expert_indices_in.size(1);
@@ -146,28 +147,33 @@ Tensor3 sort_slots(const Tensor& expert_indices_in, int64_t num_experts) {
   check.at_least("num_experts", num_experts, 0);
   check.dtype("expert_indices", expert_indices_in, at::kInt, "take it from ummrm.ops.route");
   const int64_t slots = expert_indices_in.numel();
-  TORCH_CHECK_VALUE(
-      slots <= std::numeric_limits<int32_t>::max(), "ummrm.sort_slots: `expert_indices` must have fewer than 2^31 entries, got ",
-      slots, "; split the batch.");
+  TORCH_CHECK_VALUE(slots <= std::numeric_limits<int32_t>::max(),
+                    "ummrm.sort_slots: `expert_indices` must have fewer than 2^31 entries, got ", slots,
+                    "; split the batch.");
   const Tensor indices = expert_indices_in.contiguous();
   const Tensor slot_to_sorted = at::empty({slots}, indices.options()), sorted_to_slot = at::empty_like(slot_to_sorted);
   const Tensor offsets = at::empty({num_experts + 1}, indices.options());
 
   const int64_t blocks = (slots + cpu::kSortBlock - 1) / cpu::kSortBlock;
   std::vector<int64_t> block_next(blocks * (num_experts + 1));
-  const SortSlots args{
-      indices.const_data_ptr<int32_t>(), slots, num_experts, slot_to_sorted.mutable_data_ptr<int32_t>(),
-      sorted_to_slot.mutable_data_ptr<int32_t>(), offsets.mutable_data_ptr<int32_t>(), block_next.data()};
+  const SortSlots args{indices.const_data_ptr<int32_t>(),
+                       slots,
+                       num_experts,
+                       slot_to_sorted.mutable_data_ptr<int32_t>(),
+                       sorted_to_slot.mutable_data_ptr<int32_t>(),
+                       offsets.mutable_data_ptr<int32_t>(),
+                       block_next.data()};
   std::atomic<int64_t> bad{-1};
   parallel_over(blocks, cpu::kSortBlock, [&](int64_t begin, int64_t end) {
     const int64_t found = cpu::sort_slots_count(args, begin, end);
     if (found >= 0) bad = found;
   });
-  TORCH_CHECK_INDEX(
-      bad < 0, "ummrm.sort_slots: `expert_indices` must lie in [-1, ", num_experts - 1, "] (-1 marks a masked token), got ",
-      args.expert_indices[bad], " at slot ", bad.load(), "; take it from ummrm.ops.route with the same number of experts.");
+  TORCH_CHECK_INDEX(bad < 0, "ummrm.sort_slots: `expert_indices` must lie in [-1, ", num_experts - 1,
+                    "] (-1 marks a masked token), got ", args.expert_indices[bad], " at slot ", bad.load(),
+                    "; take it from ummrm.ops.route with the same number of experts.");
   cpu::sort_slots_scan(args);
-  parallel_over(blocks, 4 * cpu::kSortBlock, [&](int64_t begin, int64_t end) { cpu::sort_slots_scatter(args, begin, end); });
+  parallel_over(blocks, 4 * cpu::kSortBlock,
+                [&](int64_t begin, int64_t end) { cpu::sort_slots_scatter(args, begin, end); });
   return {slot_to_sorted, sorted_to_slot, offsets};
 }
 

@@ -1,5 +1,5 @@
-// CPU kernels of activation.h. The nonlinearity of a strip of a row goes into L1 buffers by one vectorised loop per kind;
-// one more loop, the same for all kinds, makes every output of the strip and rounds once.
+// CPU kernels of activation.h. The nonlinearity of a strip of a row goes into L1 buffers by one vectorised loop per
+// kind; one more loop, the same for all kinds, makes every output of the strip and rounds once.
 #include "ummrm/activation.h"
 
 #include <algorithm>
@@ -106,9 +106,9 @@ UMMRM_INLINE void activation_body(const Activation& args, int64_t begin, int64_t
 // The products of one strip, in one pass over it: gradients, w*A, and g*A for the row's dot. Without glu `up` and
 // `grad_up` are unused; without weights, weighted and product are.
 template <bool glu, bool weighted, class T, class F>
-UMMRM_INLINE void combine(
-    const F* act, const F* derivative, const T* __restrict grad, const T* __restrict up, F weight, int64_t count,
-    T* __restrict grad_gate, T* __restrict grad_up, T* __restrict weighted_act, F* __restrict product) {
+UMMRM_INLINE void combine(const F* act, const F* derivative, const T* __restrict grad, const T* __restrict up, F weight,
+                          int64_t count, T* __restrict grad_gate, T* __restrict grad_up, T* __restrict weighted_act,
+                          F* __restrict product) {
   for (int64_t i = 0; i < count; ++i) {
     const F g = load(grad[i]), u = glu ? load(up[i]) : F(1), a = act[i] * u;
     grad_gate[i] = store<T>(weight * g * (derivative[i] * u));

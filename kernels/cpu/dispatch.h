@@ -19,37 +19,37 @@
 #define UMMRM_CLONES
 #endif
 
-// Defines `kernel_f64`, ... calling the template `kernel<T>`, and the launcher `kernel` that picks one by args.dtype.
-#define UMMRM_DEFINE_LAUNCHER(launcher, Args, body)                                                     \
-  UMMRM_CLONES static void launcher##_f64(const Args& args, int64_t begin, int64_t end) {               \
-    body<double>(args, begin, end);                                                                     \
-  }                                                                                                     \
-  UMMRM_CLONES static void launcher##_f32(const Args& args, int64_t begin, int64_t end) {               \
-    body<float>(args, begin, end);                                                                      \
-  }                                                                                                     \
-  UMMRM_CLONES static void launcher##_bf16(const Args& args, int64_t begin, int64_t end) {              \
-    body<bf16>(args, begin, end);                                                                       \
-  }                                                                                                     \
-  UMMRM_CLONES static void launcher##_f16(const Args& args, int64_t begin, int64_t end) {               \
-    body<f16>(args, begin, end);                                                                        \
-  }                                                                                                     \
-  void launcher(const Args& args, int64_t begin, int64_t end) {                                         \
-    switch (args.dtype) {                                                                               \
-      case DType::f64: return launcher##_f64(args, begin, end);                                         \
-      case DType::f32: return launcher##_f32(args, begin, end);                                         \
-      case DType::bf16: return launcher##_bf16(args, begin, end);                                       \
-      case DType::f16: return launcher##_f16(args, begin, end);                                         \
-    }                                                                                                   \
+// Defines `launcher_f64`, ... calling the template `body<T>`, and `launcher`, which picks one by args.dtype.
+#define UMMRM_DEFINE_LAUNCHER(launcher, Args, body)                                        \
+  UMMRM_CLONES static void launcher##_f64(const Args& args, int64_t begin, int64_t end) {  \
+    body<double>(args, begin, end);                                                        \
+  }                                                                                        \
+  UMMRM_CLONES static void launcher##_f32(const Args& args, int64_t begin, int64_t end) {  \
+    body<float>(args, begin, end);                                                         \
+  }                                                                                        \
+  UMMRM_CLONES static void launcher##_bf16(const Args& args, int64_t begin, int64_t end) { \
+    body<bf16>(args, begin, end);                                                          \
+  }                                                                                        \
+  UMMRM_CLONES static void launcher##_f16(const Args& args, int64_t begin, int64_t end) {  \
+    body<f16>(args, begin, end);                                                           \
+  }                                                                                        \
+  void launcher(const Args& args, int64_t begin, int64_t end) {                            \
+    switch (args.dtype) {                                                                  \
+      case DType::f64: return launcher##_f64(args, begin, end);                            \
+      case DType::f32: return launcher##_f32(args, begin, end);                            \
+      case DType::bf16: return launcher##_bf16(args, begin, end);                          \
+      case DType::f16: return launcher##_f16(args, begin, end);                            \
+    }                                                                                      \
   }
 
 // The same for kernels that widen on loading and differ only by the type they compute in: two functions, not four.
-#define UMMRM_DEFINE_WIDE_LAUNCHER(launcher, Args, body)                                                \
-  UMMRM_CLONES static void launcher##_f64(const Args& args, int64_t begin, int64_t end) {               \
-    body<double>(args, begin, end);                                                                     \
-  }                                                                                                     \
-  UMMRM_CLONES static void launcher##_f32(const Args& args, int64_t begin, int64_t end) {               \
-    body<float>(args, begin, end);                                                                      \
-  }                                                                                                     \
-  void launcher(const Args& args, int64_t begin, int64_t end) {                                         \
+#define UMMRM_DEFINE_WIDE_LAUNCHER(launcher, Args, body)                                                   \
+  UMMRM_CLONES static void launcher##_f64(const Args& args, int64_t begin, int64_t end) {                  \
+    body<double>(args, begin, end);                                                                        \
+  }                                                                                                        \
+  UMMRM_CLONES static void launcher##_f32(const Args& args, int64_t begin, int64_t end) {                  \
+    body<float>(args, begin, end);                                                                         \
+  }                                                                                                        \
+  void launcher(const Args& args, int64_t begin, int64_t end) {                                            \
     return args.dtype == DType::f64 ? launcher##_f64(args, begin, end) : launcher##_f32(args, begin, end); \
   }

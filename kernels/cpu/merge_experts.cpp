@@ -17,7 +17,7 @@ UMMRM_INLINE int64_t tensor_of(const MergeExperts& args, int64_t block, int64_t 
   return tensor;
 }
 
-constexpr int64_t kPiece = 64;  // elements taken of each expert at a time
+constexpr int64_t kPiece = 64;   // elements taken of each expert at a time
 constexpr int64_t kAhead = 512;  // bytes
 
 // Fetching past the end of an array is allowed: a prefetch of an unmapped address does nothing.
@@ -25,13 +25,14 @@ template <class T>
 UMMRM_INLINE void prefetch(const T* piece) {
 #if defined(__GNUC__)
   const auto address = reinterpret_cast<uintptr_t>(piece) + kAhead;
-  for (uintptr_t line = 0; line < kPiece * sizeof(T); line += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + line));
+  for (uintptr_t line = 0; line < kPiece * sizeof(T); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(address + line));
 #endif
 }
 
 template <class T>
-UMMRM_INLINE void merge_piece(
-    const MergeTensor& tensor, const Accumulator<T>* c, int64_t num_experts, int64_t first, int64_t count) {
+UMMRM_INLINE void merge_piece(const MergeTensor& tensor, const Accumulator<T>* c, int64_t num_experts, int64_t first,
+                              int64_t count) {
   Accumulator<T> sum[kPiece] = {};
   for (int64_t e = 0; e < num_experts; ++e) {
     const T* expert = static_cast<const T*>(tensor.experts[e]) + first;
@@ -108,7 +109,8 @@ void merge_experts_dots_finish(const MergeExperts& args, void* dots) {
     const int64_t end = tensor.first_block + merge_blocks(tensor.elements);
     for (int64_t e = 0; e < args.num_experts; ++e) {
       double total = 0;
-      for (int64_t block = tensor.first_block; block < end; ++block) total += args.block_dots[block * args.num_experts + e];
+      for (int64_t block = tensor.first_block; block < end; ++block)
+        total += args.block_dots[block * args.num_experts + e];
       const int64_t at = index * args.num_experts + e;
       if (args.dtype == DType::f64) {
         static_cast<double*>(dots)[at] = total;

@@ -65,8 +65,8 @@ UMMRM_INLINE void unpermute_body(const Unpermute& args, int64_t begin, int64_t e
 
 // to = scale * g, and returns <g, rows> where the dot is wanted.
 template <class T>
-UMMRM_INLINE Accumulator<T> scaled_and_dot(
-    const T* g, const T* rows, Accumulator<T> scale, bool dot, int64_t hidden, T* to) {
+UMMRM_INLINE Accumulator<T> scaled_and_dot(const T* g, const T* rows, Accumulator<T> scale, bool dot, int64_t hidden,
+                                           T* to) {
   using F = Accumulator<T>;
   F product[kStrip], total = 0;
   for (int64_t column = 0; column < hidden; column += kStrip) {

@@ -240,8 +240,8 @@ UMMRM_INLINE void store_tile(DType dtype, const float* grad, const Lanes& lanes,
 
 // grad_p[e] of the gates: nonzero for the chosen experts only. `top` holds their p; grads are read in their own layout.
 template <class F>
-UMMRM_INLINE void gate_backward_tile(
-    const RouteBackward& args, const Lanes& lanes, const int32_t* chosen, const F* top, F* q, F* g, F* grad_p) {
+UMMRM_INLINE void gate_backward_tile(const RouteBackward& args, const Lanes& lanes, const int32_t* chosen, const F* top,
+                                     F* q, F* g, F* grad_p) {
   const int64_t top_k = args.top_k;
   const auto* grad_shared = static_cast<const F*>(args.grad_shared_weight);
   const auto* grad_routed = static_cast<const F*>(args.grad_routed_weights);

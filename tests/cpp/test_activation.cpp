@@ -30,12 +30,20 @@ static void compare(DType type, ActivationKind kind, bool glu, bool weighted, in
   const int64_t pre_width = glu ? 2 * width : width;
   const Array pre = random.array(type, rows * pre_width, 2), grad = random.array(type, rows * width);
   const Array weights = random.array(accumulator(type), rows);
-  Array out(type, rows * width), grad_pre(type, rows * pre_width), weighted_act(type, rows * width), dots(accumulator(type), rows);
+  Array out(type, rows * width), grad_pre(type, rows * pre_width), weighted_act(type, rows * width),
+      dots(accumulator(type), rows);
   const ummrm::Activation forward{type, kind, glu, width, pre.data(), out.data()};
   launch(rows, 3, [&](int64_t begin, int64_t end) { ummrm::cpu::activation(forward, begin, end); });
-  const ummrm::ActivationBackward backward{
-      type, kind, glu, width, grad.data(), pre.data(), weighted ? weights.data() : nullptr, grad_pre.data(),
-      weighted ? weighted_act.data() : nullptr, weighted ? dots.data() : nullptr};
+  const ummrm::ActivationBackward backward{type,
+                                           kind,
+                                           glu,
+                                           width,
+                                           grad.data(),
+                                           pre.data(),
+                                           weighted ? weights.data() : nullptr,
+                                           grad_pre.data(),
+                                           weighted ? weighted_act.data() : nullptr,
+                                           weighted ? dots.data() : nullptr};
   launch(rows, 3, [&](int64_t begin, int64_t end) { ummrm::cpu::activation_backward(backward, begin, end); });
 
   const double unit = std::max(epsilon(type), type == DType::f64 ? 1e-8 : 4 * 0x1p-24);
@@ -44,7 +52,8 @@ static void compare(DType type, ActivationKind kind, bool glu, bool weighted, in
     double dot = 0, magnitude = 0;
     for (int64_t i = 0; i < width; ++i) {
       const double z = pre[r * pre_width + i], up = glu ? pre[r * pre_width + width + i] : 1, g = grad[r * width + i];
-      const double a = act(kind, z) * up, scale = (1 + z * z) * (1 + std::fabs(up)) * (1 + std::fabs(g)) * (1 + std::fabs(w));
+      const double a = act(kind, z) * up,
+                   scale = (1 + z * z) * (1 + std::fabs(up)) * (1 + std::fabs(g)) * (1 + std::fabs(w));
       check_close(out, r * width + i, a, unit * (std::fabs(a) + 0.1 * scale), "activation");
       check_close(grad_pre, r * pre_width + i, w * g * up * derivative(kind, z), unit * scale, "grad of gate");
       if (glu) check_close(grad_pre, r * pre_width + width + i, w * g * act(kind, z), unit * scale, "grad of up");
@@ -58,7 +67,8 @@ static void compare(DType type, ActivationKind kind, bool glu, bool weighted, in
 
 int main() {
   for (const DType type : kTypes) {
-    for (const auto kind : {ActivationKind::silu, ActivationKind::gelu, ActivationKind::gelu_tanh, ActivationKind::relu, ActivationKind::relu2}) {
+    for (const auto kind : {ActivationKind::silu, ActivationKind::gelu, ActivationKind::gelu_tanh, ActivationKind::relu,
+                            ActivationKind::relu2}) {
       for (const bool glu : {true, false}) {
         for (const bool weighted : {true, false}) {
           compare(type, kind, glu, weighted, 5, 515);

@@ -22,7 +22,8 @@ static void compare(DType type, int64_t count, int64_t width, bool weighted) {
       want += term;
       magnitude += std::fabs(term);
     }
-    check_close(out, c, want, epsilon(type) * std::fabs(want) + 66 * epsilon(accumulator(type)) * magnitude, "column sum");
+    check_close(out, c, want, epsilon(type) * std::fabs(want) + 66 * epsilon(accumulator(type)) * magnitude,
+                "column sum");
   }
 }
 

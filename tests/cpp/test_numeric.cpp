@@ -6,7 +6,9 @@
 using namespace testing;
 namespace cpu = ummrm::cpu;
 
-static bool same(double a, double b) { return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b)); }
+static bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
 
 static void conversions() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -47,7 +49,8 @@ static void functions() {
     worst = std::max(worst, std::fabs(got - want) / unit);
   }
   CHECK(worst <= 2, "exp is off by %.2f units in the last place", worst);
-  CHECK(std::isnan(cpu::exp_of(NAN)) && cpu::exp_of(-INFINITY) == 0 && std::isinf(cpu::exp_of(INFINITY)), "exp's special values");
+  CHECK(std::isnan(cpu::exp_of(NAN)) && cpu::exp_of(-INFINITY) == 0 && std::isinf(cpu::exp_of(INFINITY)),
+        "exp's special values");
   CHECK(cpu::exp_of(0.f) == 1, "exp(0) = %g", cpu::exp_of(0.f));
 
   worst = 0;
@@ -72,7 +75,8 @@ static void sums() {
       magnitude += std::fabs(v);
     }
     const double got = cpu::lane_sum(values.data(), count);
-    CHECK(std::fabs(got - want) <= 24 * 0x1p-24 * magnitude, "sum of %lld: %g, expected %g", static_cast<long long>(count), got, want);
+    CHECK(std::fabs(got - want) <= 24 * 0x1p-24 * magnitude, "sum of %lld: %g, expected %g",
+          static_cast<long long>(count), got, want);
   }
 }
 

@@ -1,4 +1,5 @@
-// routing.h: route against plain loops in double, its backward against finite differences of those loops, ties, NaN and masks; the sort of slots against std::stable_sort.
+// routing.h: route against plain loops in double, its backward against finite differences of those loops, ties, NaN and
+// masks; the sort of slots against std::stable_sort.
 #include "ummrm/routing.h"
 
 #include <numeric>
@@ -28,7 +29,8 @@ struct Inputs {
 
 static Inputs inputs_of(const Case& c, uint64_t seed) {
   Random random(seed);
-  Inputs in{random.array(c.type, c.tokens * c.experts, 2), random.array(c.type, c.tokens * c.experts, 2), std::vector<char>(c.tokens, 1)};
+  Inputs in{random.array(c.type, c.tokens * c.experts, 2), random.array(c.type, c.tokens * c.experts, 2),
+            std::vector<char>(c.tokens, 1)};
   for (int64_t i = 0; i < c.tokens * c.experts / 3; ++i) in.logits.set(i, std::nearbyint(in.logits[i]));  // ties
   for (int64_t t = 0; c.masked && t < c.tokens; ++t) in.mask[t] = random.below(3) != 0;
   return in;
@@ -37,14 +39,32 @@ static Inputs inputs_of(const Case& c, uint64_t seed) {
 static Routed run(const Case& c, const Inputs& in, int64_t threads) {
   const DType acc = accumulator(c.type);
   const int64_t blocks = (c.tokens + ummrm::cpu::kRouteBlock - 1) / ummrm::cpu::kRouteBlock;
-  Routed r{Array(acc, c.tokens), Array(acc, c.tokens * c.top_k), Array(acc, c.experts), Array(acc, 1),
-           std::vector<int32_t>(c.tokens * c.top_k, -9), std::vector<int32_t>(c.experts, -9), 0};
+  Routed r{Array(acc, c.tokens),
+           Array(acc, c.tokens * c.top_k),
+           Array(acc, c.experts),
+           Array(acc, 1),
+           std::vector<int32_t>(c.tokens * c.top_k, -9),
+           std::vector<int32_t>(c.experts, -9),
+           0};
   std::vector<double> prob(blocks * c.experts, NAN), z(blocks, NAN);
   std::vector<int32_t> count(blocks * c.experts, -9);
   std::vector<int64_t> live(blocks, -9);
-  const ummrm::Route args{c.type, in.logits.data(), c.noisy ? in.clean.data() : nullptr,
-                          c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr, c.tokens, c.experts, c.top_k,
-                          c.gate, 0.3, r.shared.data(), r.routed.data(), r.indices.data(), prob.data(), z.data(), count.data(), live.data()};
+  const ummrm::Route args{c.type,
+                          in.logits.data(),
+                          c.noisy ? in.clean.data() : nullptr,
+                          c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr,
+                          c.tokens,
+                          c.experts,
+                          c.top_k,
+                          c.gate,
+                          0.3,
+                          r.shared.data(),
+                          r.routed.data(),
+                          r.indices.data(),
+                          prob.data(),
+                          z.data(),
+                          count.data(),
+                          live.data()};
   launch(blocks, threads, [&](int64_t begin, int64_t end) { ummrm::cpu::route(args, begin, end); });
   ummrm::cpu::route_finish(args, r.counts.data(), r.mean_prob.data(), r.mean_z.data());
   r.live = std::accumulate(live.begin(), live.end(), int64_t{0});
@@ -75,10 +95,12 @@ static std::vector<int64_t> largest(const double* logits, int64_t n, int64_t k) 
   return order;
 }
 
-static void gates(Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared, std::vector<double>& routed) {
+static void gates(Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared,
+                  std::vector<double>& routed) {
   routed.assign(chosen.size(), 0);
   double total = 0;
-  for (size_t j = 0; j < chosen.size(); ++j) total += routed[j] = gate == Gate::fixed ? p[chosen[j]] : std::exp(p[chosen[j]]);
+  for (size_t j = 0; j < chosen.size(); ++j)
+    total += routed[j] = gate == Gate::fixed ? p[chosen[j]] : std::exp(p[chosen[j]]);
   const double top = p[chosen[0]];
   for (double& r : routed) r *= (gate == Gate::fixed ? 0.7 : top) / total;
   *shared = gate == Gate::fixed ? 0.3 : 1 - top;
@@ -94,7 +116,8 @@ static void forward(const Case& c) {
   const Inputs in = inputs_of(c, 17 + c.tokens);
   const Routed got = run(c, in, 1), again = run(c, in, 3);
   CHECK(got.mean_prob.same_bits(again.mean_prob) && got.mean_z.same_bits(again.mean_z) && got.counts == again.counts &&
-            got.routed.same_bits(again.routed), "route depends on the threads");
+            got.routed.same_bits(again.routed),
+        "route depends on the threads");
   std::vector<double> mean_prob(c.experts, 0), routed;
   std::vector<int32_t> counts(c.experts, 0);
   double mean_z = 0, shared = 0;
@@ -115,7 +138,8 @@ static void forward(const Case& c) {
     gates(c.gate, softmax(logits.data(), c.experts).p, chosen, &shared, routed);
     check_close(got.shared, t, shared, tolerance, "shared weight");
     for (int64_t k = 0; k < c.top_k; ++k) {
-      CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t), static_cast<long long>(k));
+      CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t),
+            static_cast<long long>(k));
       check_close(got.routed, t * c.top_k + k, routed[k], tolerance, "routed weight");
       ++counts[chosen[k]];
     }
@@ -126,16 +150,31 @@ static void forward(const Case& c) {
   const double count = static_cast<double>(std::max<int64_t>(live, 1));
   CHECK(got.counts == counts && got.live == live, "tokens per expert");
   check_close(got.mean_z, 0, mean_z / count, tolerance * (1 + mean_z / count), "mean z");
-  for (int64_t e = 0; e < c.experts; ++e) check_close(got.mean_prob, e, mean_prob[e] / count, tolerance, "mean probability");
+  for (int64_t e = 0; e < c.experts; ++e)
+    check_close(got.mean_prob, e, mean_prob[e] / count, tolerance, "mean probability");
 }
 
 // grad_logits and grad_clean, in that order.
-static std::pair<Array, Array> gradients(const Case& c, const Inputs& in, const Routed& r, const Array& gs, const Array& gr, const Array& gp, const Array& gz) {
+static std::pair<Array, Array> gradients(const Case& c, const Inputs& in, const Routed& r, const Array& gs,
+                                         const Array& gr, const Array& gp, const Array& gz) {
   Array grad(c.type, c.tokens * c.experts), grad_clean(c.type, c.tokens * c.experts);
-  const ummrm::RouteBackward args{
-      c.type, in.logits.data(), c.noisy ? in.clean.data() : nullptr, c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr,
-      c.tokens, c.experts, c.top_k, c.gate, 0.3, r.live, r.indices.data(), gs.data(), gr.data(), gp.data(), gz.data(), grad.data(),
-      c.noisy ? grad_clean.data() : nullptr};
+  const ummrm::RouteBackward args{c.type,
+                                  in.logits.data(),
+                                  c.noisy ? in.clean.data() : nullptr,
+                                  c.masked ? reinterpret_cast<const bool*>(in.mask.data()) : nullptr,
+                                  c.tokens,
+                                  c.experts,
+                                  c.top_k,
+                                  c.gate,
+                                  0.3,
+                                  r.live,
+                                  r.indices.data(),
+                                  gs.data(),
+                                  gr.data(),
+                                  gp.data(),
+                                  gz.data(),
+                                  grad.data(),
+                                  c.noisy ? grad_clean.data() : nullptr};
   launch(c.tokens, 3, [&](int64_t begin, int64_t end) { ummrm::cpu::route_backward(args, begin, end); });
   return {grad, grad_clean};
 }
@@ -149,7 +188,8 @@ static void backward(const Case& c) {
   }
   Random random(9);
   const DType acc = accumulator(c.type);
-  const Array gs = random.array(acc, c.tokens), gr = random.array(acc, c.tokens * c.top_k), gp = random.array(acc, c.experts), gz = random.array(acc, 1);
+  const Array gs = random.array(acc, c.tokens), gr = random.array(acc, c.tokens * c.top_k),
+              gp = random.array(acc, c.experts), gz = random.array(acc, 1);
   const auto [grad, grad_clean] = gradients(c, in, run(c, in, 2), gs, gr, gp, gz);
 
   // The loss whose gradient this is, as a function of one token's logits (others' terms are constant in them).
@@ -182,7 +222,8 @@ static void backward(const Case& c) {
       const bool dead = c.masked && !in.mask[t];
       const double of_gates = dead ? 0 : slope(gate_loss, logits, e);
       const double of_statistics = dead ? 0 : slope(statistics, c.noisy ? clean : logits, e);
-      const double tolerance = dead ? 0 : 2e-9 + 32 * epsilon(acc) + 2 * epsilon(c.type) * (std::fabs(of_gates) + std::fabs(of_statistics));
+      const double tolerance =
+          dead ? 0 : 2e-9 + 32 * epsilon(acc) + 2 * epsilon(c.type) * (std::fabs(of_gates) + std::fabs(of_statistics));
       check_close(grad, t * c.experts + e, c.noisy ? of_gates : of_gates + of_statistics, tolerance, "grad of logits");
       if (c.noisy) check_close(grad_clean, t * c.experts + e, of_statistics, tolerance, "grad of clean logits");
     }
@@ -199,7 +240,9 @@ static void special_values() {
     const Routed got = run(c, in, 1);
     const std::vector<int32_t> want{0, 1, 0, 1, 0, 1, 1, 0};  // NaN rows by index; the last row ranks -inf after 2
     CHECK(got.indices == want, "indices of rows with NaN and infinities");
-    for (int64_t t = 0; t < 3; ++t) CHECK(std::isnan(got.shared[t]) && std::isnan(got.routed[2 * t + 1]), "NaN propagates in row %d", static_cast<int>(t));
+    for (int64_t t = 0; t < 3; ++t)
+      CHECK(std::isnan(got.shared[t]) && std::isnan(got.routed[2 * t + 1]), "NaN propagates in row %d",
+            static_cast<int>(t));
     check_close(got.shared, 3, 0, 0, "a certain choice leaves the shared expert nothing");
     CHECK(std::isnan(got.mean_prob[0]), "NaN propagates to the statistics");
   }
@@ -211,8 +254,10 @@ static void sorting(int64_t slots, int64_t experts, int64_t threads) {
   for (int32_t& e : expert) e = static_cast<int32_t>(random.below(experts + 1)) - 1;
   const int64_t blocks = (slots + ummrm::cpu::kSortBlock - 1) / ummrm::cpu::kSortBlock;
   std::vector<int64_t> next(blocks * (experts + 1), -9);
-  const ummrm::SortSlots args{expert.data(), slots, experts, forward.data(), backward.data(), offsets.data(), next.data()};
-  launch(blocks, threads, [&](int64_t b, int64_t e) { CHECK(ummrm::cpu::sort_slots_count(args, b, e) == -1, "all in range"); });
+  const ummrm::SortSlots args{expert.data(),   slots,          experts,    forward.data(),
+                              backward.data(), offsets.data(), next.data()};
+  launch(blocks, threads,
+         [&](int64_t b, int64_t e) { CHECK(ummrm::cpu::sort_slots_count(args, b, e) == -1, "all in range"); });
   ummrm::cpu::sort_slots_scan(args);
   launch(blocks, threads, [&](int64_t b, int64_t e) { ummrm::cpu::sort_slots_scatter(args, b, e); });
   std::iota(want.begin(), want.end(), 0);
@@ -234,7 +279,8 @@ int main() {
     for (const Gate gate : {Gate::shared_complement, Gate::fixed}) {
       for (const bool masked : {false, true}) {
         for (const bool noisy : {false, true}) {
-          for (const auto& [tokens, experts, top_k] : {std::tuple{600, 7, 5}, {33, 3, 1}, {5, 1, 1}, {17, 40, 8}, {0, 4, 2}}) {
+          for (const auto& [tokens, experts, top_k] :
+               {std::tuple{600, 7, 5}, {33, 3, 1}, {5, 1, 1}, {17, 40, 8}, {0, 4, 2}}) {
             const Case c{type, tokens, experts, top_k, gate, masked, noisy};
             forward(c);
             if (tokens < 100) backward(c);

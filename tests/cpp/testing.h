@@ -19,13 +19,13 @@ namespace testing {
 
 inline int failures = 0;
 
-#define CHECK(condition, ...)                                         \
-  do {                                                                \
-    if (!(condition) && ++testing::failures <= 20) {                  \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);     \
-      std::printf(__VA_ARGS__);                                       \
-      std::printf("\n");                                              \
-    }                                                                 \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition) && ++testing::failures <= 20) {              \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (false)
 
 inline int finish() {

@@ -14,9 +14,9 @@ struct Activation {
   DType dtype;
   ActivationKind kind;
   bool glu;
-  int64_t width;              // of the output; the pre-activation is twice as wide if glu
-  const void* pre_activation; // [rows, width or 2*width]
-  void* out;                  // [rows, width]
+  int64_t width;               // of the output; the pre-activation is twice as wide if glu
+  const void* pre_activation;  // [rows, width or 2*width]
+  void* out;                   // [rows, width]
 };
 
 struct ActivationBackward {
@@ -24,7 +24,7 @@ struct ActivationBackward {
   ActivationKind kind;
   bool glu;
   int64_t width;
-  const void* grad;           // [rows, width], without the gate weight
+  const void* grad;  // [rows, width], without the gate weight
   const void* pre_activation;
   const void* row_weights;    // accumulator type [rows], or null: ones
   void* grad_pre_activation;  // out, like pre_activation

@@ -10,11 +10,11 @@ namespace ummrm {
 
 // out[c] = sum over the group's rows of row_weights[r] * rows[r, c], accumulated wide, rounded once.
 struct ColumnSums {
-  DType dtype;             // of rows and out
-  const void* rows;        // the group's first row, [count, width]
-  const void* row_weights; // accumulator type, the group's first weight; null: ones
+  DType dtype;              // of rows and out
+  const void* rows;         // the group's first row, [count, width]
+  const void* row_weights;  // accumulator type, the group's first weight; null: ones
   int64_t count, width;
-  void* out;               // [width]
+  void* out;  // [width]
 };
 
 namespace cpu {

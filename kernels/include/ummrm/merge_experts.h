@@ -12,9 +12,9 @@ namespace ummrm {
 struct MergeTensor {
   const void* const* experts;  // [experts] pointers to `elements` contiguous elements each, shared experts first
   int64_t elements;
-  int64_t first_block;         // number of the tensor's first block
-  void* merged;                // out of merge_experts, [elements]
-  const void* grad;            // input of merge_experts_dots, [elements]
+  int64_t first_block;  // number of the tensor's first block
+  void* merged;         // out of merge_experts, [elements]
+  const void* grad;     // input of merge_experts_dots, [elements]
 };
 
 struct MergeExperts {

@@ -11,10 +11,10 @@ namespace ummrm {
 enum class Gate : int8_t { shared_complement, fixed };
 
 struct Route {
-  DType dtype;            // of logits and clean_logits; "acc" below is accumulator_bytes(dtype) wide
-  const void* logits;     // [tokens, experts]
-  const void* clean;      // [tokens, experts] that the statistics are taken from; null: logits
-  const bool* mask;       // [tokens], true = live; null: all live
+  DType dtype;         // of logits and clean_logits; "acc" below is accumulator_bytes(dtype) wide
+  const void* logits;  // [tokens, experts]
+  const void* clean;   // [tokens, experts] that the statistics are taken from; null: logits
+  const bool* mask;    // [tokens], true = live; null: all live
   int64_t tokens, experts, top_k;
   Gate gate;
   double fixed_shared_weight;
@@ -22,10 +22,10 @@ struct Route {
   void* routed_weights;     // out, acc [tokens, top_k]
   int32_t* expert_indices;  // out, [tokens, top_k]
   // Workspace: one row a block, summed in block order by route_finish.
-  double* block_prob;   // [blocks, experts]
-  double* block_z;      // [blocks]
-  int32_t* block_count; // [blocks, experts]
-  int64_t* block_live;  // [blocks]
+  double* block_prob;    // [blocks, experts]
+  double* block_z;       // [blocks]
+  int32_t* block_count;  // [blocks, experts]
+  int64_t* block_live;   // [blocks]
 };
 
 struct RouteBackward {
@@ -37,17 +37,17 @@ struct RouteBackward {
   Gate gate;
   double fixed_shared_weight;
   int64_t live_tokens;
-  const int32_t* expert_indices;   // [tokens, top_k]
-  const void* grad_shared_weight;  // acc [tokens]
-  const void* grad_routed_weights; // acc [tokens, top_k]
-  const void* grad_mean_prob;      // acc [experts]
-  const void* grad_mean_z;         // acc [1]
-  void* grad_logits;               // out, dtype [tokens, experts]
-  void* grad_clean;                // out, likewise; null with clean
+  const int32_t* expert_indices;    // [tokens, top_k]
+  const void* grad_shared_weight;   // acc [tokens]
+  const void* grad_routed_weights;  // acc [tokens, top_k]
+  const void* grad_mean_prob;       // acc [experts]
+  const void* grad_mean_z;          // acc [1]
+  void* grad_logits;                // out, dtype [tokens, experts]
+  void* grad_clean;                 // out, likewise; null with clean
 };
 
 struct SortSlots {
-  const int32_t* expert_indices; // [slots], -1 = no expert
+  const int32_t* expert_indices;  // [slots], -1 = no expert
   int64_t slots, experts;
   int32_t* slot_to_sorted;  // out, [slots]
   int32_t* sorted_to_slot;  // out, [slots]
