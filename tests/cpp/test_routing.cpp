@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "testing.h"
+#include "routing_truth.h"
 
 using namespace testing;
 using ummrm::Gate;
@@ -57,7 +57,7 @@ static Routed run(const Case& c, const Inputs& in, int64_t threads) {
                           c.experts,
                           c.top_k,
                           c.gate,
-                          0.3,
+                          kFixedWeight,
                           r.shared.data(),
                           r.routed.data(),
                           r.indices.data(),
@@ -69,47 +69,6 @@ static Routed run(const Case& c, const Inputs& in, int64_t threads) {
   ummrm::cpu::route_finish(args, r.counts.data(), r.mean_prob.data(), r.mean_z.data());
   r.live = std::accumulate(live.begin(), live.end(), int64_t{0});
   return r;
-}
-
-// One token, from the definition (DESIGN: p = softmax, K largest with ties to the lower index, then the gate).
-struct Token {
-  std::vector<double> p;
-  double lse;
-};
-
-static Token softmax(const double* logits, int64_t n) {
-  const double top = *std::max_element(logits, logits + n);
-  Token token{std::vector<double>(n), 0};
-  double sum = 0;
-  for (int64_t e = 0; e < n; ++e) sum += token.p[e] = std::exp(logits[e] - top);
-  for (double& p : token.p) p /= sum;
-  token.lse = top + std::log(sum);
-  return token;
-}
-
-static std::vector<int64_t> largest(const double* logits, int64_t n, int64_t k) {
-  std::vector<int64_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
-  order.resize(k);
-  return order;
-}
-
-static void gates(Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared,
-                  std::vector<double>& routed) {
-  routed.assign(chosen.size(), 0);
-  double total = 0;
-  for (size_t j = 0; j < chosen.size(); ++j)
-    total += routed[j] = gate == Gate::fixed ? p[chosen[j]] : std::exp(p[chosen[j]]);
-  const double top = p[chosen[0]];
-  for (double& r : routed) r *= (gate == Gate::fixed ? 0.7 : top) / total;
-  *shared = gate == Gate::fixed ? 0.3 : 1 - top;
-}
-
-static std::vector<double> row(const Array& logits, int64_t t, int64_t n) {
-  std::vector<double> out(n);
-  for (int64_t e = 0; e < n; ++e) out[e] = logits[t * n + e];
-  return out;
 }
 
 static void forward(const Case& c) {
@@ -134,8 +93,8 @@ static void forward(const Case& c) {
     }
     ++live;
     const auto logits = row(in.logits, t, c.experts);
-    const auto chosen = largest(logits.data(), c.experts, c.top_k);
-    gates(c.gate, softmax(logits.data(), c.experts).p, chosen, &shared, routed);
+    const auto chosen = largest(logits, c.top_k);
+    gates(c.gate, softmax(logits).p, chosen, &shared, routed);
     check_close(got.shared, t, shared, tolerance, "shared weight");
     for (int64_t k = 0; k < c.top_k; ++k) {
       CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t),
@@ -143,7 +102,7 @@ static void forward(const Case& c) {
       check_close(got.routed, t * c.top_k + k, routed[k], tolerance, "routed weight");
       ++counts[chosen[k]];
     }
-    const Token clean = softmax(row(c.noisy ? in.clean : in.logits, t, c.experts).data(), c.experts);
+    const Token clean = softmax(row(c.noisy ? in.clean : in.logits, t, c.experts));
     for (int64_t e = 0; e < c.experts; ++e) mean_prob[e] += clean.p[e];
     mean_z += clean.lse * clean.lse;
   }
@@ -166,7 +125,7 @@ static std::pair<Array, Array> gradients(const Case& c, const Inputs& in, const 
                                   c.experts,
                                   c.top_k,
                                   c.gate,
-                                  0.3,
+                                  kFixedWeight,
                                   r.live,
                                   r.indices.data(),
                                   gs.data(),
@@ -192,36 +151,16 @@ static void backward(const Case& c) {
               gp = random.array(acc, c.experts), gz = random.array(acc, 1);
   const auto [grad, grad_clean] = gradients(c, in, run(c, in, 2), gs, gr, gp, gz);
 
-  // The loss whose gradient this is, as a function of one token's logits (others' terms are constant in them).
+  // Others' terms of the loss are constant in one token's logits.
+  const RouteGrads grads{gs, gr, gp, gz};
   const double live = static_cast<double>(std::max<int64_t>(run(c, in, 1).live, 1));
   for (int64_t t = 0; t < c.tokens; ++t) {
     const auto logits = row(wide_in.logits, t, c.experts), clean = row(wide_in.clean, t, c.experts);
-    const auto chosen = largest(logits.data(), c.experts, c.top_k);
-    const auto statistics = [&](const std::vector<double>& x) {
-      const Token token = softmax(x.data(), c.experts);
-      double loss = gz[0] * token.lse * token.lse / live;
-      for (int64_t e = 0; e < c.experts; ++e) loss += gp[e] * token.p[e] / live;
-      return loss;
-    };
-    const auto gate_loss = [&](const std::vector<double>& x) {
-      double shared = 0;
-      std::vector<double> routed;
-      gates(c.gate, softmax(x.data(), c.experts).p, chosen, &shared, routed);
-      double loss = c.gate == Gate::fixed ? 0 : gs[t] * shared;
-      for (int64_t k = 0; k < c.top_k; ++k) loss += gr[t * c.top_k + k] * routed[k];
-      return loss;
-    };
-    const auto slope = [&](const auto& loss, std::vector<double> x, int64_t e) {
-      const double h = 1e-5;
-      x[e] += h;
-      const double up = loss(x);
-      x[e] -= 2 * h;
-      return (up - loss(x)) / (2 * h);
-    };
+    const auto chosen = largest(logits, c.top_k);
     for (int64_t e = 0; e < c.experts; ++e) {
       const bool dead = c.masked && !in.mask[t];
-      const double of_gates = dead ? 0 : slope(gate_loss, logits, e);
-      const double of_statistics = dead ? 0 : slope(statistics, c.noisy ? clean : logits, e);
+      const double of_gates = dead ? 0 : slope_of_gates(c.gate, grads, logits, chosen, t, e);
+      const double of_statistics = dead ? 0 : slope_of_means(grads, c.noisy ? clean : logits, live, e);
       const double tolerance =
           dead ? 0 : 2e-9 + 32 * epsilon(acc) + 2 * epsilon(c.type) * (std::fabs(of_gates) + std::fabs(of_statistics));
       check_close(grad, t * c.experts + e, c.noisy ? of_gates : of_gates + of_statistics, tolerance, "grad of logits");

@@ -38,4 +38,21 @@ void activation(const Activation& args, int64_t begin_row, int64_t end_row);
 void activation_backward(const ActivationBackward& args, int64_t begin_row, int64_t end_row);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The bias of the projection before the activation, where the GEMM has left it out: added in fp32 as the pre-activation
+// is read, which stays as it is in memory. Rows are the combined buffer's: shared expert s, token t at s*tokens + t, then
+// the sorted rows; those past expert_offsets[experts] get none.
+struct RowBias {
+  const void* shared;             // the pre-activation's dtype, [num_shared, its width], or null
+  const void* routed;             // [experts, its width], or null
+  const int32_t* expert_offsets;  // [experts + 1]
+  int64_t experts, num_shared, tokens;
+};
+
+int activation(const Activation& args, int64_t rows, const RowBias& bias, Stream stream);
+int activation_backward(const ActivationBackward& args, int64_t rows, const RowBias& bias, Stream stream);
+
+}  // namespace cuda
 }  // namespace ummrm

@@ -37,4 +37,30 @@ void merge_experts_dots(const MergeExperts& args, int64_t begin_block, int64_t e
 void merge_experts_dots_finish(const MergeExperts& args, void* dots);
 
 }  // namespace cpu
+
+namespace cuda {
+
+inline constexpr int64_t kMaxMergeTensors = 8;  // a gated FFN has six, biases included; they are kernel arguments
+
+struct MergeTensor {
+  const void* shared;  // expert s starts at shared + s * shared_stride elements and is contiguous
+  const void* routed;
+  int64_t shared_stride, routed_stride, elements;
+  void* merged;      // out of merge_experts, [elements]
+  const void* grad;  // input of merge_experts_dots, [elements]
+};
+
+struct MergeExperts {
+  DType dtype;
+  int64_t num_tensors, num_shared, num_routed;
+  MergeTensor tensors[kMaxMergeTensors];
+  const float* coefficients;  // of merge_experts: [num_tensors, num_shared + num_routed], shared experts first
+};
+
+int merge_experts(const MergeExperts& args, Stream stream);
+// dots: [num_tensors, num_shared + num_routed].
+int64_t merge_experts_dots_workspace(const MergeExperts& args);  // bytes
+int merge_experts_dots(const MergeExperts& args, float* dots, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace ummrm

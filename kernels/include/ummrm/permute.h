@@ -49,4 +49,13 @@ void unpermute_backward(const UnpermuteBackward& args, int64_t begin_token, int6
 int64_t first_out_of_range(const int32_t* values, int64_t begin, int64_t end, int64_t low, int64_t high);
 
 }  // namespace cpu
+
+// The arguments' live_rows is not read: it is known on the device alone, where `live_rows` points at expert_offsets[E].
+namespace cuda {
+
+int permute(const Permute& args, int64_t rows, const int32_t* live_rows, Stream stream);
+int unpermute(const Unpermute& args, const int32_t* live_rows, Stream stream);
+int unpermute_backward(const UnpermuteBackward& args, const int32_t* live_rows, Stream stream);
+
+}  // namespace cuda
 }  // namespace ummrm

@@ -71,4 +71,21 @@ void sort_slots_scan(const SortSlots& args);
 void sort_slots_scatter(const SortSlots& args, int64_t begin_block, int64_t end_block);
 
 }  // namespace cpu
+
+// Up to kMaxExperts experts and kMaxTopK of them per token. The workspace pointers among the arguments are the CPU's.
+namespace cuda {
+
+inline constexpr int64_t kMaxExperts = 256, kMaxTopK = 16;
+
+// Also what route_finish gives: tokens_per_expert [experts], mean_prob [experts], mean_z [1]; in the same launch.
+int64_t route_workspace(int64_t tokens, int64_t experts);  // bytes
+int route(const Route& args, int32_t* tokens_per_expert, float* mean_prob, float* mean_z, void* workspace, Stream stream);
+// live_tokens is not read: it is the sum of tokens_per_expert over top_k, on the device.
+int route_backward(const RouteBackward& args, const int32_t* tokens_per_expert, Stream stream);
+
+// An index out of range counts as -1.
+int64_t sort_slots_workspace(int64_t slots, int64_t experts);  // bytes
+int sort_slots(const SortSlots& args, void* workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace ummrm

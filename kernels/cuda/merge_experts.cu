@@ -1,0 +1,186 @@
+// CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBlock elements numbered through all tensors of the
+// call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double, both in
+// an order that depends on the sizes alone.
+#include "ummrm/merge_experts.h"
+
+#include "numeric.cuh"
+
+namespace ummrm::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int64_t kMergeBlock = 4096;  // elements
+constexpr int kExpertsAtOnce = 32;     // whose warps' sums wait in shared memory
+
+// What a kernel is given: the tensors with the number of each one's first block, and whether 16-byte accesses fit it.
+struct Plan {
+  MergeExperts args;
+  int64_t first_block[kMaxMergeTensors];
+  bool wide[kMaxMergeTensors];
+};
+
+template <class T>
+bool fits_vectors(const MergeTensor& tensor) {
+  return aligned16(tensor.shared) && aligned16(tensor.routed) && aligned16(tensor.merged) && aligned16(tensor.grad) &&
+         tensor.shared_stride % kVector<T> == 0 && tensor.routed_stride % kVector<T> == 0;
+}
+
+// Returns the number of blocks.
+int64_t make_plan(const MergeExperts& args, Plan& plan) {
+  plan.args = args;
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < args.num_tensors; ++i) {
+    plan.first_block[i] = blocks;
+    plan.wide[i] = args.dtype == DType::f32 ? fits_vectors<float>(args.tensors[i]) : fits_vectors<bf16>(args.tensors[i]);
+    blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
+  }
+  return blocks;
+}
+
+__device__ inline int tensor_of(const Plan& plan, int64_t block) {
+  int index = 0;
+  while (index + 1 < plan.args.num_tensors && plan.first_block[index + 1] <= block) ++index;
+  return index;
+}
+
+template <class T>
+__device__ const T* expert_of(const MergeTensor& tensor, int64_t num_shared, int64_t e) {
+  if (e < num_shared) return static_cast<const T*>(tensor.shared) + e * tensor.shared_stride;
+  return static_cast<const T*>(tensor.routed) + (e - num_shared) * tensor.routed_stride;
+}
+
+// Elements [first, last) of one tensor, N a thread and step; returns where it stopped, short of a whole step of N.
+template <int N, class T>
+__device__ int64_t merge_range(const MergeTensor& tensor, const float* c, int64_t num_shared, int64_t experts, int64_t first, int64_t last) {
+  const int64_t whole = first + (last - first) / N * N;
+  for (int64_t at = first + static_cast<int64_t>(threadIdx.x) * N; at < whole; at += kThreads * N) {
+    float sum[N] = {};
+#pragma unroll 4
+    for (int64_t e = 0; e < experts; ++e) {
+      float value[N];
+      load<N>(expert_of<T>(tensor, num_shared, e) + at, value);
+      for (int i = 0; i < N; ++i) sum[i] += c[e] * value[i];
+    }
+    store<N>(sum, static_cast<T*>(tensor.merged) + at);
+  }
+  return whole;
+}
+
+// Bytes moved: S + E + 1 elements an element.
+template <class T>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Plan plan) {
+  const int index = tensor_of(plan, blockIdx.x);
+  const MergeTensor& tensor = plan.args.tensors[index];
+  const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
+  const float* c = plan.args.coefficients + index * experts;
+  int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock;
+  const int64_t last = first + kMergeBlock < tensor.elements ? first + kMergeBlock : tensor.elements;
+  if (plan.wide[index]) first = merge_range<kVector<T>, T>(tensor, c, num_shared, experts, first, last);
+  merge_range<1, T>(tensor, c, num_shared, experts, first, last);
+}
+
+// A thread's share of a block's gradient: at + i is element i's place, held once for all experts.
+constexpr int kPerThread = kMergeBlock / kThreads;
+
+template <int N, class T>
+__device__ void load_share(const T* from, int64_t count, float (&share)[kPerThread]) {
+#pragma unroll
+  for (int step = 0; step < kPerThread / N; ++step) {
+    const int64_t at = (static_cast<int64_t>(step) * kThreads + threadIdx.x) * N;
+    float value[N] = {};
+    if (at + N <= count) {
+      load<N>(from + at, value);
+    } else if constexpr (N > 1) {  // the tensor's ragged end
+      for (int i = 0; i < N; ++i) value[i] = at + i < count ? load_one<T>(from, at + i) : 0.f;
+    }
+    for (int i = 0; i < N; ++i) share[step * N + i] = value[i];
+  }
+}
+
+template <int N, class T>
+__device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&sums)[kWarps][kExpertsAtOnce], float* partial) {
+  const MergeTensor& tensor = plan.args.tensors[index];
+  const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
+  const int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock;
+  const int64_t count = first + kMergeBlock < tensor.elements ? kMergeBlock : tensor.elements - first;
+  float grad[kPerThread];
+  load_share<N>(static_cast<const T*>(tensor.grad) + first, count, grad);
+  for (int64_t from = 0; from < experts; from += kExpertsAtOnce) {
+    const int some = static_cast<int>(experts - from < kExpertsAtOnce ? experts - from : kExpertsAtOnce);
+    for (int e = 0; e < some; ++e) {
+      float value[kPerThread], dot = 0;
+      load_share<N>(expert_of<T>(tensor, num_shared, from + e) + first, count, value);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) dot += grad[i] * value[i];
+      dot = lanes_sum(dot);
+      if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp][e] = dot;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < some; e += kThreads) {
+      float total = 0;
+      for (int w = 0; w < kWarps; ++w) total += sums[w][e];
+      partial[(from + e) * blocks + blockIdx.x] = total;
+    }
+    __syncthreads();  // before the next experts' sums
+  }
+}
+
+// Stage one. Bytes moved: S + E + 1 elements an element. partial: [experts, blocks].
+template <class T>
+__global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
+  __shared__ float sums[kWarps][kExpertsAtOnce];
+  const int index = tensor_of(plan, blockIdx.x);
+  if (plan.wide[index]) {
+    block_dots<kVector<T>, T>(plan, index, blocks, sums, partial);
+  } else {
+    block_dots<1, T>(plan, index, blocks, sums, partial);
+  }
+}
+
+// Stage two: a block a dot.
+__global__ void __launch_bounds__(kThreads) dots_finish_kernel(const __grid_constant__ Plan plan, int64_t blocks, const float* partial, float* dots) {
+  __shared__ double warps[kWarps];
+  const int64_t experts = plan.args.num_shared + plan.args.num_routed;
+  const int64_t index = blockIdx.x / experts, expert = blockIdx.x % experts;
+  const int64_t first = plan.first_block[index], last = first + ceil_div(plan.args.tensors[index].elements, kMergeBlock);
+  double sum = 0;
+  for (int64_t block = first + threadIdx.x; block < last; block += kThreads) sum += partial[expert * blocks + block];
+  sum = lanes_sum(sum);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double total = 0;
+  for (int w = 0; w < kWarps; ++w) total += warps[w];
+  dots[blockIdx.x] = static_cast<float>(total);
+}
+
+bool bad(const MergeExperts& args) { return args.num_tensors > kMaxMergeTensors; }
+
+}  // namespace
+
+int merge_experts(const MergeExperts& args, Stream stream) {
+  if (bad(args)) return cudaErrorInvalidValue;
+  Plan plan;
+  const int64_t blocks = make_plan(args, plan);
+  return with_type(args.dtype, [&](auto type) { return launch(merge_kernel<decltype(type)>, blocks, kThreads, stream, plan); });
+}
+
+int64_t merge_experts_dots_workspace(const MergeExperts& args) {
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < args.num_tensors && i < kMaxMergeTensors; ++i) blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
+  return blocks * (args.num_shared + args.num_routed) * static_cast<int64_t>(sizeof(float));
+}
+
+int merge_experts_dots(const MergeExperts& args, float* dots, void* workspace, Stream stream) {
+  if (bad(args)) return cudaErrorInvalidValue;
+  Plan plan;
+  const int64_t blocks = make_plan(args, plan);
+  auto* partial = static_cast<float*>(workspace);
+  const int status = with_type(
+      args.dtype, [&](auto type) { return launch(dots_kernel<decltype(type)>, blocks, kThreads, stream, plan, blocks, partial); });
+  if (status != cudaSuccess) return status;
+  return launch(
+      dots_finish_kernel, args.num_tensors * (args.num_shared + args.num_routed), kThreads, stream, plan, blocks, partial, dots);
+}
+
+}  // namespace ummrm::cuda
