@@ -127,15 +127,16 @@ static void backward(const Case& c, const Inputs& in, const Routed& routed) {
 static void special_values() {
   const double inf = INFINITY;
   for (const DType type : kCudaTypes) {
-    const Case c{type, 4, 4, 2, Gate::shared_complement, 0, false};
-    Inputs in{Array(type, 16), Array(type, 16), std::vector<char>(4, 1)};
-    const double logits[16] = {1, NAN, 3, 4, inf, 0, 0, 0, -inf, -inf, -inf, -inf, -inf, 2, -inf, -inf};
-    for (int64_t i = 0; i < 16; ++i) in.logits.set(i, logits[i]);
+    const Case c{type, 5, 4, 2, Gate::shared_complement, 0, false};
+    Inputs in{Array(type, 20), Array(type, 20), std::vector<char>(5, 1)};
+    const double logits[20] = {1, NAN, 3, 4, inf, 0, 0, 0, -inf, -inf, -inf, -inf, -inf, 2, -inf, -inf, -500, -500, -600, -500};
+    for (int64_t i = 0; i < 20; ++i) in.logits.set(i, logits[i]);
     const Routed got = run(c, in);
-    const std::vector<int32_t> want{0, 1, 0, 1, 0, 1, 1, 0};  // NaN rows by index; the last row ranks -inf after 2
+    const std::vector<int32_t> want{0, 1, 0, 1, 0, 1, 1, 0, 0, 1};  // NaN rows by index; -inf ranks after 2
     CHECK(got.indices == want, "indices of rows with NaN and infinities");
     for (int64_t t = 0; t < 3; ++t) CHECK(std::isnan(got.shared[t]) && std::isnan(got.routed[2 * t + 1]), "NaN propagates in row %d", static_cast<int>(t));
     check_close(got.shared, 3, 0, 0, "a certain choice leaves the shared expert nothing");
+    check_close(got.shared, 4, 2.0 / 3, 1e-6, "logits whose exponentials underflow");
     CHECK(std::isnan(got.mean_prob[0]), "NaN propagates to the statistics");
   }
 }
