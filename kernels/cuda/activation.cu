@@ -1,6 +1,6 @@
 // CUDA kernels of activation.h, bound by memory: a block a row, 16 bytes a thread and step. The kind of nonlinearity is
-// a branch that all threads take alike, once for a vector, which costs nothing beside the memory and keeps the number of
-// kernels small. Dots of a row are summed by lanes, then warps, in a fixed order.
+// a branch that all threads take alike, once for a vector, which costs nothing beside the memory and keeps the number
+// of kernels small. Dots of a row are summed by lanes, then warps, in a fixed order.
 #include "ummrm/activation.h"
 
 #include "numeric.cuh"
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(Activation args, R
   const T* pre = static_cast<const T*>(args.pre_activation) + row * pre_width;
   const T* bias = bias_of<T>(row_bias, row, pre_width);
   T* out = static_cast<T*>(args.out) + row * width;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width; column += static_cast<int64_t>(blockDim.x) * N) {
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width;
+       column += static_cast<int64_t>(blockDim.x) * N) {
     float z[N], act[N], derivative[N];
     load_biased<N>(pre, bias, column, z);
     apply(args.kind, z, act, derivative);
@@ -137,7 +138,8 @@ __global__ void __launch_bounds__(kThreads) activation_backward_kernel(Activatio
   T* grad_pre = static_cast<T*>(args.grad_pre_activation) + row * pre_width;
   const float weight = weighted ? static_cast<const float*>(args.row_weights)[row] : 1.f;
   float dot = 0;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width; column += static_cast<int64_t>(blockDim.x) * N) {
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width;
+       column += static_cast<int64_t>(blockDim.x) * N) {
     float z[N], g[N], act[N], derivative[N];
     load_biased<N>(pre, bias, column, z);
     load<N>(grad + column, g);

@@ -19,7 +19,8 @@ template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > kMaxGrid) return cudaErrorInvalidConfiguration;
-  const cudaLaunchConfig_t config = {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream};
+  const cudaLaunchConfig_t config = {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0,
+                                     stream};
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

@@ -1,6 +1,6 @@
 // CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBlock elements numbered through all tensors of the
-// call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double, both in
-// an order that depends on the sizes alone.
+// call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double, both
+// in an order that depends on the sizes alone.
 #include "ummrm/merge_experts.h"
 
 #include "numeric.cuh"
@@ -31,7 +31,8 @@ int64_t make_plan(const MergeExperts& args, Plan& plan) {
   int64_t blocks = 0;
   for (int64_t i = 0; i < args.num_tensors; ++i) {
     plan.first_block[i] = blocks;
-    plan.wide[i] = args.dtype == DType::f32 ? fits_vectors<float>(args.tensors[i]) : fits_vectors<bf16>(args.tensors[i]);
+    plan.wide[i] =
+        args.dtype == DType::f32 ? fits_vectors<float>(args.tensors[i]) : fits_vectors<bf16>(args.tensors[i]);
     blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
   }
   return blocks;
@@ -51,7 +52,8 @@ __device__ const T* expert_of(const MergeTensor& tensor, int64_t num_shared, int
 
 // Elements [first, last) of one tensor, N a thread and step; returns where it stopped, short of a whole step of N.
 template <int N, class T>
-__device__ int64_t merge_range(const MergeTensor& tensor, const float* c, int64_t num_shared, int64_t experts, int64_t first, int64_t last) {
+__device__ int64_t merge_range(const MergeTensor& tensor, const float* c, int64_t num_shared, int64_t experts,
+                               int64_t first, int64_t last) {
   const int64_t whole = first + (last - first) / N * N;
   for (int64_t at = first + static_cast<int64_t>(threadIdx.x) * N; at < whole; at += kThreads * N) {
     float sum[N] = {};
@@ -98,7 +100,8 @@ __device__ void load_share(const T* from, int64_t count, float (&share)[kPerThre
 }
 
 template <int N, class T>
-__device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&sums)[kWarps][kExpertsAtOnce], float* partial) {
+__device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&sums)[kWarps][kExpertsAtOnce],
+                           float* partial) {
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
   const int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock;
@@ -127,7 +130,8 @@ __device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&
 
 // Stage one. Bytes moved: S + E + 1 elements an element. partial: [experts, blocks].
 template <class T>
-__global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
+__global__ void __launch_bounds__(kThreads)
+    dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
   __shared__ float sums[kWarps][kExpertsAtOnce];
   const int index = tensor_of(plan, blockIdx.x);
   if (plan.wide[index]) {
@@ -138,11 +142,13 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
 }
 
 // Stage two: a block a dot.
-__global__ void __launch_bounds__(kThreads) dots_finish_kernel(const __grid_constant__ Plan plan, int64_t blocks, const float* partial, float* dots) {
+__global__ void __launch_bounds__(kThreads)
+    dots_finish_kernel(const __grid_constant__ Plan plan, int64_t blocks, const float* partial, float* dots) {
   __shared__ double warps[kWarps];
   const int64_t experts = plan.args.num_shared + plan.args.num_routed;
   const int64_t index = blockIdx.x / experts, expert = blockIdx.x % experts;
-  const int64_t first = plan.first_block[index], last = first + ceil_div(plan.args.tensors[index].elements, kMergeBlock);
+  const int64_t first = plan.first_block[index],
+                last = first + ceil_div(plan.args.tensors[index].elements, kMergeBlock);
   double sum = 0;
   for (int64_t block = first + threadIdx.x; block < last; block += kThreads) sum += partial[expert * blocks + block];
   sum = lanes_sum(sum);
@@ -162,12 +168,14 @@ int merge_experts(const MergeExperts& args, Stream stream) {
   if (bad(args)) return cudaErrorInvalidValue;
   Plan plan;
   const int64_t blocks = make_plan(args, plan);
-  return with_type(args.dtype, [&](auto type) { return launch(merge_kernel<decltype(type)>, blocks, kThreads, stream, plan); });
+  return with_type(args.dtype,
+                   [&](auto type) { return launch(merge_kernel<decltype(type)>, blocks, kThreads, stream, plan); });
 }
 
 int64_t merge_experts_dots_workspace(const MergeExperts& args) {
   int64_t blocks = 0;
-  for (int64_t i = 0; i < args.num_tensors && i < kMaxMergeTensors; ++i) blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
+  for (int64_t i = 0; i < args.num_tensors && i < kMaxMergeTensors; ++i)
+    blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
   return blocks * (args.num_shared + args.num_routed) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -176,11 +184,12 @@ int merge_experts_dots(const MergeExperts& args, float* dots, void* workspace, S
   Plan plan;
   const int64_t blocks = make_plan(args, plan);
   auto* partial = static_cast<float*>(workspace);
-  const int status = with_type(
-      args.dtype, [&](auto type) { return launch(dots_kernel<decltype(type)>, blocks, kThreads, stream, plan, blocks, partial); });
+  const int status = with_type(args.dtype, [&](auto type) {
+    return launch(dots_kernel<decltype(type)>, blocks, kThreads, stream, plan, blocks, partial);
+  });
   if (status != cudaSuccess) return status;
-  return launch(
-      dots_finish_kernel, args.num_tensors * (args.num_shared + args.num_routed), kThreads, stream, plan, blocks, partial, dots);
+  return launch(dots_finish_kernel, args.num_tensors * (args.num_shared + args.num_routed), kThreads, stream, plan,
+                blocks, partial, dots);
 }
 
 }  // namespace ummrm::cuda

@@ -1,6 +1,7 @@
-// CUDA kernels of permute.h, bound by memory. Copies: a warp a row, 512 bytes a step, four steps in flight. Sums: a thread
-// for 16 bytes of a token's output, which reads those of each of its rows. The backward: a warp for each gradient row,
-// with its dot product; the token's rows are neighbours, so its gradient comes from the L1 cache after the first.
+// CUDA kernels of permute.h, bound by memory. Copies: a warp a row, 512 bytes a step, four steps in flight. Sums: a
+// thread for 16 bytes of a token's output, which reads those of each of its rows. The backward: a warp for each
+// gradient row, with its dot product; the token's rows are neighbours, so its gradient comes from the L1 cache after
+// the first.
 #include "ummrm/permute.h"
 
 #include "numeric.cuh"
@@ -12,8 +13,9 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 // Bytes moved: 2 * row_bytes a row, less what the cache saves of a token's other rows.
 template <class Word>
-__global__ void __launch_bounds__(kThreads) permute_kernel(
-    const Word* x, const int32_t* sorted_to_slot, const int32_t* live_rows, int64_t rows, int64_t top_k, int64_t words, Word* out) {
+__global__ void __launch_bounds__(kThreads)
+    permute_kernel(const Word* x, const int32_t* sorted_to_slot, const int32_t* live_rows, int64_t rows, int64_t top_k,
+                   int64_t words, Word* out) {
   constexpr int kSteps = 4;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -36,9 +38,9 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(
 
 template <class Word>
 int launch_permute(const Permute& args, int64_t rows, const int32_t* live_rows, Stream stream) {
-  return launch(
-      permute_kernel<Word>, ceil_div(rows, kWarps), kThreads, stream, static_cast<const Word*>(args.x), args.sorted_to_slot,
-      live_rows, rows, args.top_k, args.row_bytes / static_cast<int64_t>(sizeof(Word)), static_cast<Word*>(args.out));
+  return launch(permute_kernel<Word>, ceil_div(rows, kWarps), kThreads, stream, static_cast<const Word*>(args.x),
+                args.sorted_to_slot, live_rows, rows, args.top_k, args.row_bytes / static_cast<int64_t>(sizeof(Word)),
+                static_cast<Word*>(args.out));
 }
 
 __device__ float shared_scale(const void* shared_weight, int64_t token, int64_t num_shared) {
@@ -68,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(Unpermute args, con
   const int32_t live = *live_rows;
   const float scale = shared_scale(args.shared_weight, token, args.num_shared);
   float sum[N] = {};
-  for (int64_t s = 0; s < args.num_shared; ++s) add_scaled<N>(rows + (s * args.tokens + token) * args.hidden, scale, sum);
+  for (int64_t s = 0; s < args.num_shared; ++s)
+    add_scaled<N>(rows + (s * args.tokens + token) * args.hidden, scale, sum);
 #pragma unroll 4
   for (int64_t k = 0; k < args.top_k; ++k) {
     const int64_t slot = token * args.top_k + k, row = args.slot_to_sorted[slot];
@@ -96,7 +99,8 @@ __device__ float scale_and_dot(const T* g, const T* row, float scale, bool dot, 
 
 // Bytes moved: 2 * (S + K) + 1 rows a token. K + 1 warps a token: one for all shared rows, whose dots are one number.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteBackward args, const int32_t* live_rows) {
+__global__ void __launch_bounds__(kThreads)
+    unpermute_backward_kernel(UnpermuteBackward args, const int32_t* live_rows) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int64_t token = unit / (args.top_k + 1), k = unit % (args.top_k + 1) - 1, hidden = args.hidden;
   if (token >= args.tokens) return;
@@ -126,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
     total = scale_and_dot<N>(g, rows + at, weight, grad_routed != nullptr, hidden, grad_rows + at);
   } else {
     const float zeros[N] = {};
-    for (int64_t column = threadIdx.x % kWarp * N; column < hidden; column += kWarp * N) store<N>(zeros, grad_rows + at + column);
+    for (int64_t column = threadIdx.x % kWarp * N; column < hidden; column += kWarp * N)
+      store<N>(zeros, grad_rows + at + column);
   }
   total = lanes_sum(total);
   if (first_lane && grad_routed != nullptr) grad_routed[slot] = total;
@@ -135,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
 }  // namespace
 
 int permute(const Permute& args, int64_t rows, const int32_t* live_rows, Stream stream) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.out) | static_cast<uint64_t>(args.row_bytes);
+  const uint64_t bits = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.out) |
+                        static_cast<uint64_t>(args.row_bytes);
   if (bits % 16 == 0) return launch_permute<uint4>(args, rows, live_rows, stream);
   if (bits % 4 == 0) return launch_permute<unsigned>(args, rows, live_rows, stream);
   return launch_permute<uint16_t>(args, rows, live_rows, stream);
@@ -158,10 +164,10 @@ int unpermute(const Unpermute& args, const int32_t* live_rows, Stream stream) {
 int unpermute_backward(const UnpermuteBackward& args, const int32_t* live_rows, Stream stream) {
   return with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool wide = args.hidden % kVector<T> == 0 && aligned16(args.rows) && aligned16(args.grad_out) && aligned16(args.grad_rows);
-    return launch(
-        wide ? unpermute_backward_kernel<T, kVector<T>> : unpermute_backward_kernel<T, 1>,
-        ceil_div(args.tokens * (args.top_k + 1), kWarps), kThreads, stream, args, live_rows);
+    const bool wide =
+        args.hidden % kVector<T> == 0 && aligned16(args.rows) && aligned16(args.grad_out) && aligned16(args.grad_rows);
+    return launch(wide ? unpermute_backward_kernel<T, kVector<T>> : unpermute_backward_kernel<T, 1>,
+                  ceil_div(args.tokens * (args.top_k + 1), kWarps), kThreads, stream, args, live_rows);
   });
 }
 

@@ -1,7 +1,7 @@
-// CUDA kernels of routing.h but the sort (routing_sort.cu). A token is served by `lanes` neighbouring lanes, lane l holding
-// the experts l, l + lanes, ...: logits are read once, coalesced, and softmax and selection are exchanges among lanes.
-// Statistics are summed by lane, then block, then over blocks by the block that finishes last, always in the same order:
-// the cut into blocks depends on the number of tokens alone.
+// CUDA kernels of routing.h but the sort (routing_sort.cu). A token is served by `lanes` neighbouring lanes, lane l
+// holding the experts l, l + lanes, ...: logits are read once, coalesced, and softmax and selection are exchanges among
+// lanes. Statistics are summed by lane, then block, then over blocks by the block that finishes last, always in the
+// same order: the cut into blocks depends on the number of tokens alone.
 #include "ummrm/routing.h"
 
 #include <climits>
@@ -103,7 +103,7 @@ struct Gates {
 
 // The blocks' statistics, one row each, and who has come last.
 struct Statistics {
-  double *prob, *z;     // [blocks, experts], [blocks]
+  double *prob, *z;       // [blocks, experts], [blocks]
   int32_t *slots, *live;  // likewise
   unsigned* ticket;
 };
@@ -242,7 +242,8 @@ __device__ void softmax_backward(const Row<lanes, held>& row, float (&grad)[held
 }
 
 template <int lanes, int held>
-__global__ void __launch_bounds__(kThreads, kResident) route_backward_kernel(RouteBackward args, const int32_t* tokens_per_expert) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    route_backward_kernel(RouteBackward args, const int32_t* tokens_per_expert) {
   constexpr int kGroups = kThreads / lanes;
   const int top_k = static_cast<int>(args.top_k), experts = static_cast<int>(args.experts);
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kGroups + threadIdx.x / lanes;
@@ -324,17 +325,20 @@ bool refused(DType dtype, int64_t experts, int64_t top_k) {
 }  // namespace
 
 int64_t route_workspace(int64_t tokens, int64_t experts) {
-  return route_blocks(tokens) * (experts + 1) * static_cast<int64_t>(sizeof(double) + sizeof(int32_t)) + static_cast<int64_t>(sizeof(unsigned));
+  return route_blocks(tokens) * (experts + 1) * static_cast<int64_t>(sizeof(double) + sizeof(int32_t)) +
+         static_cast<int64_t>(sizeof(unsigned));
 }
 
-int route(const Route& args, int32_t* tokens_per_expert, float* mean_prob, float* mean_z, void* workspace, Stream stream) {
+int route(const Route& args, int32_t* tokens_per_expert, float* mean_prob, float* mean_z, void* workspace,
+          Stream stream) {
   if (refused(args.dtype, args.experts, args.top_k)) return cudaErrorInvalidValue;
   const Statistics statistics = statistics_in(workspace, args.tokens, args.experts);
   const Means means{tokens_per_expert, mean_prob, mean_z};
   const int status = cudaMemsetAsync(statistics.ticket, 0, sizeof(unsigned), stream);
   if (status != cudaSuccess) return status;
   return with_layout(args.experts, [&](auto layout) {
-    return launch(route_kernel<layout.lanes, layout.held>, route_blocks(args.tokens), kThreads, stream, args, statistics, means);
+    return launch(route_kernel<layout.lanes, layout.held>, route_blocks(args.tokens), kThreads, stream, args,
+                  statistics, means);
   });
 }
 

@@ -1,5 +1,5 @@
-// Routing of one token from its definition (p = softmax, the K largest with ties to the lower index, then the gate), and
-// the gradients of a loss in its outputs by finite differences: what the routing kernels are held to.
+// Routing of one token from its definition (p = softmax, the K largest with ties to the lower index, then the gate),
+// and the gradients of a loss in its outputs by finite differences: what the routing kernels are held to.
 #pragma once
 
 #include <functional>
@@ -35,7 +35,8 @@ inline std::vector<int64_t> largest(const std::vector<double>& logits, int64_t k
   return order;
 }
 
-inline void gates(ummrm::Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared, std::vector<double>& routed) {
+inline void gates(ummrm::Gate gate, const std::vector<double>& p, const std::vector<int64_t>& chosen, double* shared,
+                  std::vector<double>& routed) {
   const bool fixed = gate == ummrm::Gate::fixed;
   routed.assign(chosen.size(), 0);
   double total = 0;
@@ -65,7 +66,8 @@ inline double slope(const std::function<double(const std::vector<double>&)>& los
 }
 
 // d loss / d logits[e] through the gates, with the choice held.
-inline double slope_of_gates(ummrm::Gate gate, const RouteGrads& grads, const std::vector<double>& logits, const std::vector<int64_t>& chosen, int64_t t, int64_t e) {
+inline double slope_of_gates(ummrm::Gate gate, const RouteGrads& grads, const std::vector<double>& logits,
+                             const std::vector<int64_t>& chosen, int64_t t, int64_t e) {
   const auto loss = [&](const std::vector<double>& x) {
     double shared = 0;
     std::vector<double> routed;

@@ -1,5 +1,5 @@
-// Stands in for the toolkit's header of this name: the conversions that kernels/cuda uses, through the CPU kernels' own,
-// which tests/cpp/test_numeric.cpp holds to the definition of the type.
+// Stands in for the toolkit's header of this name: the conversions that kernels/cuda uses, through the CPU kernels'
+// own, which tests/cpp/test_numeric.cpp holds to the definition of the type.
 #pragma once
 
 #include "../../kernels/cpu/numeric.h"

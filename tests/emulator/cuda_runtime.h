@@ -50,11 +50,12 @@ struct cudaLaunchConfig_t {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const auto body = [&] { kernel(Parameters(arguments)...); };  // each thread its own copies
-  const bool legal = config->dynamicSmemBytes == 0 &&
-                     emulator::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, body);
+  const bool legal =
+      config->dynamicSmemBytes == 0 && emulator::launch({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, body);
   return legal ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
@@ -129,7 +130,9 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, UMMR
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, UMMRM_HERE) {
   const unsigned self = emulator::lane();
-  return emulator::shuffle(mask, value, self % width + distance >= static_cast<unsigned>(width) ? self : self + distance, "__shfl_down_sync", line);
+  return emulator::shuffle(mask, value,
+                           self % width + distance >= static_cast<unsigned>(width) ? self : self + distance,
+                           "__shfl_down_sync", line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, UMMRM_HERE) {
@@ -143,7 +146,8 @@ inline int __all_sync(unsigned mask, int predicate, UMMRM_HERE) { return __ballo
 
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, UMMRM_HERE) {
-  const uint64_t mine = emulator::to_bits(value), *values = emulator::exchange(mask, mine, false, "__match_any_sync", line);
+  const uint64_t mine = emulator::to_bits(value),
+                 *values = emulator::exchange(mask, mine, false, "__match_any_sync", line);
   unsigned result = 0;
   for (unsigned i = 0; i < 32; ++i) result |= static_cast<unsigned>((mask >> i & 1) != 0 && values[i] == mine) << i;
   return result;

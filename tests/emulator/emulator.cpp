@@ -41,7 +41,8 @@ struct Fiber {
   void* tsan = nullptr;
 };
 
-// Where the lanes of one mask meet. Values of two meetings are kept: a lane may come to the next before others have read.
+// Where the lanes of one mask meet. Values of two meetings are kept: a lane may come to the next before others have
+// read.
 struct Rendezvous {
   unsigned mask = 0, arrived = 0, meeting = 0;
   const char* what = "";
@@ -70,7 +71,7 @@ struct Machine {
   const void* scheduler_stack = nullptr;  // ASan's
   size_t scheduler_stack_bytes = 0;
   void* scheduler_tsan = nullptr;
-  char block_fence = 0;  // what a block wrote is seen by whatever runs after it
+  char block_begins = 0, block_ends = 0;  // what one block wrote is seen by the next
 };
 
 Machine machine;
@@ -117,8 +118,8 @@ ummrm_emulator_switch:
 void leave(bool for_good) {
   Fiber& self = *machine.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(
-      for_good ? nullptr : &self.fake_stack, machine.scheduler_stack, machine.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_bytes);
 #endif
 #if defined(UMMRM_EMULATOR_TSAN)
   __tsan_switch_to_fiber(machine.scheduler_tsan, __tsan_switch_to_fiber_no_sync);
@@ -168,8 +169,9 @@ void begin_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
+  acquire(&machine.block_begins);
   machine.body();
-  release(&machine.block_fence);
+  release(&machine.block_ends);
   machine.current->state = State::done;
   // A thread that has left counts as arrived, as on the hardware.
   if (--machine.alive > 0 && machine.waiting == machine.alive) open_barrier();
@@ -180,16 +182,17 @@ void begin_fiber() {
 // A stack on which a switch finds six registers and the address to return to.
 void prepare(Fiber& fiber) {
   if (fiber.stack == nullptr) {
-    void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) fail("no memory for stacks", "launch", 0);
+    void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0)
+      fail("no memory for stacks", "launch", 0);
     fiber.stack = static_cast<char*>(memory) + kGuardBytes;
   }
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);  // what the last thread left there
 #endif
 #if defined(UMMRM_EMULATOR_TSAN)
-  if (fiber.tsan != nullptr) __tsan_destroy_fiber(fiber.tsan);
-  fiber.tsan = __tsan_create_fiber(0);
+  if (fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
 #endif
   auto** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
   *--top = nullptr;  // keeps the ABI's stack alignment at the first function
@@ -269,6 +272,7 @@ void run_block(Index at) {
   for (Warp& warp : machine.warps) warp.masks = 0;
   arrange_turns();
   poison_shared_memory();
+  release(&machine.block_begins);
   while (machine.alive > 0) {
     bool ran = false;
     if (machine.order == Order::interleaved) {
@@ -285,7 +289,7 @@ void run_block(Index at) {
       fail("waits for threads that left or went another way", fiber.what, fiber.line);
     }
   }
-  acquire(&machine.block_fence);
+  acquire(&machine.block_ends);
 }
 
 Rendezvous& meeting_of(Warp& warp, unsigned mask) {
@@ -318,7 +322,8 @@ bool launch(Index grid, Index block, const std::function<void()>& body) {
   constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGrid = 65535;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) return false;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGrid || grid.z > kMaxGrid) return false;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGrid || grid.z > kMaxGrid)
+    return false;
   machine.grid = grid;
   machine.block = block;
   machine.body = body;

@@ -1,8 +1,9 @@
-// Runs CUDA kernels on the host so that they can be tested without a GPU: a fiber a CUDA thread, one block at a time, in
-// one OS thread. A fiber runs until it waits for others (a barrier, a warp collective), so a schedule is a choice of who
-// runs next; several are offered, and a kernel that is right gives the same bits under all of them. It proves logic,
-// indexing, barriers and masks; under ASan bounds and alignment, under TSan races inside a block. It says nothing of
-// speed, nor of races between blocks running at once. This is the engine; cuda_runtime.h here is the language.
+// Runs CUDA kernels on the host so that they can be tested without a GPU: a fiber a CUDA thread, one block at a time,
+// in one OS thread. A fiber runs until it waits for others (a barrier, a warp collective), so a schedule is a choice of
+// who runs next; several are offered, and a kernel that is right gives the same bits under all of them. It proves
+// logic, indexing, barriers and masks; under ASan bounds and alignment, under TSan races inside a block. It says
+// nothing of speed, nor of races between blocks running at once. This is the engine; cuda_runtime.h here is the
+// language.
 #pragma once
 
 #include <cstdint>

@@ -51,21 +51,37 @@ static void check(const Case& c) {
   const int64_t rows = c.rows(), pre_width = c.pre_width(), shared_rows = c.num_shared * c.tokens;
   const Array pre = random.array(c.type, rows * pre_width, 2), grad = random.array(c.type, rows * c.width);
   const Array weights = random.array(DType::f32, rows);
-  const Array shared_bias = random.array(c.type, c.num_shared * pre_width), routed_bias = random.array(c.type, c.experts() * pre_width);
+  const Array shared_bias = random.array(c.type, c.num_shared * pre_width),
+              routed_bias = random.array(c.type, c.experts() * pre_width);
   const auto run = [&] {
     Placed z(pre, c.aligned), g(grad, c.aligned), sb(shared_bias, c.aligned), rb(routed_bias, c.aligned);
-    Placed out(c.type, rows * c.width, c.aligned), grad_pre(c.type, rows * pre_width, c.aligned), weighted(c.type, rows * c.width, c.aligned);
+    Placed out(c.type, rows * c.width, c.aligned), grad_pre(c.type, rows * pre_width, c.aligned),
+        weighted(c.type, rows * c.width, c.aligned);
     Array dots(DType::f32, rows);
-    const ummrm::cuda::RowBias bias{c.biased ? sb.data() : nullptr, c.biased ? rb.data() : nullptr, c.offsets.data(), c.experts(), c.num_shared, c.tokens};
-    check_launch(ummrm::cuda::activation({c.type, c.kind, c.glu, c.width, z.data(), out.data()}, rows, bias, nullptr), "activation");
-    const ummrm::ActivationBackward args{
-        c.type, c.kind, c.glu, c.width, g.data(), z.data(), c.weighted ? weights.data() : nullptr, grad_pre.data(),
-        c.weighted ? weighted.data() : nullptr, c.weighted ? dots.data() : nullptr};
+    const ummrm::cuda::RowBias bias{c.biased ? sb.data() : nullptr,
+                                    c.biased ? rb.data() : nullptr,
+                                    c.offsets.data(),
+                                    c.experts(),
+                                    c.num_shared,
+                                    c.tokens};
+    check_launch(ummrm::cuda::activation({c.type, c.kind, c.glu, c.width, z.data(), out.data()}, rows, bias, nullptr),
+                 "activation");
+    const ummrm::ActivationBackward args{c.type,
+                                         c.kind,
+                                         c.glu,
+                                         c.width,
+                                         g.data(),
+                                         z.data(),
+                                         c.weighted ? weights.data() : nullptr,
+                                         grad_pre.data(),
+                                         c.weighted ? weighted.data() : nullptr,
+                                         c.weighted ? dots.data() : nullptr};
     check_launch(ummrm::cuda::activation_backward(args, rows, bias, nullptr), "activation_backward");
     return Results{out.array(), grad_pre.array(), weighted.array(), dots};
   };
   const Results got = under_all_orders("activation", run, [](const Results& a, const Results& b) {
-    return a.out.same_bits(b.out) && a.grad_pre.same_bits(b.grad_pre) && a.weighted.same_bits(b.weighted) && a.dots.same_bits(b.dots);
+    return a.out.same_bits(b.out) && a.grad_pre.same_bits(b.grad_pre) && a.weighted.same_bits(b.weighted) &&
+           a.dots.same_bits(b.dots);
   });
   const auto biased = [&](int64_t row, int64_t column) {
     double z = pre[row * pre_width + column];
@@ -90,7 +106,9 @@ static void check(const Case& c) {
       const double a = value.act * up, size = std::fabs(up) * (1 + z * z) * (1 + std::fabs(weight * g));
       close(got.out, row * c.width + i, a, size, "activation");
       close(got.grad_pre, row * pre_width + i, weight * g * value.derivative * up, size, "grad of gate");
-      if (c.glu) close(got.grad_pre, row * pre_width + c.width + i, weight * g * value.act, (1 + z * z) * (1 + std::fabs(weight * g)), "grad of up");
+      if (c.glu)
+        close(got.grad_pre, row * pre_width + c.width + i, weight * g * value.act,
+              (1 + z * z) * (1 + std::fabs(weight * g)), "grad of up");
       if (c.weighted) close(got.weighted, row * c.width + i, weight * a, size, "weighted activation");
       dot += g * a;
       dot_size += size;
@@ -103,11 +121,13 @@ int main() {
   // Experts with no rows first, amid and last; all rows on one; none at all. The last entry counts dead rows too.
   const std::vector<std::vector<int32_t>> offsets{{0, 0, 2, 2, 5, 5, 7}, {0, 4, 4}, {0, 0, 0, 3}};
   for (const DType type : kCudaTypes) {
-    for (const auto kind : {ActivationKind::silu, ActivationKind::gelu, ActivationKind::gelu_tanh, ActivationKind::relu, ActivationKind::relu2}) {
+    for (const auto kind : {ActivationKind::silu, ActivationKind::gelu, ActivationKind::gelu_tanh, ActivationKind::relu,
+                            ActivationKind::relu2}) {
       for (int bits = 0; bits < 16; ++bits) {
         const bool glu = bits & 1, weighted = bits & 2, biased = bits & 4, aligned = bits & 8;
         check({type, kind, glu, weighted, biased, aligned, 3, 2, aligned ? 24 : 7, offsets[bits % 3]});
-        if (kind == ActivationKind::silu && !kSmallOnly) check({type, kind, glu, weighted, biased, aligned, 1, 1, aligned ? 2112 : 300, offsets[0]});
+        if (kind == ActivationKind::silu && !kSmallOnly)
+          check({type, kind, glu, weighted, biased, aligned, 1, 1, aligned ? 2112 : 300, offsets[0]});
       }
     }
     check({type, ActivationKind::silu, true, true, false, true, 0, 1, 8, {0, 0, 0}});

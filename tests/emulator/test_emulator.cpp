@@ -1,6 +1,6 @@
-// The emulator's own test: every kernel of planted.h with its bug must be caught, under some order of the schedule, by the
-// build that is meant to catch it; without its bug it must pass under every order and in every build. Each run is a child
-// process, since what is caught ends one.
+// The emulator's own test: every kernel of planted.h with its bug must be caught, under some order of the schedule, by
+// the build that is meant to catch it; without its bug it must pass under every order and in every build. Each run is a
+// child process, since what is caught ends one.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -50,7 +50,8 @@ static Data fresh() {
 }
 
 // A kernel from `in` to `out` whose result is want(in, i); indices where `want` is NaN are not looked at.
-static Run from_to(Pair bug, Pair right, unsigned blocks, std::function<float(const std::vector<float>&, unsigned)> want) {
+static Run from_to(Pair bug, Pair right, unsigned blocks,
+                   std::function<float(const std::vector<float>&, unsigned)> want) {
   return [=](bool planted) {
     Data d = fresh();
     if (!launch(planted ? bug : right, blocks, d.in.data(), d.out.data())) return false;
@@ -79,7 +80,8 @@ static bool ticketed(bool planted) {
   Data d = fresh();
   float parts[2] = {NAN, NAN};
   unsigned ticket = 0;
-  const bool ran = launch(planted ? &last_block_sums<true> : &last_block_sums<false>, 2, d.in.data(), parts, &ticket, d.out.data());
+  const bool ran =
+      launch(planted ? &last_block_sums<true> : &last_block_sums<false>, 2, d.in.data(), parts, &ticket, d.out.data());
   return ran && d.out[0] == 3 * sum(d.in) && d.out[kThreads - 1] == 3 * sum(d.in);
 }
 
@@ -121,19 +123,28 @@ int main() {
     Run run;
   };
   const Row rows[] = {
-      {"no barrier before reading", kPlain | kAsan | kTsan, from_to(PAIR(no_barrier_before_reading), 1, [](In in, unsigned) { return sum(in); })},
-      {"no barrier before reuse", kPlain | kAsan | kTsan, from_to(PAIR(no_barrier_before_reuse), 1, [](In in, unsigned) { return 3 * sum(in); })},
-      {"shuffle in a branch", kPlain | kAsan | kTsan, from_to(PAIR(shuffle_in_a_branch), 1, [](In in, unsigned i) { return in[i] + in[i ^ 1]; })},
-      {"shuffle after some left", kPlain | kAsan | kTsan, from_to(PAIR(shuffle_after_some_left), 1, [](In in, unsigned i) { return in[i / 32 * 32]; })},
+      {"no barrier before reading", kPlain | kAsan | kTsan,
+       from_to(PAIR(no_barrier_before_reading), 1, [](In in, unsigned) { return sum(in); })},
+      {"no barrier before reuse", kPlain | kAsan | kTsan,
+       from_to(PAIR(no_barrier_before_reuse), 1, [](In in, unsigned) { return 3 * sum(in); })},
+      {"shuffle in a branch", kPlain | kAsan | kTsan,
+       from_to(PAIR(shuffle_in_a_branch), 1, [](In in, unsigned i) { return in[i] + in[i ^ 1]; })},
+      {"shuffle after some left", kPlain | kAsan | kTsan,
+       from_to(PAIR(shuffle_after_some_left), 1, [](In in, unsigned i) { return in[i / 32 * 32]; })},
       {"barrier in both branches", kPlain | kAsan | kTsan, from_to(PAIR(barrier_in_both_branches), 1, same)},
       {"barrier in one branch", kPlain | kAsan | kTsan, from_to(PAIR(barrier_in_one_branch), 1, same)},
-      {"lane outside its mask", kPlain | kAsan | kTsan, from_to(PAIR(lane_outside_its_mask), 1, [](In in, unsigned i) { return in[i / 32 * 32 + i % 2]; })},
-      {"source outside the mask", kPlain | kAsan | kTsan, from_to(PAIR(source_outside_the_mask), 1, [](In in, unsigned i) { return i % 32 < 16 ? in[i / 32 * 32 + 15] : NAN; })},
-      {"different collectives", kPlain | kAsan | kTsan, from_to(PAIR(different_collectives), 1, [](In in, unsigned i) { return in[i / 32 * 32 + 3]; })},
+      {"lane outside its mask", kPlain | kAsan | kTsan,
+       from_to(PAIR(lane_outside_its_mask), 1, [](In in, unsigned i) { return in[i / 32 * 32 + i % 2]; })},
+      {"source outside the mask", kPlain | kAsan | kTsan,
+       from_to(PAIR(source_outside_the_mask), 1,
+               [](In in, unsigned i) { return i % 32 < 16 ? in[i / 32 * 32 + 15] : NAN; })},
+      {"different collectives", kPlain | kAsan | kTsan,
+       from_to(PAIR(different_collectives), 1, [](In in, unsigned i) { return in[i / 32 * 32 + 3]; })},
       {"shared memory read unwritten", kPlain, from_to(PAIR(shared_read_unwritten), 1, same)},
       {"no __syncwarp", kPlain | kAsan | kTsan, from_to(PAIR(no_syncwarp), 1, partner)},
       {"shared overrun", kAsan, from_to(PAIR(shared_overrun), 1, same)},
-      {"global overrun", kAsan, from_to(PAIR(global_overrun), 1, [](In in, unsigned i) { return i + 1 < kThreads ? NAN : in[i]; })},
+      {"global overrun", kAsan,
+       from_to(PAIR(global_overrun), 1, [](In in, unsigned i) { return i + 1 < kThreads ? NAN : in[i]; })},
       {"misaligned vector", kAsan, from_to(PAIR(misaligned_vector), 1, [](In, unsigned) { return NAN; })},
       {"index overflow", kAsan, from_to(PAIR(index_overflow), 1, [](In, unsigned) { return NAN; })},
       {"last row unwritten", kPlain | kAsan | kTsan, from_to(PAIR(last_row_unwritten), 1, same)},
@@ -147,7 +158,8 @@ int main() {
   for (const Row& row : rows) {
     bool caught = false;
     for (const auto order : emulator::kOrders) {
-      CHECK(passes(row.run, false, order), "'%s' without its bug does not pass in order %d", row.name, static_cast<int>(order));
+      CHECK(passes(row.run, false, order), "'%s' without its bug does not pass in order %d", row.name,
+            static_cast<int>(order));
       if (row.caught_by & kThis) caught |= !passes(row.run, true, order);
     }
     if ((row.caught_by & kThis) == 0) continue;

@@ -1,5 +1,5 @@
-// The CUDA kernels of merge_experts.h on the emulator, against plain loops in double: several tensors a call, slices of a
-// larger tensor, ragged ends, more experts than wait in shared memory at once.
+// The CUDA kernels of merge_experts.h on the emulator, against plain loops in double: several tensors a call, slices of
+// a larger tensor, ragged ends, more experts than wait in shared memory at once.
 #include "merge_experts.cu"
 
 #include <memory>
@@ -37,17 +37,26 @@ static void check(const Case& c) {
       keep.push_back(std::make_unique<Placed>(array, c.aligned));
       return keep.back()->data();
     };
-    ummrm::cuda::MergeExperts args{c.type, n, c.num_shared, c.num_routed, {}, static_cast<const float*>(coefficients.data())};
+    ummrm::cuda::MergeExperts args{c.type,       n,  c.num_shared,
+                                   c.num_routed, {}, static_cast<const float*>(coefficients.data())};
     std::vector<size_t> outputs;
     for (int64_t i = 0; i < n; ++i) {
-      args.tensors[i] = {place(shared[i]), place(routed[i]), c.elements[i] + 2 * c.gap, c.elements[i] + c.gap, c.elements[i], place(Array(c.type, c.elements[i])), nullptr};
+      args.tensors[i] = {place(shared[i]),
+                         place(routed[i]),
+                         c.elements[i] + 2 * c.gap,
+                         c.elements[i] + c.gap,
+                         c.elements[i],
+                         place(Array(c.type, c.elements[i])),
+                         nullptr};
       outputs.push_back(keep.size() - 1);
       args.tensors[i].grad = place(grads[i]);
     }
     Results results{{}, Array(DType::f32, n * experts)};
     check_launch(ummrm::cuda::merge_experts(args, nullptr), "merge_experts");
     std::vector<unsigned char> workspace(ummrm::cuda::merge_experts_dots_workspace(args), 0xff);
-    check_launch(ummrm::cuda::merge_experts_dots(args, static_cast<float*>(results.dots.data()), workspace.data(), nullptr), "merge_experts_dots");
+    check_launch(
+        ummrm::cuda::merge_experts_dots(args, static_cast<float*>(results.dots.data()), workspace.data(), nullptr),
+        "merge_experts_dots");
     for (const size_t at : outputs) results.merged.push_back(keep[at]->array());
     return results;
   };
@@ -62,7 +71,8 @@ static void check(const Case& c) {
     for (int64_t j = 0; j < c.elements[i]; ++j) {
       double want = 0, size = 0;
       for (int64_t e = 0; e < experts; ++e) {
-        const double w = e < c.num_shared ? shared[i][e * shared_stride + j] : routed[i][(e - c.num_shared) * stride + j];
+        const double w =
+            e < c.num_shared ? shared[i][e * shared_stride + j] : routed[i][(e - c.num_shared) * stride + j];
         want += coefficients[i * experts + e] * w;
         size += std::fabs(coefficients[i * experts + e] * w);
         dots[e] += grads[i][j] * w;
@@ -78,7 +88,7 @@ int main() {
   for (const DType type : kCudaTypes) {
     for (const bool aligned : {true, false}) {
       check({type, 1, 3, {16}, 0, aligned});
-      check({type, 2, 2, {37, 5}, 0, aligned});  // strides that break the alignment
+      check({type, 2, 2, {37, 5}, 0, aligned});     // strides that break the alignment
       check({type, 2, 4, {45, 8, 1}, 3, aligned});  // the routed experts alone are aligned
       if (kSmallOnly) continue;
       check({type, 1, 7, {8200, 4096, 4095, 64, 64, 40}, 8, aligned});  // a gated FFN with its biases
@@ -88,7 +98,8 @@ int main() {
   }
   ummrm::cuda::MergeExperts many{};
   many.num_tensors = ummrm::cuda::kMaxMergeTensors + 1;
-  CHECK(ummrm::cuda::merge_experts(many, nullptr) != 0 && ummrm::cuda::merge_experts_dots(many, nullptr, nullptr, nullptr) != 0,
+  CHECK(ummrm::cuda::merge_experts(many, nullptr) != 0 &&
+            ummrm::cuda::merge_experts_dots(many, nullptr, nullptr, nullptr) != 0,
         "more tensors than a call takes are refused");
   return finish();
 }

@@ -21,9 +21,13 @@ struct Inputs {
 static Inputs inputs_of(const Case& c) {
   Random random(c.tokens * 31 + c.hidden);
   const int64_t slots = c.tokens * c.top_k;
-  Inputs in{random.array(c.type, c.tokens * c.hidden), random.array(c.type, (c.num_shared * c.tokens + slots) * c.hidden),
-            random.array(c.type, c.tokens * c.hidden), random.array(DType::f32, c.tokens), random.array(DType::f32, slots),
-            std::vector<int32_t>(slots), std::vector<int32_t>(slots)};
+  Inputs in{random.array(c.type, c.tokens * c.hidden),
+            random.array(c.type, (c.num_shared * c.tokens + slots) * c.hidden),
+            random.array(c.type, c.tokens * c.hidden),
+            random.array(DType::f32, c.tokens),
+            random.array(DType::f32, slots),
+            std::vector<int32_t>(slots),
+            std::vector<int32_t>(slots)};
   std::iota(in.sorted_to_slot.begin(), in.sorted_to_slot.end(), 0);
   for (int64_t i = slots - 1; i > 0; --i) std::swap(in.sorted_to_slot[i], in.sorted_to_slot[random.below(i + 1)]);
   for (int64_t r = 0; r < slots; ++r) in.slot_to_sorted[in.sorted_to_slot[r]] = static_cast<int32_t>(r);
@@ -38,7 +42,8 @@ static void copies(const Case& c) {
   const auto live = static_cast<int32_t>(c.live);
   const auto run = [&] {
     Placed x(in.x, c.aligned), out(c.type, slots * c.hidden, c.aligned);
-    const ummrm::Permute args{x.data(), in.sorted_to_slot.data(), -1, c.top_k, c.hidden * ummrm::element_bytes(c.type), out.data()};
+    const ummrm::Permute args{x.data(),  in.sorted_to_slot.data(), -1, c.top_k, c.hidden * ummrm::element_bytes(c.type),
+                              out.data()};
     check_launch(ummrm::cuda::permute(args, slots, &live, nullptr), "permute");
     return out.array();
   };
@@ -54,8 +59,17 @@ static void sums(const Case& c) {
   const auto live = static_cast<int32_t>(c.live);
   const auto run = [&] {
     Placed rows(in.rows, c.aligned), out(c.type, c.tokens * c.hidden, c.aligned);
-    const ummrm::Unpermute args{c.type, rows.data(), in.slot_to_sorted.data(), c.weighted ? in.shared_weight.data() : nullptr,
-                                c.weighted ? in.routed_weights.data() : nullptr, c.tokens, c.hidden, c.top_k, c.num_shared, -1, out.data()};
+    const ummrm::Unpermute args{c.type,
+                                rows.data(),
+                                in.slot_to_sorted.data(),
+                                c.weighted ? in.shared_weight.data() : nullptr,
+                                c.weighted ? in.routed_weights.data() : nullptr,
+                                c.tokens,
+                                c.hidden,
+                                c.top_k,
+                                c.num_shared,
+                                -1,
+                                out.data()};
     check_launch(ummrm::cuda::unpermute(args, &live, nullptr), "unpermute");
     return out.array();
   };
@@ -67,7 +81,8 @@ static void sums(const Case& c) {
       want += scale * in.rows[row * c.hidden + h];
       size += std::fabs(scale * in.rows[row * c.hidden + h]);
     };
-    for (int64_t s = 0; s < c.num_shared; ++s) add(c.weighted ? in.shared_weight[t] / static_cast<double>(c.num_shared) : 1, s * c.tokens + t);
+    for (int64_t s = 0; s < c.num_shared; ++s)
+      add(c.weighted ? in.shared_weight[t] / static_cast<double>(c.num_shared) : 1, s * c.tokens + t);
     for (int64_t slot = t * c.top_k; slot < (t + 1) * c.top_k; ++slot) {
       const int64_t row = in.slot_to_sorted[slot];
       if (row < c.live) add(c.weighted ? in.routed_weights[slot] : 1, c.num_shared * c.tokens + row);
@@ -87,10 +102,20 @@ static void backward(const Case& c) {
   const auto run = [&] {
     Placed rows(in.rows, c.aligned), grad(in.grad, c.aligned), grad_rows(c.type, in.rows.size, c.aligned);
     Array grad_shared(DType::f32, c.tokens), grad_routed(DType::f32, slots);
-    const ummrm::UnpermuteBackward args{
-        c.type, grad.data(), rows.data(), in.slot_to_sorted.data(), c.weighted ? in.shared_weight.data() : nullptr,
-        c.weighted ? in.routed_weights.data() : nullptr, c.tokens, c.hidden, c.top_k, c.num_shared, -1, grad_rows.data(),
-        c.weighted ? grad_shared.data() : nullptr, c.weighted ? grad_routed.data() : nullptr};
+    const ummrm::UnpermuteBackward args{c.type,
+                                        grad.data(),
+                                        rows.data(),
+                                        in.slot_to_sorted.data(),
+                                        c.weighted ? in.shared_weight.data() : nullptr,
+                                        c.weighted ? in.routed_weights.data() : nullptr,
+                                        c.tokens,
+                                        c.hidden,
+                                        c.top_k,
+                                        c.num_shared,
+                                        -1,
+                                        grad_rows.data(),
+                                        c.weighted ? grad_shared.data() : nullptr,
+                                        c.weighted ? grad_routed.data() : nullptr};
     check_launch(ummrm::cuda::unpermute_backward(args, &live, nullptr), "unpermute_backward");
     return Grads{grad_rows.array(), grad_shared, grad_routed};
   };
@@ -129,8 +154,14 @@ int main() {
     for (const bool weighted : {false, true}) {
       for (const bool aligned : {true, false}) {
         // tokens, top_k, hidden, shared experts, live rows
-        for (const auto& [t, k, h, s, live] : {std::tuple{3, 2, 8, 1, 4}, {5, 3, 37, 2, 15}, {4, 1, 1, 0, 3}, {2, 2, 16, 1, 0},
-                                               {0, 2, 8, 1, 0}, {3, 2, 0, 1, 6}, {7, 16, 640, 1, 100}, {2, 2, 2312, 1, 3}}) {
+        for (const auto& [t, k, h, s, live] : {std::tuple{3, 2, 8, 1, 4},
+                                               {5, 3, 37, 2, 15},
+                                               {4, 1, 1, 0, 3},
+                                               {2, 2, 16, 1, 0},
+                                               {0, 2, 8, 1, 0},
+                                               {3, 2, 0, 1, 6},
+                                               {7, 16, 640, 1, 100},
+                                               {2, 2, 2312, 1, 3}}) {
           if (kSmallOnly && h > 100) continue;
           const Case c{type, t, k, h, s, live, weighted, aligned};
           if (weighted) copies(c);
@@ -142,6 +173,8 @@ int main() {
   }
   Array x(DType::f64, 1);
   const int32_t live = 1;
-  CHECK(ummrm::cuda::unpermute({DType::f64, x.data(), &live, nullptr, nullptr, 1, 1, 1, 0, 1, x.data()}, &live, nullptr) != 0, "fp64 is refused");
+  CHECK(ummrm::cuda::unpermute({DType::f64, x.data(), &live, nullptr, nullptr, 1, 1, 1, 0, 1, x.data()}, &live,
+                               nullptr) != 0,
+        "fp64 is refused");
   return finish();
 }

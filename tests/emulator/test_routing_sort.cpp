@@ -18,7 +18,8 @@ static void sorting(const std::vector<int32_t>& expert, int64_t experts) {
   const auto run = [&] {
     Sorted s{std::vector<int32_t>(slots, -9), std::vector<int32_t>(slots, -9), std::vector<int32_t>(experts + 1, -9)};
     std::vector<unsigned char> workspace(ummrm::cuda::sort_slots_workspace(slots, experts), 0xff);
-    const ummrm::SortSlots args{expert.data(), slots, experts, s.slot_to_sorted.data(), s.sorted_to_slot.data(), s.offsets.data(), nullptr};
+    const ummrm::SortSlots args{expert.data(),    slots,  experts, s.slot_to_sorted.data(), s.sorted_to_slot.data(),
+                                s.offsets.data(), nullptr};
     check_launch(ummrm::cuda::sort_slots(args, workspace.data(), nullptr), "sort_slots");
     return s;
   };
@@ -56,13 +57,15 @@ int main() {
   auto all_live = random_slots(300, 4);
   for (int32_t& e : all_live) e = std::max(e, 0);
   sorting(all_live, 4);
-  CHECK(ummrm::cuda::sort_slots({nullptr, 1, 257, nullptr, nullptr, nullptr, nullptr}, nullptr, nullptr) != 0, "too many experts are refused");
+  CHECK(ummrm::cuda::sort_slots({nullptr, 1, 257, nullptr, nullptr, nullptr, nullptr}, nullptr, nullptr) != 0,
+        "too many experts are refused");
 
   // An index out of range: none, as -1, and nothing is written out of bounds.
   std::vector<int32_t> expert{2, 9, 0, -5, 1}, forward(5, -9), backward(5, -9), offsets(4, -9);
   std::vector<unsigned char> workspace(ummrm::cuda::sort_slots_workspace(5, 3), 0xff);
   const ummrm::SortSlots args{expert.data(), 5, 3, forward.data(), backward.data(), offsets.data(), nullptr};
   check_launch(ummrm::cuda::sort_slots(args, workspace.data(), nullptr), "sort_slots");
-  CHECK((backward == std::vector<int32_t>{2, 4, 0, 1, 3} && offsets == std::vector<int32_t>{0, 1, 2, 3}), "indices out of range go last");
+  CHECK((backward == std::vector<int32_t>{2, 4, 0, 1, 3} && offsets == std::vector<int32_t>{0, 1, 2, 3}),
+        "indices out of range go last");
   return finish();
 }

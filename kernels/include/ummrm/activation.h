@@ -42,8 +42,8 @@ void activation_backward(const ActivationBackward& args, int64_t begin_row, int6
 namespace cuda {
 
 // The bias of the projection before the activation, where the GEMM has left it out: added in fp32 as the pre-activation
-// is read, which stays as it is in memory. Rows are the combined buffer's: shared expert s, token t at s*tokens + t, then
-// the sorted rows; those past expert_offsets[experts] get none.
+// is read, which stays as it is in memory. Rows are the combined buffer's: shared expert s, token t at s*tokens + t,
+// then the sorted rows; those past expert_offsets[experts] get none.
 struct RowBias {
   const void* shared;             // the pre-activation's dtype, [num_shared, its width], or null
   const void* routed;             // [experts, its width], or null

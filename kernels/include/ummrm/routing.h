@@ -79,7 +79,8 @@ inline constexpr int64_t kMaxExperts = 256, kMaxTopK = 16;
 
 // Also what route_finish gives: tokens_per_expert [experts], mean_prob [experts], mean_z [1]; in the same launch.
 int64_t route_workspace(int64_t tokens, int64_t experts);  // bytes
-int route(const Route& args, int32_t* tokens_per_expert, float* mean_prob, float* mean_z, void* workspace, Stream stream);
+int route(const Route& args, int32_t* tokens_per_expert, float* mean_prob, float* mean_z, void* workspace,
+          Stream stream);
 // live_tokens is not read: it is the sum of tokens_per_expert over top_k, on the device.
 int route_backward(const RouteBackward& args, const int32_t* tokens_per_expert, Stream stream);
 
