@@ -98,7 +98,7 @@ __device__ void load_biased(const T* row, const T* bias, int64_t column, float (
 
 // Bytes moved, a row of width I: 3 I elements with glu, else 2 I.
 template <class T, int N, bool glu>
-__global__ void __launch_bounds__(kThreads) activation_kernel(Activation args, RowBias row_bias) {
+__global__ void __launch_bounds__(kThreads, kResident) activation_kernel(Activation args, RowBias row_bias) {
   const int64_t row = blockIdx.x, width = args.width, pre_width = glu ? 2 * width : width;
   const T* pre = static_cast<const T*>(args.pre_activation) + row * pre_width;
   const T* bias = bias_of<T>(row_bias, row, pre_width);
@@ -130,7 +130,8 @@ __device__ float block_sum(float value) {
 
 // Bytes moved, a row of width I: with glu 5 I elements, and I more for the weighted activation.
 template <class T, int N, bool glu, bool weighted>
-__global__ void __launch_bounds__(kThreads) activation_backward_kernel(ActivationBackward args, RowBias row_bias) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    activation_backward_kernel(ActivationBackward args, RowBias row_bias) {
   const int64_t row = blockIdx.x, width = args.width, pre_width = glu ? 2 * width : width;
   const T* pre = static_cast<const T*>(args.pre_activation) + row * pre_width;
   const T* bias = bias_of<T>(row_bias, row, pre_width);

@@ -12,6 +12,9 @@ namespace ummrm::cuda {
 
 inline constexpr int64_t kMaxGrid = 0x7fffffff;
 inline constexpr int kWarp = 32;
+// Blocks a multiprocessor that a kernel's registers must allow, for its launch bounds. Unasked, ptxas aims at eight and
+// spills to get there.
+inline constexpr int kResident = 2;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Returns the cudaError_t of the launch. Nothing to do is no launch.

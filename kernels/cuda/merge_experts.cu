@@ -70,7 +70,7 @@ __device__ int64_t merge_range(const MergeTensor& tensor, const float* c, int64_
 
 // Bytes moved: S + E + 1 elements an element.
 template <class T>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, kResident) merge_kernel(const __grid_constant__ Plan plan) {
   const int index = tensor_of(plan, blockIdx.x);
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
@@ -130,7 +130,7 @@ __device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&
 
 // Stage one. Bytes moved: S + E + 1 elements an element. partial: [experts, blocks].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
   __shared__ float sums[kWarps][kExpertsAtOnce];
   const int index = tensor_of(plan, blockIdx.x);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Stage two: a block a dot.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     dots_finish_kernel(const __grid_constant__ Plan plan, int64_t blocks, const float* partial, float* dots) {
   __shared__ double warps[kWarps];
   const int64_t experts = plan.args.num_shared + plan.args.num_routed;

@@ -13,7 +13,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 // Bytes moved: 2 * row_bytes a row, less what the cache saves of a token's other rows.
 template <class Word>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     permute_kernel(const Word* x, const int32_t* sorted_to_slot, const int32_t* live_rows, int64_t rows, int64_t top_k,
                    int64_t words, Word* out) {
   constexpr int kSteps = 4;
@@ -61,7 +61,8 @@ __device__ void add_scaled(const T* row, float scale, float (&sum)[N]) {
 
 // Bytes moved: (S + K + 1) * row a token. `chunks` blocks share a token.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) unpermute_kernel(Unpermute args, const int32_t* live_rows, int chunks) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    unpermute_kernel(Unpermute args, const int32_t* live_rows, int chunks) {
   const int64_t token = blockIdx.x / chunks;
   const int64_t column = (static_cast<int64_t>(blockIdx.x % chunks) * blockDim.x + threadIdx.x) * N;
   if (column >= args.hidden) return;
@@ -99,7 +100,7 @@ __device__ float scale_and_dot(const T* g, const T* row, float scale, bool dot, 
 
 // Bytes moved: 2 * (S + K) + 1 rows a token. K + 1 warps a token: one for all shared rows, whose dots are one number.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     unpermute_backward_kernel(UnpermuteBackward args, const int32_t* live_rows) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int64_t token = unit / (args.top_k + 1), k = unit % (args.top_k + 1) - 1, hidden = args.hidden;

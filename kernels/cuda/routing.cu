@@ -13,8 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kTokensPerBlock = 128;
-// Launch bounds ask for two blocks a multiprocessor only: left alone, ptxas aims at eight and spills to get there.
-constexpr int kResident = 2;
 
 int64_t route_blocks(int64_t tokens) { return tokens == 0 ? 1 : ceil_div(tokens, kTokensPerBlock); }
 
@@ -206,8 +204,10 @@ __global__ void __launch_bounds__(kThreads, kResident) route_kernel(Route args, 
     block_prob[group][row.expert(i)] = sum_p[i];
     block_slots[group][row.expert(i)] = sum_slots[i];
   }
-  block_z[group] = sum_z;  // the same from every lane
-  block_live[group] = sum_live;
+  if (row.lane == 0) {
+    block_z[group] = sum_z;
+    block_live[group] = sum_live;
+  }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < experts) {
     double prob = 0;

@@ -58,7 +58,7 @@ __device__ void scan(const SortSlots& args, int64_t blocks, int32_t* counts) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(SortSlots args, int32_t* counts, unsigned* ticket) {
+__global__ void __launch_bounds__(kThreads, kResident) count_kernel(SortSlots args, int32_t* counts, unsigned* ticket) {
   __shared__ int32_t histogram[kMaxGroups];
   const int groups = static_cast<int>(args.experts) + 1;
   for (int g = threadIdx.x; g < groups; g += kThreads) histogram[g] = 0;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortSlots args, int32_t
   if (last_to_finish(ticket)) scan(args, blocks, counts);
 }
 
-__global__ void __launch_bounds__(kThreads) scatter_kernel(SortSlots args, const int32_t* first_places) {
+__global__ void __launch_bounds__(kThreads, kResident) scatter_kernel(SortSlots args, const int32_t* first_places) {
   __shared__ int32_t next[kWarps][kMaxGroups];  // counts of the warp's slots by group, then the place of the next one
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, groups = static_cast<int>(args.experts) + 1;
   const unsigned lanes_below = (1u << lane) - 1;
