@@ -34,25 +34,30 @@ $(VENV)/.torch:
 
 # without isolation the build compiles against the torch just installed and keeps its object files between runs
 $(VENV)/.ummrm: $(VENV)/.torch pyproject.toml setup.py tools/build_backend.py $(NATIVE)
-	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[test]"
+	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[demo]"
+	touch $@
+
+# what else a goal needs, so that the demo does not wait for the tests' tools
+$(VENV)/.real $(VENV)/.test: $(VENV)/.%: $(VENV)/.ummrm
+	$(PIP) install --no-build-isolation -e ".[demo,$*]"
 	touch $@
 
 demo: $(VENV)/.ummrm
 	$(RUN) -m ummrm demo --recipe recipes/demo.yaml --output build/demo
 
-demo-real: $(VENV)/.ummrm
+demo-real: $(VENV)/.real
 	$(RUN) -m ummrm demo --recipe recipes/demo-real.yaml --output build/demo-real
 
 test: test-cpp test-python
 
 # The kernels build and pass without torch, and CUDA's without a GPU: on an emulator, and through nvcc where there is one
 # (for one architecture; the full tier compiles for all). cmake comes with the test extra, for machines that have none.
-test-cpp: $(VENV)/.ummrm
+test-cpp: $(VENV)/.test
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DUMMRM_CUDA_ARCHS=90a-real
 	$(BIN)/cmake --build build/cmake -j $(JOBS)
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
 
-test-python: $(VENV)/.ummrm
+test-python: $(VENV)/.test
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 test-full: test

@@ -51,7 +51,8 @@ def test_learning_alpha_on_a_fixed_batch_beats_uniform_and_moves_alpha_alone(mod
 def test_gradients_of_alpha_and_lambda_match_finite_differences(per):
     """In fp64, through the whole model and the loss (BERT: Llama's norms compute in fp32 whatever the dtype)."""
     torch.manual_seed(2)
-    moe = ummrm.prepare_merge(moe_model("bert", dtype=torch.float64), MergeConfig(alpha_per=per, learn_shared_share=True))
+    config = MergeConfig(alpha_per=per, learn_shared_share=True)
+    moe = ummrm.prepare_merge(moe_model("bert", dtype=torch.float64), config)
     for name, p in moe.named_parameters():
         if p.requires_grad:
             module, _, leaf = name.rpartition(".")

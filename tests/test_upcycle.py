@@ -116,7 +116,7 @@ REFUSED = [
 @pytest.mark.parametrize(("make", "config", "error", "message"), REFUSED)
 def test_refusals_are_clear_and_leave_the_model_alone(make, config, error, message):
     dense = make()
-    before = {n: p for n, p in dense.named_parameters()}
+    before = dict(dense.named_parameters())
     kind = type(dense)
     with pytest.raises(error, match=message):
         ummrm.upcycle(dense, config)

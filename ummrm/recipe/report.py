@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -19,31 +20,31 @@ from .stages import ARMS, DENSE, ArmResult, RecipeCheckError
 
 
 def result_table(result: RecipeResult) -> Table:
-    """The table of the four reward models, for a rich console."""
-    table = Table(title=f"{result.config.name}: four reward models", title_justify="left", show_lines=False)
-    table.add_column("reward model", no_wrap=True)
-    for heading in (
-        "accuracy\nin distribution",
-        "accuracy\nshortcut reversed",
-        "parameters",
-        "forward latency\nms (x dense)",
-        f"gold reward\nbest of {_last_n(result)}",
-        "gold reward\nat its peak (n)",
-    ):
-        table.add_column(heading, justify="right")
-    base = result.arms[DENSE].latency_ms
-    for name, arm in result.arms.items():
-        peak = max(range(len(arm.best_of_n.n)), key=lambda i: arm.best_of_n.gold[i])
-        table.add_row(
-            ARMS[name],
-            f"{arm.test.value:.3f} ± {arm.test.standard_error:.3f}",
-            f"{arm.shifted.value:.3f} ± {arm.shifted.standard_error:.3f}",
-            f"{arm.parameters:,}",
-            f"{arm.latency_ms:.2f} ({arm.latency_ms / base:.2f}x)",
-            f"{arm.best_of_n.gold[-1]:.2f} ± {arm.best_of_n.gold_error[-1]:.2f}",
-            f"{arm.best_of_n.gold[peak]:.2f} ({arm.best_of_n.n[peak]})",
-        )
+    """The table of the four reward models, a column each, for a rich console of 80 columns or more."""
+    table = Table(title=f"{result.config.name}: four reward models", title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in result.arms:
+        table.add_column(ARMS[name].replace(", trained ", ",\n"), justify="right", vertical="bottom")
+    arms, base = list(result.arms.values()), result.arms[DENSE].latency_ms
+    rows = {
+        "accuracy": [f"{a.test.value:.3f}±{a.test.standard_error:.3f}" for a in arms],
+        "  shortcut reversed": [f"{a.shifted.value:.3f}±{a.shifted.standard_error:.3f}" for a in arms],
+        "parameters": [f"{a.parameters:,}" for a in arms],
+        "forward, ms": [f"{a.latency_ms:.2f}" for a in arms],
+        "  times dense": [f"{a.latency_ms / base:.2f}" for a in arms],
+        f"gold at best of {_last_n(result)}": [
+            f"{a.best_of_n.gold[-1]:.2f}±{a.best_of_n.gold_error[-1]:.2f}" for a in arms
+        ],
+        "gold at its peak (n)": [_peak(a) for a in arms],
+    }
+    for measure, values in rows.items():
+        table.add_row(measure, *values)
     return table
+
+
+def _peak(arm: ArmResult) -> str:
+    gold, n = max(zip(arm.best_of_n.gold, arm.best_of_n.n, strict=True))
+    return f"{gold:.2f} ({n})"
 
 
 def summary_lines(result: RecipeResult) -> list[str]:
