@@ -80,6 +80,15 @@ def sanitize(kind):
     run(tool("ctest"), "--test-dir", build, "--output-on-failure")
 
 
+def cuda_architectures():
+    """Compiles the CUDA kernels for every architecture; the fast tier does it for one. A spill fails the compile."""
+    if shutil.which("nvcc") is None:
+        raise NotRun("there is no nvcc on PATH")
+    build, cmake = ROOT / "build" / "cmake-cuda", tool("cmake")
+    run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
+    run(cmake, "--build", build, "--target", "ummrm_cuda")
+
+
 def interpreter(name):
     """`name` from PATH, or an installed one that pyenv keeps off it."""
     kept = sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}"))
@@ -122,6 +131,7 @@ def full_tests():
 STEPS = {
     "address": lambda: sanitize("address"),
     "thread": lambda: sanitize("thread"),
+    "cuda": cuda_architectures,
     "full": full_tests,
     **{name: lambda name=name: test_environment(name) for name, row in ENVIRONMENTS.items() if row.ummrm},
 }

@@ -171,7 +171,7 @@ def best_of_n(result: RecipeResult) -> Figure:
     kl_label = "KL from the policy, ln n − (n−1)/n  (nats)"
     proxy_label = "proxy: model's own score\n(standard deviations from its mean)"
     axes[0].set(title="Gold reward of the selected answer", xlabel=kl_label, ylabel="gold reward")
-    axes[1].set(title="Score by the selecting model", xlabel=kl_label, ylabel=proxy_label.replace("\n", " "))
+    axes[1].set(title="Score by the selecting model", xlabel=kl_label, ylabel=proxy_label)
     axes[2].set(title="Gold against proxy, n rising rightwards", xlabel=proxy_label, ylabel="gold reward")
     axes[1].yaxis.set_major_locator(MaxNLocator(6))
     _legend_below(figure, axes[0], columns=4)
