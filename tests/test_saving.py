@@ -161,6 +161,15 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path):
     assert (tmp_path / "model").read_text() == "precious"
 
 
+def test_the_current_folder_cannot_be_exchanged_under_the_process(tmp_path, monkeypatch):
+    saved_model(tmp_path / "model")
+    before = sorted(os.listdir(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(ValueError, match="got ., the current folder; save into a folder below it"):
+        make_model(NEW, merged=False).save_pretrained(".")
+    assert sorted(os.listdir(".")) == before
+
+
 def test_any_stock_model_can_be_saved_so(tmp_path):
     dense = tiny_model("bert")
     ummrm.save_pretrained(dense, tmp_path / "bert", max_shard_size="20KB")

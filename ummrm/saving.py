@@ -39,6 +39,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *
 
     Raises:
         NotADirectoryError: a file stands at `save_directory`.
+        ValueError: it is the current folder or a mount point, which can't be exchanged.
     """
     save_atomically(lambda path, **kw: type(model).save_pretrained(model, path, **kw), save_directory, **kwargs)
 
@@ -59,6 +60,12 @@ def save_atomically(save: Callable[..., None], save_directory: str | os.PathLike
         )
     if target.is_symlink():  # replace what the link leads to, not the link
         target = target.resolve()
+    if target.is_dir() and (target.samefile(os.curdir) or os.path.ismount(target)):
+        what = "a mount point" if os.path.ismount(target) else "the current folder"
+        raise ValueError(
+            f"`save_directory` must be a folder that can be replaced as a whole, got {save_directory}, {what}; "
+            "save into a folder below it."
+        )
     if not kwargs.get("is_main_process", True):
         save(target, **kwargs)
         return
