@@ -221,6 +221,19 @@ def test_legacy_rotary_keys_are_written(model_type, tmp_path):
     assert {k: reloaded.config.rope_parameters[k] for k in rope} == rope
 
 
+def test_scaled_rotary_embeddings_keep_their_scaling(tmp_path):
+    """transformers 4 reads `rope_scaling`; transformers 5 must read the same from it as from `rope_parameters`."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    batch = padded_batch()
+    merged = ummrm.merge(ummrm.prepare_merge(ummrm.upcycle(tiny_model("llama", rope_parameters=rope), UpcycleConfig())))
+    merged.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == 5e5
+    assert written["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path), merged, batch)
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_hidden_states_are_still_recorded(model_type):
     """transformers records outputs by layer class; ours must count as one."""

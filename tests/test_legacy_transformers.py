@@ -12,18 +12,27 @@ import ummrm
 from ummrm import UpcycleConfig
 
 PYTHON = Path(__file__).resolve().parent.parent / ".venvs/transformers4.57/bin/python"
-ROPE = {
-    "llama": {"rope_type": "default", "rope_theta": 777.0},
-    "gpt_neox": {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5},
-    "bert": None,
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 777.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }
+CASES = [
+    ("llama", {"rope_type": "default", "rope_theta": 777.0}),
+    ("llama", LLAMA3),
+    ("gpt_neox", {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5}),
+    ("bert", None),
+]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model_type", ROPE)
-def test_merged_models_score_the_same_in_transformers_4(model_type, tmp_path):
+@pytest.mark.parametrize(("model_type", "rope"), CASES)
+def test_merged_models_score_the_same_in_transformers_4(model_type, rope, tmp_path):
     assert PYTHON.exists(), "run `make test-full`, which makes the environments of this tier"
-    overrides = {} if ROPE[model_type] is None else {"rope_parameters": ROPE[model_type]}
+    overrides = {} if rope is None else {"rope_parameters": rope}
     moe = perturb_experts(ummrm.upcycle(tiny_model(model_type, **overrides), UpcycleConfig()))
     merged = ummrm.merge(ummrm.prepare_merge(moe))
     merged.save_pretrained(tmp_path / "merged")

@@ -34,6 +34,11 @@ def test_preference_loss_refuses_shapes_that_would_broadcast_or_give_nan(shapes)
         preference_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
+def test_preference_loss_refuses_a_margin_that_would_broadcast():
+    with pytest.raises(ValueError, match=r"`margin` must be a number or have the rewards' shape \[8, 1\], got \[8\]"):
+        preference_loss(torch.zeros(8, 1), torch.zeros(8, 1), torch.zeros(8))
+
+
 def test_load_balancing_is_one_when_balanced_and_e_when_collapsed():
     assert load_balancing_loss(torch.tensor([4, 4, 4]), torch.full((3,), 1 / 3)).item() == pytest.approx(1)
     assert load_balancing_loss(torch.tensor([9, 0, 0]), torch.tensor([1.0, 0, 0])).item() == pytest.approx(3)
@@ -101,6 +106,9 @@ def test_a_task_loss_in_training_includes_the_auxiliary_loss():
     plain = moe(**batch).loss
     trained = moe.train()(**batch).loss
     torch.testing.assert_close(trained - plain, auxiliary_loss(moe), rtol=1e-4, atol=1e-5)
+    as_tuple = moe(**batch, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], trained)
 
 
 def test_misuse_is_a_clear_error():

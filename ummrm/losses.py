@@ -1,6 +1,6 @@
 """Losses of a reward model: the preference loss, and the router's auxiliary losses of a whole network.
 
-Auxiliary losses are read from the statistics that each `UpcycledFFN` kept of its last forward (DESIGN section 3);
+Auxiliary losses are read from the statistics that each `UpcycledFFN` kept of its last forward (docs/method.md);
 they are means over layers of quantities over live tokens, taken over all data-parallel processes.
 """
 
@@ -35,6 +35,10 @@ def preference_loss(
         raise ValueError(
             "`chosen` and `rejected` must have the same, non-empty shape, one reward per pair, got "
             f"{list(chosen.shape)} and {list(rejected.shape)}."
+        )
+    if torch.is_tensor(margin) and margin.dim() > 0 and margin.shape != chosen.shape:
+        raise ValueError(
+            f"`margin` must be a number or have the rewards' shape {list(chosen.shape)}, got {list(margin.shape)}."
         )
     difference = chosen - rejected
     if difference.dtype in (torch.float16, torch.bfloat16):

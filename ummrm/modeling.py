@@ -252,10 +252,11 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
 
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
-        outputs = stock_forward(self, *args, **kwargs)
+        as_tuple = kwargs.pop("return_dict", None) is False or self.config.return_dict is False
+        outputs = stock_forward(self, *args, **kwargs, return_dict=True)
         if self.training and self.config.umm_phase == "training" and getattr(outputs, "loss", None) is not None:
             outputs.loss = outputs.loss + auxiliary_loss(self).to(outputs.loss)
-        return outputs
+        return outputs.to_tuple() if as_tuple else outputs
 
     return forward
 
@@ -315,6 +316,10 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     for legacy, current in family.legacy_rope:
         if current in rope:
             setattr(new, legacy, rope[current])
+    if rope.get("rope_type", "default") != "default":
+        # In transformers 5 `rope_scaling` is an alias of rope_parameters; the entry is for the JSON alone.
+        kept = {current for _, current in family.legacy_rope}
+        new.__dict__["rope_scaling"] = {key: value for key, value in rope.items() if key not in kept}
     return new
 
 
