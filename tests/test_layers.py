@@ -264,6 +264,62 @@ def test_a_learned_lambda_is_one_parameter_of_any_network():
     assert set(copy.deepcopy(network).state_dict()) == set(network.state_dict())
 
 
+@pytest.mark.parametrize(
+    "ffn",
+    [Gated(F.gelu), nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 8), nn.GELU(), nn.Linear(8, HIDDEN))],
+)
+def test_named_paths_are_proven_too(ffn):
+    gated = isinstance(ffn, Gated)
+    wrong = FFNPaths(gate="b", up="a", down="c", activation="silu") if gated else FFNPaths(up="1", down="3")
+    with pytest.raises(ValueError, match="`paths` must name an FFN that computes what `ffn` computes; .* is off by"):
+        UpcycledFFN.from_dense(ffn, SMALL, wrong)
+
+
+def test_named_paths_find_the_activation():
+    ffn, x = Gated(F.gelu), torch.randn(4, HIDDEN)
+    moe = UpcycledFFN.from_dense(ffn, SMALL, FFNPaths(gate="b", up="a", down="c"))
+    assert moe.spec.activation == "gelu"
+    torch.testing.assert_close(moe(x), ffn(x), rtol=1e-5, atol=1e-6)
+
+
+def test_an_ffn_used_in_two_places_is_exchanged_in_both():
+    ffn = UpcycledFFN.from_dense(Gated(F.silu), SMALL)
+    network = ummrm.prepare_merge(nn.Sequential(ffn, nn.Tanh(), ffn))
+    assert network[0] is network[2] and type(network[0]).__name__ == "MergedFFN"
+    merged, x = ummrm.merge(network), torch.randn(3, HIDDEN)
+    assert type(merged[0]) is Gated and merged[0] is merged[2]
+    torch.testing.assert_close(merged(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bare_upcycled_ffn_cannot_be_exchanged_in_place_and_is_left_alone():
+    ffn = UpcycledFFN.from_dense(Gated(F.silu), SMALL)
+    with pytest.raises(ValueError, match=r"got one alone.*wrap it: torch.nn.Sequential\(ffn\)"):
+        ummrm.prepare_merge(ffn)
+    assert all(p.requires_grad for p in ffn.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_merge_phase_survives_a_cast_of_the_network(dtype):
+    network = ummrm.prepare_merge(nn.Sequential(perturbed(Gated(F.silu))), MergeConfig(learn_shared_share=True))
+    x = torch.randn(4, HIDDEN)
+    expected = network(x)
+    network.to(dtype)
+    tolerance = 1e-5 if dtype == torch.float64 else 5e-2
+    torch.testing.assert_close(network(x.to(dtype)).float(), expected, rtol=tolerance, atol=tolerance)
+    assert ummrm.merge(network)(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32])
+def test_recognition_does_not_depend_on_torchs_default_dtype(default):
+    ffn = Gated(F.silu)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert UpcycledFFN.from_dense(ffn, SMALL).spec.activation == "silu"
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_to_dense_without_a_template_is_a_clear_error():
     network = ummrm.prepare_merge(upcycled_network())
     network.ffns[0]._dense_template = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +233,27 @@ def find_paths(module: nn.Module) -> FFNPaths:
     return candidates[best]
 
 
+def prove_paths(module: nn.Module, paths: FFNPaths) -> FFNPaths:
+    """`paths` with its activation, if the FFN that it names computes what `module` computes.
+
+    Raises:
+        ValueError: a path is wrong, or the module computes something else (another activation, a norm inside, ...).
+    """
+    activations = [paths.activation] if paths.activation is not None else list(ACTIVATIONS)
+    candidates = [replace(paths, activation=activation) for activation in activations]
+    for candidate in candidates:
+        candidate.read(module)
+    errors = _probe(module, candidates)
+    best = min(range(len(errors)), key=errors.__getitem__)
+    if not errors[best] <= _PROBE_TOLERANCE:
+        raise ValueError(
+            f"`paths` must name an FFN that computes what `ffn` computes; {candidates[best]} is off by "
+            f"{errors[best]:.1e} (relative) from {type(module).__name__}: another activation, or more in the module "
+            "than its projections (a norm, a residual, a dropout). Upcycle the part that is the FFN alone."
+        )
+    return candidates[best]
+
+
 def _candidates(linears: dict[str, nn.Linear]) -> list[FFNPaths]:
     found = []
     for down_name, down in linears.items():
@@ -280,7 +301,9 @@ def _run_probe(probe: nn.Module, paths: FFNPaths) -> tuple[torch.Tensor, torch.T
     The input is scaled so that the pre-activations are of order one, where the activations differ most.
     """
     up = paths.read(probe).up
-    x = torch.randn(_PROBE_TOKENS, up.in_features, generator=torch.Generator().manual_seed(0)).to(up.weight.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(_PROBE_TOKENS, up.in_features, generator=generator, dtype=torch.float32, device="cpu")
+    x = x.to(up.weight.device)
     x = x / up(x).std().clamp_min(1e-6)
     try:
         out = probe(x)

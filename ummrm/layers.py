@@ -15,7 +15,7 @@ from torch import nn
 
 from . import ops
 from .config import MergeConfig, UpcycleConfig
-from .dense import DenseFFN, FFNPaths, FFNSpec, find_paths
+from .dense import DenseFFN, FFNPaths, FFNSpec, find_paths, prove_paths
 from .router import Router, RouterStatistics, in_backward
 
 
@@ -138,7 +138,8 @@ class UpcycledFFN(nn.Module):
         Args:
             ffn: a module mapping [..., H] to [..., H] by two (plain) or three (gated) `nn.Linear` projections.
             config: number of experts, router, gate, expert noise.
-            paths: where its projections are; by default recognised from its structure and proven on random input.
+            paths: where its projections are; by default recognised from its structure. Either way proven on random
+                input against the module's own output.
 
         Returns:
             A module on the same device and dtype, in the same training mode.
@@ -151,7 +152,7 @@ class UpcycledFFN(nn.Module):
         _check_type("config", config, UpcycleConfig)
         if isinstance(ffn, (UpcycledFFN, MergedFFN)):
             raise ValueError(f"`ffn` must be a dense FFN, got a {type(ffn).__name__}; it is upcycled already.")
-        paths = paths or find_paths(ffn)
+        paths = find_paths(ffn) if paths is None else prove_paths(ffn, paths)
         dense = paths.read(ffn)
         weight = dense.up.weight
         upcycled = cls(dense.spec, config, dtype=weight.dtype, device=weight.device)
@@ -264,21 +265,24 @@ class MergedFFN(nn.Module):
 
     @classmethod
     def from_upcycled(cls, ffn: UpcycledFFN, merge_config: MergeConfig, share: MergeShare) -> MergedFFN:
-        """Takes over the experts of `ffn` (no copy) and freezes them; alpha starts uniform."""
+        """Takes over the experts of `ffn` (no copy, not frozen yet); alpha starts uniform."""
         weight = ffn.experts.down_proj
         with torch.device("meta"):
             merged = cls(ffn.spec, ffn.config, merge_config, share, dtype=weight.dtype)
         merged.experts, merged.shared_experts = ffn.experts, ffn.shared_experts
-        merged.experts.requires_grad_(False)
-        merged.shared_experts.requires_grad_(False)
         merged.alpha = nn.Parameter(torch.zeros(merged.alpha.shape, dtype=torch.float32, device=weight.device))
         merged._dense_template = ffn._dense_template
         return merged.train(ffn.training)
 
     def coefficients(self) -> torch.Tensor:
-        """Merge coefficients [projections, S + E], shared experts first, in alpha's dtype; each row sums to one."""
-        share = self._share[0](self.alpha)
-        alpha = self.alpha if self.alpha.dim() == 2 else self.alpha.expand(self.spec.num_projections, -1)
+        """Merge coefficients [projections, S + E], shared experts first; each row sums to one.
+
+        In fp32 (fp64 for fp64 experts), whatever dtype the network was cast to.
+        """
+        wide = torch.float64 if self.experts.down_proj.dtype == torch.float64 else torch.float32
+        alpha = self.alpha.to(wide)
+        share = self._share[0](alpha)
+        alpha = alpha if alpha.dim() == 2 else alpha.expand(self.spec.num_projections, -1)
         shared = (share / self.config.num_shared_experts).expand(alpha.shape[0], self.config.num_shared_experts)
         return torch.cat([shared, (1 - share) * alpha.softmax(-1)], dim=-1)
 

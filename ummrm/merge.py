@@ -9,7 +9,6 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from . import saving
 from .config import MergeConfig
@@ -38,7 +37,8 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
 
     Raises:
         TypeError: `moe` holds no `UpcycledFFN`, or `config` is of another type.
-        ValueError: `alpha_init="usage"` without a fitting `usage`. `moe` is then unchanged.
+        ValueError: `alpha_init="usage"` without a fitting `usage`, or `moe` is an `UpcycledFFN` alone. `moe` is then
+            unchanged.
     """
     config = MergeConfig() if config is None else config
     if not isinstance(config, MergeConfig):
@@ -49,6 +49,11 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
             f"`moe` must hold UpcycledFFN modules, got a {type(moe).__name__} with none"
             + ("; it is in its merge phase already." if merged_ffns(moe) else "; call ummrm.upcycle first.")
         )
+    if "" in ffns:
+        raise ValueError(
+            "`moe` must hold its UpcycledFFN modules, got one alone, which can't be exchanged in place; wrap it: "
+            "torch.nn.Sequential(ffn)."
+        )
     shares = _usage_shares(ffns, usage) if config.alpha_init == "usage" else {}
     share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
     merged = {name: MergedFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
@@ -56,11 +61,13 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
         alpha = merged[name].alpha
         alpha.data.copy_(gate_share.clamp_min(_USAGE_FLOOR).log().to(alpha).expand_as(alpha))
 
-    for name, ffn in merged.items():
-        moe.set_submodule(name, ffn)
+    replacement = {id(ffn): merged[name] for name, ffn in ffns.items()}
+    for name, module in list(moe.named_modules(remove_duplicate=False)):  # an FFN may be used in several places
+        if id(module) in replacement:
+            moe.set_submodule(name, replacement[id(module)])
     # One lambda for the network. An arbitrary root may run its children one by one (nn.Sequential does), so there the
     # first FFN holds it.
-    holder = moe.base_model if isinstance(moe, PreTrainedModel) else next(iter(merged.values()))
+    holder = moe.base_model if isinstance(moe, UmmPreTrainedMixin) else next(iter(merged.values()))
     setattr(holder, SHARE_NAME, share)
     freeze_for_merge(moe)
     if isinstance(moe, UmmPreTrainedMixin):
