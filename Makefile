@@ -2,7 +2,7 @@
 # virtual environment in .venv with torch and the package installed editable, its extension compiled. Set-up is done
 # again only when what it depends on has changed.
 #
-#   make demo        the main job on a synthetic task, about 3 minutes; results in build/demo
+#   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make test        the fast tier of tests (what CI runs)
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions

@@ -1,7 +1,7 @@
 """What a user may choose about upcycling and merging: two frozen, validated dataclasses.
 
 Both are plain data (JSON in a model's config.json). They know nothing of torch modules; `layers.py` and
-`upcycle.py` give them their meaning. The mathematics they select is DESIGN's: the router and gates of
+`upcycle.py` give them their meaning. docs/method.md has the mathematics they select: the router and gates of
 UMM-RM (arXiv 2512.00724) and XFT (arXiv 2404.15247).
 """
 

@@ -39,7 +39,7 @@ def in_backward() -> bool:
 
 
 class Router(nn.Module):
-    """Top-k router with shared-expert gate weights (DESIGN section 3), in fp32 whatever the model's dtype.
+    """Top-k router with shared-expert gate weights (docs/method.md), in fp32 whatever the model's dtype.
 
     Not an `nn.Linear`, so that adapter libraries that wrap "all linear layers" leave it alone.
 

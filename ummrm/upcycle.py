@@ -38,7 +38,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
 
     Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
     of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). All other parameters keep
-    their values, dtypes, devices, ties and `requires_grad`.
+    their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
 
     Args:
         dense: a stock transformers model of a known family (`ummrm.families.FAMILIES`), any task.

@@ -111,12 +111,14 @@ def batch_indices(count: int, batch_size: int, seed: int) -> Iterator[torch.Tens
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
         raise ValueError(f"`model` must have a parameter that requires a gradient, got a {type(model).__name__}.")
+    decayed = [p for name, p in named if p.dim() >= 2 and not name.endswith("alpha")]
+    exempt = [p for name, p in named if p.dim() < 2 or name.endswith("alpha")]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
 
