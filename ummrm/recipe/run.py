@@ -84,8 +84,8 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     bars = Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
+        TextColumn("{task.description:<22}"),  # short, so that 80 columns leave room for the bar
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -122,15 +122,15 @@ class _Run:
         config, result = self.config, self.result
         models: dict[str, PreTrainedModel] = {}
         models[DENSE] = build_dense(config, self.task)
-        self.train(DENSE, "training the dense model", models[DENSE], config.dense, seed=1)
+        self.train(DENSE, "dense", models[DENSE], config.dense, seed=1)
 
         models[LONGER] = copy.deepcopy(models[DENSE])
         torch.manual_seed(config.seed)
         moe = upcycle(models[DENSE], config.upcycle, copy=True)
         self.check_upcycled(models[DENSE], moe)
-        self.train(MOE, "training the mixture", moe, config.moe, seed=2, auxiliary=auxiliary_loss)
+        self.train(MOE, "mixture", moe, config.moe, seed=2, auxiliary=auxiliary_loss)
         as_long = TrainConfig(**{**vars(config.moe), "steps": config.moe.steps + config.alpha.steps})
-        self.train(LONGER, "training the dense model equally long", models[LONGER], as_long, seed=2)
+        self.train(LONGER, "dense, equally long", models[LONGER], as_long, seed=2)
 
         self.measure_experts(moe)
         models[MOE] = copy.deepcopy(moe)
@@ -173,7 +173,7 @@ class _Run:
         with self.timed("alpha_loss"):
             start = measure.mean_loss(moe, pairs, batch)
             result.uniform_accuracy = self.curve_accuracy(moe)
-        self.train("alpha", "learning the merge weights", moe, config.alpha, seed=3)
+        self.train("alpha", "merge weights", moe, config.alpha, seed=3)
         with self.timed("alpha_loss"):
             result.alpha_loss = (start, measure.mean_loss(moe, pairs, batch))
         result.coefficients = {name: c.tolist() for name, c in merge_coefficients(moe).items()}
@@ -206,7 +206,7 @@ class _Run:
             latency = measure.forward_latency(models, latency_batch, config.evaluation.latency_rounds)
         with self.timed("evaluation"):
             total = len(policy.sequences) + 2 * (len(task.test) + len(task.shifted))
-            with self.bar("measuring the four reward models", len(models) * total) as advance:
+            with self.bar("measure all four", len(models) * total) as advance:
                 for name, model in models.items():
                     proxy = measure.score(model, policy.sequences, batch, lambda n: advance(n, ARMS[name]))  # noqa: B023
                     test, shifted = (measure.accuracy(model, pairs, batch) for pairs in (task.test, task.shifted))
@@ -246,7 +246,7 @@ class _Run:
     def check_reload(self, merged: PreTrainedModel) -> None:
         evaluation, limit = self.config.evaluation, self.config.checks.reload_difference
         sequences = self.task.test.chosen.select(slice(0, evaluation.gate_pairs))
-        with self.timed("reload"), self.bar("reloading without ummrm", 1) as advance:
+        with self.timed("reload"), self.bar("reload without ummrm", 1) as advance:
             found = reload_without_ummrm(merged, self.output / "merged", sequences, evaluation.batch_size)
             advance(1, found.model_class.rpartition(".")[2])
         self.result.reload = found
