@@ -1,0 +1,28 @@
+// The tensor-core instances of the grouped expert GEMM, one folder an architecture, built through CUTLASS and only where
+// CUTLASS was found and the architecture asked for (UMMRM_SM80, UMMRM_SM90 are then defined). expert_gemm.cu chooses
+// between them and its own plain kernels, by shapes, alignment and the device's architecture alone.
+#pragma once
+
+#include "ummrm/expert_gemm.h"
+
+namespace ummrm::cuda {
+
+#define UMMRM_TENSOR_CORES                                                              \
+  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */ \
+  int64_t workspace(const ExpertGemm& args);                                            \
+  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);              \
+  bool serves(const ExpertGemmWgrad& args);                                             \
+  int64_t workspace(const ExpertGemmWgrad& args);                                       \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
+
+namespace sm80 {
+UMMRM_TENSOR_CORES
+}  // namespace sm80
+
+namespace sm90 {
+UMMRM_TENSOR_CORES
+}  // namespace sm90
+
+#undef UMMRM_TENSOR_CORES
+
+}  // namespace ummrm::cuda
