@@ -1,8 +1,10 @@
-"""Builds the extension `ummrm._C` from csrc/ and kernels/cpu/: the folders are the source list.
+"""Builds the extension `ummrm._C` from csrc/ and kernels/cpu/: the folders are the source list. Where torch is built with
+CUDA and its nvcc is found, CMake compiles kernels/cuda for it (tools/cuda_build.py).
 
 The metadata is in pyproject.toml. The build writes `ummrm/_build_record.json` last, beside the extension, so that the
-package can tell which torch it was compiled against without loading it. Environment variables read at build time:
-MAX_JOBS (parallel compilers; torch's), CXX (the compiler).
+package can tell which torch it was compiled against without loading it, and why it has no CUDA kernels if it has none.
+Environment variables read at build time: MAX_JOBS (parallel compilers; torch's), CXX (the compiler), UMMRM_CUDA,
+UMMRM_CUDA_ARCHS, UMMRM_CUTLASS (the last three in tools/cuda_build.py), CUDA_HOME.
 """
 
 import json
@@ -15,6 +17,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))
+from cuda_build import Missing, choose_toolkit, compile_kernels  # noqa: E402
 CXX_STANDARD = "c++20"  # torch 2.15 refuses C++17
 COMPILE = [
     "-O3",
@@ -59,12 +63,22 @@ def extension():
     except ModuleNotFoundError:
         pass
 
-    compile_openmp, link = openmp(Path(torch.__file__).parent)
+    torch_dir = Path(torch.__file__).parent
+    compile_openmp, link = openmp(torch_dir)
+    try:
+        toolkit, no_cuda = choose_toolkit(torch.version.cuda), None
+        print(f"ummrm: compiling CUDA kernels with {toolkit.nvcc}", file=sys.stderr)
+    except Missing as reason:
+        toolkit, no_cuda = None, str(reason)
+        print(f"ummrm: no CUDA kernels in this build: {reason}", file=sys.stderr)
     sources = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "kernels/cpu") for p in (ROOT / d).glob("*.cpp"))
     ext = CppExtension(
         "ummrm._C",
         sources,
-        include_dirs=[str(ROOT / "kernels/include")],
+        include_dirs=[str(ROOT / "kernels/include")] + ([str(toolkit.home / "include")] if toolkit else []),
+        define_macros=[("UMMRM_CUDA", None)] if toolkit else [],
+        library_dirs=[str(torch_dir / "lib"), str(toolkit.library)] if toolkit else [],
+        libraries=["c10_cuda", "cudart"] if toolkit else [],
         extra_compile_args=COMPILE + compile_openmp,
         extra_link_args=link,
     )
@@ -88,10 +102,14 @@ def extension():
         def run(self):
             record = Path(self.get_ext_fullpath("ummrm._C")).parent / "_build_record.json"
             record.unlink(missing_ok=True)
+            if toolkit:
+                jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+                ext.extra_objects = [str(compile_kernels(toolkit, folder / "cuda", jobs))]
             super().run()
             content = {
                 "torch_version": str(torch.__version__),
                 "torch_cuda": torch.version.cuda,
+                "no_cuda_kernels": no_cuda,
                 "cxx_standard": CXX_STANDARD,
                 "python": platform.python_version(),
                 "sources": sources,

@@ -1,9 +1,7 @@
-// Operators of the stem `activation` on the CPU: activation, activation_backward.
+// Operators of the stem `activation`: activation, activation_backward.
 #include "ummrm/activation.h"
 
-#include <torch/library.h>
-
-#include "check.h"
+#include "device.h"
 #include "ops.h"
 
 namespace ummrm {
@@ -31,8 +29,13 @@ Tensor activation(const Tensor& pre_activation, string_view kind, bool glu) {
   const ActivationKind chosen = check.activation(kind);
   const Tensor pre = pre_activation.contiguous();
   const Tensor out = at::empty({pre.size(0), width}, pre.options());
-  const Activation args{check.element(pre), chosen, glu, width, pre.const_data_ptr(), out.mutable_data_ptr()};
-  parallel_over(pre.size(0), width * kCost, [&](int64_t begin, int64_t end) { cpu::activation(args, begin, end); });
+  const Activation args{
+      check.element("pre_activation", pre), chosen, glu, width, pre.const_data_ptr(), out.mutable_data_ptr()};
+  if (on_host(pre)) {
+    parallel_over(pre.size(0), width * kCost, [&](int64_t begin, int64_t end) { cpu::activation(args, begin, end); });
+  } else {
+    on_cuda(check, pre, [&](auto stream) { return cuda::activation(args, pre.size(0), {}, stream); });
+  }
   return out;
 }
 
@@ -56,7 +59,7 @@ Tensor3 activation_backward(const Tensor& grad_in, const Tensor& pre_activation,
   const Tensor grad_pre = at::empty_like(pre);
   const Tensor weighted = weights.has_value() ? at::empty_like(grad) : at::empty({0}, pre.options());
   const Tensor dots = at::empty({weights.has_value() ? rows : 0}, acc);
-  const ActivationBackward args{check.element(pre),
+  const ActivationBackward args{check.element("pre_activation", pre),
                                 chosen,
                                 glu,
                                 width,
@@ -66,12 +69,16 @@ Tensor3 activation_backward(const Tensor& grad_in, const Tensor& pre_activation,
                                 grad_pre.mutable_data_ptr(),
                                 weights.has_value() ? weighted.mutable_data_ptr() : nullptr,
                                 weights.has_value() ? dots.mutable_data_ptr() : nullptr};
-  parallel_over(rows, width * 2 * kCost,
-                [&](int64_t begin, int64_t end) { cpu::activation_backward(args, begin, end); });
+  if (on_host(pre)) {
+    parallel_over(rows, width * 2 * kCost,
+                  [&](int64_t begin, int64_t end) { cpu::activation_backward(args, begin, end); });
+  } else {
+    on_cuda(check, pre, [&](auto stream) { return cuda::activation_backward(args, rows, {}, stream); });
+  }
   return {grad_pre, weighted, dots};
 }
 
-TORCH_LIBRARY_IMPL(ummrm, CPU, m) {
+UMMRM_REGISTER(m) {
   m.impl("activation", &activation);
   m.impl("activation_backward", &activation_backward);
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <sstream>
 
+#include "device.h"
 #include "ummrm/permute.h"
 
 namespace ummrm {
@@ -33,7 +34,7 @@ std::string described(const at::Tensor& tensor) {
 
 // Index values that may be read: the tensor itself on CPU, a copy elsewhere if that was asked for, else nothing.
 std::optional<at::Tensor> readable(const at::Tensor& indices) {
-  if (indices.is_cpu()) return indices.contiguous();
+  if (on_host(indices)) return indices.contiguous();
   if (check_devices) return indices.contiguous().cpu();
   return std::nullopt;
 }
@@ -76,7 +77,9 @@ void Checker::floating(const char* name, const at::Tensor& tensor) const {
                    "; convert it, e.g. `", name, ".float()`.");
 }
 
-void Checker::index(const char* name, const at::Tensor& tensor, int64_t size, const char* words) const {
+void Checker::index(const char* name, const at::Tensor& tensor, int64_t size, const char* words, const at::Tensor& like,
+                    const char* like_name) const {
+  device(name, tensor, like, like_name);
   shape(name, tensor, {size}, words, "take it from ummrm.ops.sort_slots");
   dtype(name, tensor, at::kInt, "take it from ummrm.ops.sort_slots");
 }
@@ -116,14 +119,19 @@ void Checker::values(const char* name, const at::Tensor& indices, int64_t low, i
                     " at position ", bad, "; ", remedy, ".");
 }
 
-DType Checker::element(const at::Tensor& tensor) const {
+DType Checker::element(const char* name, const at::Tensor& tensor) const {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return DType::f64;
+    case at::kDouble:
+      TORCH_CHECK_TYPE(on_host(tensor), "ummrm.", op, ": `", name,
+                       "` must be float32, bfloat16 or float16 on a CUDA device, got ", described(tensor),
+                       "; convert it with `.float()`, or compute in float64 on the CPU.");
+      return DType::f64;
     case at::kFloat: return DType::f32;
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
-    default: TORCH_CHECK_TYPE(false, "ummrm.", op, ": element type ", tensor.scalar_type(), " must be checked before");
+    default: floating(name, tensor);
   }
+  return DType::f32;  // not reached
 }
 
 Gate Checker::gate(c10::string_view name) const {

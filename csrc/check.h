@@ -26,7 +26,9 @@ struct Checker {
              const char* remedy) const;
   void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected, const char* remedy) const;
   void floating(const char* name, const at::Tensor& tensor) const;  // one of the four element types
-  void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words) const;  // int32 [size]
+  // int32 [size], beside `like`.
+  void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words, const at::Tensor& like,
+             const char* like_name) const;
   void device(const char* name, const at::Tensor& tensor, const at::Tensor& like, const char* like_name) const;
   void at_least(const char* name, int64_t value, int64_t least) const;
   // Starting at 0, never falling, ending at or below `slots`. Read on CPU, elsewhere under check_indices_on_devices.
@@ -34,7 +36,8 @@ struct Checker {
   // Every value in [low, high). Read likewise.
   void values(const char* name, const at::Tensor& indices, int64_t low, int64_t high, const char* remedy) const;
 
-  DType element(const at::Tensor& tensor) const;
+  // The kernels' name of the element type, which is one of the four, and on CUDA not float64.
+  DType element(const char* name, const at::Tensor& tensor) const;
   Gate gate(c10::string_view name) const;
   ActivationKind activation(c10::string_view name) const;
 };

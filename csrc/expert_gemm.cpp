@@ -32,11 +32,11 @@ struct Layout {
   }
 };
 
-Layout layout_of(const Checker& check, const Tensor& expert_offsets, int64_t slots, int64_t num_tokens,
-                 int64_t num_shared) {
+Layout layout_of(const Checker& check, const Tensor& expert_offsets, const Tensor& like, int64_t slots,
+                 int64_t num_tokens, int64_t num_shared) {
   check.at_least("num_tokens", num_tokens, 0);
   check.at_least("num_shared_experts", num_shared, 0);
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]");
+  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", like, "routed_rows");
   check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
   check.offsets(expert_offsets, slots);
   const Tensor host = expert_offsets.contiguous();
@@ -80,7 +80,7 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
   const int64_t num_shared = shared_proj.size(0), slots = routed_rows_in.dim() == 2 ? routed_rows_in.size(0) : -1;
   const int64_t in = shared_proj.size(transpose ? 1 : 2), out_width = shared_proj.size(transpose ? 2 : 1);
   check_rows(check, "shared_rows", shared_rows_in, "routed_rows", routed_rows_in, num_tokens, num_shared, slots, in);
-  const Layout layout = layout_of(check, expert_offsets, slots, num_tokens, num_shared);
+  const Layout layout = layout_of(check, expert_offsets, routed_rows_in, slots, num_tokens, num_shared);
   const int64_t experts = expert_offsets.numel() - 1;
   check_proj(check, "shared_proj", shared_proj, routed_rows_in, {-1, -1, -1}, "[S, N, D]");
   check_proj(check, "routed_proj", routed_proj, routed_rows_in, {experts, shared_proj.size(1), shared_proj.size(2)},
@@ -116,7 +116,7 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
   check_rows(check, "grad_shared_rows", grad_shared_in, "grad_routed_rows", grad_routed_in, num_tokens,
              num_shared_experts, slots, -1);
   check.dtype("grad_routed_rows", grad_routed_in, routed_in.scalar_type(), "rows and their gradients share a dtype");
-  const Layout layout = layout_of(check, expert_offsets, slots, num_tokens, num_shared_experts);
+  const Layout layout = layout_of(check, expert_offsets, routed_in, slots, num_tokens, num_shared_experts);
   const int64_t experts = expert_offsets.numel() - 1, rows_width = routed_in.size(1),
                 grad_width = grad_routed_in.size(1);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
@@ -144,7 +144,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
   const Checker check{"expert_bias_grad"};
   const int64_t slots = routed_in.dim() == 2 ? routed_in.size(0) : -1;
   check_rows(check, "shared_rows", shared_in, "routed_rows", routed_in, num_tokens, num_shared_experts, slots, -1);
-  const Layout layout = layout_of(check, expert_offsets, slots, num_tokens, num_shared_experts);
+  const Layout layout = layout_of(check, expert_offsets, routed_in, slots, num_tokens, num_shared_experts);
   if (row_weights_in.has_value()) {
     check.device("row_weights", *row_weights_in, routed_in, "routed_rows");
     check.shape("row_weights", *row_weights_in, {num_shared_experts * num_tokens + slots}, "[S*T + T*K]",
@@ -154,7 +154,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
   }
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const OptionalTensor row_weights = contiguous(row_weights_in);
-  const int64_t width = routed.size(1), acc_bytes = accumulator_bytes(check.element(routed));
+  const int64_t width = routed.size(1), acc_bytes = accumulator_bytes(check.element("routed_rows", routed));
   const Tensor shared_grad = at::empty(
       need_shared ? std::vector<int64_t>{num_shared_experts, width} : std::vector<int64_t>{0}, routed.options());
   const Tensor routed_grad =
@@ -165,7 +165,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
     const Tensor rows = layout.rows_of(shared, routed, group);
     const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
     const auto* weights = static_cast<const char*>(data_or_null(row_weights));
-    const ColumnSums args{check.element(rows),
+    const ColumnSums args{check.element("routed_rows", rows),
                           rows.const_data_ptr(),
                           weights == nullptr ? nullptr : weights + group.out_begin * acc_bytes,
                           group.end - group.begin,

@@ -1,9 +1,7 @@
-// Operators of the stem `merge_experts` on the CPU: merge_experts, merge_experts_dots.
+// Operators of the stem `merge_experts`: merge_experts, merge_experts_dots.
 #include "ummrm/merge_experts.h"
 
-#include <torch/library.h>
-
-#include "check.h"
+#include "device.h"
 #include "ops.h"
 
 namespace ummrm {
@@ -15,12 +13,20 @@ Tensor with_contiguous_slices(const Tensor& experts) {
   return experts.size(0) > 0 && !experts[0].is_contiguous() ? experts.contiguous() : experts;
 }
 
+// The experts of each tensor, in slices that kernels can read.
 struct Lists {
-  std::vector<Tensor> shared, routed;  // keep copies alive
-  std::vector<const void*> pointers;
-  std::vector<MergeTensor> tensors;
-  int64_t num_experts = 0, blocks = 0;
+  std::vector<Tensor> shared, routed;
+  int64_t num_shared, num_routed;
+  int64_t size() const { return static_cast<int64_t>(routed.size()); }
+  int64_t num_experts() const { return num_shared + num_routed; }
+  const Tensor& like() const { return routed[0]; }
 };
+
+int64_t expert_elements(const Tensor& experts) {
+  int64_t elements = 1;
+  for (int64_t d = 1; d < experts.dim(); ++d) elements *= experts.size(d);
+  return elements;
+}
 
 Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
   const auto n = static_cast<int64_t>(routed.size());
@@ -36,9 +42,8 @@ Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
                         name[0] == 's' ? "S" : "E", ", ...], got a scalar; stack the experts.");
     }
   }
-  Lists lists;
-  lists.num_experts = shared[0].size(0) + routed[0].size(0);
-  TORCH_CHECK_VALUE(lists.num_experts > 0, "ummrm.", check.op,
+  Lists lists{{}, {}, shared[0].size(0), routed[0].size(0)};
+  TORCH_CHECK_VALUE(lists.num_experts() > 0, "ummrm.", check.op,
                     ": `routed` and `shared` must hold at least one expert, got 0; stack the experts.");
   for (int64_t i = 0; i < n; ++i) {
     for (const auto& [name, tensor] : {std::pair{"shared", shared[i]}, std::pair{"routed", routed[i]}}) {
@@ -53,73 +58,124 @@ Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
     lists.shared.push_back(with_contiguous_slices(shared[i]));
     lists.routed.push_back(with_contiguous_slices(routed[i]));
   }
-  for (int64_t i = 0; i < n; ++i) {
-    for (const Tensor& experts : {lists.shared[i], lists.routed[i]}) {
-      const auto* base = static_cast<const char*>(experts.const_data_ptr());
-      for (int64_t e = 0; e < experts.size(0); ++e) {
-        lists.pointers.push_back(base + e * experts.stride(0) * experts.element_size());
-      }
-    }
-    int64_t elements = 1;
-    for (int64_t d = 1; d < routed[i].dim(); ++d) elements *= routed[i].size(d);
-    lists.tensors.push_back({nullptr, elements, lists.blocks, nullptr, nullptr});
-    lists.blocks += cpu::merge_blocks(elements);
-  }
-  for (int64_t i = 0; i < n; ++i) lists.tensors[i].experts = lists.pointers.data() + i * lists.num_experts;
   return lists;
+}
+
+// What the CPU kernels take: a pointer an expert, and numbered blocks.
+struct CpuArguments {
+  std::vector<const void*> pointers;
+  std::vector<MergeTensor> tensors;
+  int64_t blocks = 0;
+
+  explicit CpuArguments(const Lists& lists) {
+    for (int64_t i = 0; i < lists.size(); ++i) {
+      for (const Tensor& experts : {lists.shared[i], lists.routed[i]}) {
+        const auto* base = static_cast<const char*>(experts.const_data_ptr());
+        for (int64_t e = 0; e < experts.size(0); ++e) {
+          pointers.push_back(base + e * experts.stride(0) * experts.element_size());
+        }
+      }
+      const int64_t elements = expert_elements(lists.routed[i]);
+      tensors.push_back({nullptr, elements, blocks, nullptr, nullptr});
+      blocks += cpu::merge_blocks(elements);
+    }
+    for (int64_t i = 0; i < lists.size(); ++i) tensors[i].experts = pointers.data() + i * lists.num_experts();
+  }
+};
+
+// Calls body(args, first) with up to cuda::kMaxMergeTensors of the tensors from number `first` on, which are one
+// launch.
+template <class Body>
+void for_each_launch(const Checker& check, const Lists& lists, const std::vector<Tensor>& merged,
+                     const std::vector<Tensor>& grads, const Body& body) {
+  for (int64_t first = 0; first < lists.size(); first += cuda::kMaxMergeTensors) {
+    cuda::MergeExperts args{};
+    args.dtype = check.element("routed", lists.like());
+    args.num_tensors = std::min(cuda::kMaxMergeTensors, lists.size() - first);
+    args.num_shared = lists.num_shared;
+    args.num_routed = lists.num_routed;
+    for (int64_t i = 0; i < args.num_tensors; ++i) {
+      const Tensor &shared = lists.shared[first + i], &routed = lists.routed[first + i];
+      args.tensors[i] = {shared.const_data_ptr(),
+                         routed.const_data_ptr(),
+                         shared.stride(0),
+                         routed.stride(0),
+                         expert_elements(routed),
+                         merged.empty() ? nullptr : merged[first + i].mutable_data_ptr(),
+                         grads.empty() ? nullptr : grads[first + i].const_data_ptr()};
+    }
+    body(args, first);
+  }
 }
 
 }  // namespace
 
 std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients_in) {
   const Checker check{"merge_experts"};
-  Lists lists = check_lists(check, shared, routed);
-  const auto n = static_cast<int64_t>(routed.size());
-  check.device("coefficients", coefficients_in, routed[0], "routed[0]");
-  check.shape("coefficients", coefficients_in, {n, lists.num_experts}, "[len(routed), S + E]",
+  const Lists lists = check_lists(check, shared, routed);
+  const int64_t n = lists.size(), experts = lists.num_experts();
+  check.device("coefficients", coefficients_in, lists.like(), "routed[0]");
+  check.shape("coefficients", coefficients_in, {n, experts}, "[len(routed), S + E]",
               "one row a tensor, shared experts first");
-  check.dtype("coefficients", coefficients_in, accumulator(routed[0]),
+  check.dtype("coefficients", coefficients_in, accumulator(lists.like()),
               "coefficients stay in fp32 (fp64 for fp64 experts)");
+  const DType dtype = check.element("routed", lists.like());
   const Tensor coefficients = coefficients_in.contiguous();
   std::vector<Tensor> merged;
-  for (int64_t i = 0; i < n; ++i) {
-    merged.push_back(at::empty(routed[i].sizes().slice(1), routed[i].options()));
-    lists.tensors[i].merged = merged.back().mutable_data_ptr();
+  for (const Tensor& tensor : routed) merged.push_back(at::empty(tensor.sizes().slice(1), tensor.options()));
+  if (on_host(lists.like())) {
+    CpuArguments of(lists);
+    for (int64_t i = 0; i < n; ++i) of.tensors[i].merged = merged[i].mutable_data_ptr();
+    const MergeExperts args{dtype, n, experts, of.tensors.data(), coefficients.const_data_ptr(), nullptr};
+    parallel_over(of.blocks, cpu::kMergeBlock * experts,
+                  [&](int64_t begin, int64_t end) { cpu::merge_experts(args, begin, end); });
+  } else {
+    for_each_launch(check, lists, merged, {}, [&](cuda::MergeExperts& args, int64_t first) {
+      args.coefficients = coefficients.const_data_ptr<float>() + first * experts;
+      on_cuda(check, lists.like(), [&](auto stream) { return cuda::merge_experts(args, stream); });
+    });
   }
-  const MergeExperts args{check.element(routed[0]),      n,      lists.num_experts, lists.tensors.data(),
-                          coefficients.const_data_ptr(), nullptr};
-  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts,
-                [&](int64_t begin, int64_t end) { cpu::merge_experts(args, begin, end); });
   return merged;
 }
 
 Tensor merge_experts_dots(TensorList grads_in, TensorList shared, TensorList routed) {
   const Checker check{"merge_experts_dots"};
-  Lists lists = check_lists(check, shared, routed);
-  const auto n = static_cast<int64_t>(routed.size());
+  const Lists lists = check_lists(check, shared, routed);
+  const int64_t n = lists.size(), experts = lists.num_experts();
   TORCH_CHECK_VALUE(static_cast<int64_t>(grads_in.size()) == n,
                     "ummrm.merge_experts_dots: `grads` must have as many tensors as `routed` (", n, "), got ",
                     grads_in.size(), "; pass one gradient a merged tensor.");
   std::vector<Tensor> grads;
   for (int64_t i = 0; i < n; ++i) {
-    check.device("grads", grads_in[i], routed[0], "routed[0]");
+    check.device("grads", grads_in[i], lists.like(), "routed[0]");
     check.shape("grads", grads_in[i], routed[i].sizes().slice(1), "a merged tensor's",
                 "pass one gradient a merged tensor");
-    check.dtype("grads", grads_in[i], routed[0].scalar_type(), "all tensors of one call share a dtype");
+    check.dtype("grads", grads_in[i], lists.like().scalar_type(), "all tensors of one call share a dtype");
     grads.push_back(grads_in[i].contiguous());
-    lists.tensors[i].grad = grads.back().const_data_ptr();
   }
-  const Tensor dots = at::empty({n, lists.num_experts}, routed[0].options().dtype(accumulator(routed[0])));
-  std::vector<double> block_dots(lists.blocks * lists.num_experts);
-  const MergeExperts args{check.element(routed[0]), n,       lists.num_experts,
-                          lists.tensors.data(),     nullptr, block_dots.data()};
-  parallel_over(lists.blocks, cpu::kMergeBlock * lists.num_experts,
-                [&](int64_t begin, int64_t end) { cpu::merge_experts_dots(args, begin, end); });
-  cpu::merge_experts_dots_finish(args, dots.mutable_data_ptr());
+  const DType dtype = check.element("routed", lists.like());
+  const Tensor dots = at::empty({n, experts}, lists.like().options().dtype(accumulator(lists.like())));
+  if (on_host(lists.like())) {
+    CpuArguments of(lists);
+    for (int64_t i = 0; i < n; ++i) of.tensors[i].grad = grads[i].const_data_ptr();
+    std::vector<double> block_dots(of.blocks * experts);
+    const MergeExperts args{dtype, n, experts, of.tensors.data(), nullptr, block_dots.data()};
+    parallel_over(of.blocks, cpu::kMergeBlock * experts,
+                  [&](int64_t begin, int64_t end) { cpu::merge_experts_dots(args, begin, end); });
+    cpu::merge_experts_dots_finish(args, dots.mutable_data_ptr());
+  } else {
+    for_each_launch(check, lists, {}, grads, [&](cuda::MergeExperts& args, int64_t first) {
+      on_cuda(check, lists.like(), [&](auto stream) {
+        const Tensor space = workspace(cuda::merge_experts_dots_workspace(args), dots);
+        return cuda::merge_experts_dots(args, dots.mutable_data_ptr<float>() + first * experts,
+                                        space.mutable_data_ptr(), stream);
+      });
+    });
+  }
   return dots;
 }
 
-TORCH_LIBRARY_IMPL(ummrm, CPU, m) {
+UMMRM_REGISTER(m) {
   m.impl("merge_experts", &merge_experts);
   m.impl("merge_experts_dots", &merge_experts_dots);
 }

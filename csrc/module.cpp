@@ -5,7 +5,9 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include "check.h"
+#include <sstream>
+
+#include "device.h"
 #include "gemm.h"
 #include "ops.h"
 #include "ummrm/cpu_info.h"
@@ -91,7 +93,14 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
-  info["cuda_archs"] = py::list();
+  py::list architectures;
+  info["nvcc"] = py::none();
+  if constexpr (ummrm::kHasCuda) {
+    std::istringstream words(ummrm::cuda::architectures());
+    for (std::string word; words >> word;) architectures.append(word);
+    info["nvcc"] = ummrm::cuda::compiler_version();
+  }
+  info["cuda_archs"] = architectures;
   info["cpu_isa"] = ummrm::cpu::isa();
   info["fp32_gemm"] = ummrm::fp32_gemm_rule();
   return info;

@@ -1,17 +1,23 @@
-// Operators of the stem `permute` on the CPU: permute, unpermute, unpermute_backward.
+// Operators of the stem `permute`: permute, unpermute, unpermute_backward.
 #include "ummrm/permute.h"
 
-#include <torch/library.h>
-
-#include "check.h"
+#include "device.h"
 #include "ops.h"
 
 namespace ummrm {
 namespace {
 
 struct Sizes {
-  int64_t tokens, slots, live;
+  int64_t tokens, slots;
 };
+
+// Number of sorted rows that hold a slot, where the host may read it, and where a device finds it.
+int64_t live_rows(const Tensor& expert_offsets) {
+  return on_host(expert_offsets) ? expert_offsets[-1].item<int64_t>() : 0;
+}
+const int32_t* live_rows_on_device(const Tensor& contiguous_offsets) {
+  return contiguous_offsets.const_data_ptr<int32_t>() + contiguous_offsets.numel() - 1;
+}
 
 // What unpermute and its backward share.
 Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& slot_to_sorted,
@@ -20,8 +26,8 @@ Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& sl
   check.floating("rows", rows);
   check.at_least("top_k", top_k, 1);
   check.at_least("num_shared_experts", num_shared, 0);
-  check.index("slot_to_sorted", slot_to_sorted, -1, "[T*K]");
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]");
+  check.index("slot_to_sorted", slot_to_sorted, -1, "[T*K]", rows, "rows");
+  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", rows, "rows");
   check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
   const int64_t slots = slot_to_sorted.numel(), tokens = slots / top_k;
   TORCH_CHECK_VALUE(slots % top_k == 0, "ummrm.", check.op,
@@ -41,46 +47,50 @@ Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& sl
   }
   check.offsets(expert_offsets, slots);
   check.values("slot_to_sorted", slot_to_sorted, 0, slots, "take it from ummrm.ops.sort_slots");
-  return {tokens, slots, expert_offsets[-1].item<int64_t>()};
+  return {tokens, slots};
 }
 
 }  // namespace
 
-Tensor permute(const Tensor& x_in, const Tensor& sorted_to_slot_in, const Tensor& expert_offsets, int64_t top_k) {
+Tensor permute(const Tensor& x_in, const Tensor& sorted_to_slot_in, const Tensor& expert_offsets_in, int64_t top_k) {
   const Checker check{"permute"};
-  check.floating("x", x_in);
+  check.element("x", x_in);
   check.at_least("top_k", top_k, 1);
   check.shape("x", x_in, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
   const int64_t slots = x_in.size(0) * top_k;
-  check.index("sorted_to_slot", sorted_to_slot_in, slots, "[T*K]");
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]");
-  check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
-  check.offsets(expert_offsets, slots);
+  check.index("sorted_to_slot", sorted_to_slot_in, slots, "[T*K]", x_in, "x");
+  check.index("expert_offsets", expert_offsets_in, -1, "[E + 1]", x_in, "x");
+  check.at_least("expert_offsets.numel()", expert_offsets_in.numel(), 1);
+  check.offsets(expert_offsets_in, slots);
   check.values("sorted_to_slot", sorted_to_slot_in, 0, slots, "take it from ummrm.ops.sort_slots");
   const Tensor x = x_in.contiguous(), sorted_to_slot = sorted_to_slot_in.contiguous();
+  const Tensor expert_offsets = expert_offsets_in.contiguous();
   const int64_t hidden = x.size(1);
   const Tensor out = at::empty({slots, hidden}, x.options());
-  const Permute args{x.const_data_ptr(),
-                     sorted_to_slot.const_data_ptr<int32_t>(),
-                     expert_offsets[-1].item<int64_t>(),
-                     top_k,
-                     hidden * x.element_size(),
-                     out.mutable_data_ptr()};
-  parallel_over(slots, hidden, [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+  const Permute args{x.const_data_ptr(),        sorted_to_slot.const_data_ptr<int32_t>(),
+                     live_rows(expert_offsets), top_k,
+                     hidden * x.element_size(), out.mutable_data_ptr()};
+  if (on_host(x)) {
+    parallel_over(slots, hidden, [&](int64_t begin, int64_t end) { cpu::permute(args, begin, end); });
+  } else {
+    on_cuda(check, x,
+            [&](auto stream) { return cuda::permute(args, slots, live_rows_on_device(expert_offsets), stream); });
+  }
   return out;
 }
 
-Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const Tensor& expert_offsets,
+Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const Tensor& expert_offsets_in,
                  const OptionalTensor& shared_weight_in, const OptionalTensor& routed_weights_in,
                  int64_t num_shared_experts, int64_t top_k) {
   const Checker check{"unpermute"};
-  const auto [tokens, slots, live] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets,
-                                                     shared_weight_in, routed_weights_in, num_shared_experts, top_k);
+  const auto [tokens, slots] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in,
+                                               routed_weights_in, num_shared_experts, top_k);
   const Tensor rows = rows_in.contiguous(), slot_to_sorted = slot_to_sorted_in.contiguous();
+  const Tensor expert_offsets = expert_offsets_in.contiguous();
   const OptionalTensor shared_weight = contiguous(shared_weight_in), routed_weights = contiguous(routed_weights_in);
   const int64_t hidden = rows.size(1);
   const Tensor out = at::empty({tokens, hidden}, rows.options());
-  const Unpermute args{check.element(rows),
+  const Unpermute args{check.element("rows", rows),
                        rows.const_data_ptr(),
                        slot_to_sorted.const_data_ptr<int32_t>(),
                        data_or_null(shared_weight),
@@ -89,31 +99,36 @@ Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const T
                        hidden,
                        top_k,
                        num_shared_experts,
-                       live,
+                       live_rows(expert_offsets),
                        out.mutable_data_ptr()};
-  parallel_over(tokens, hidden * (num_shared_experts + top_k),
-                [&](int64_t begin, int64_t end) { cpu::unpermute(args, begin, end); });
+  if (on_host(rows)) {
+    parallel_over(tokens, hidden * (num_shared_experts + top_k),
+                  [&](int64_t begin, int64_t end) { cpu::unpermute(args, begin, end); });
+  } else {
+    on_cuda(check, rows,
+            [&](auto stream) { return cuda::unpermute(args, live_rows_on_device(expert_offsets), stream); });
+  }
   return out;
 }
 
 Tensor3 unpermute_backward(const Tensor& grad_out_in, const Tensor& rows_in, const Tensor& slot_to_sorted_in,
-                           const Tensor& expert_offsets, const OptionalTensor& shared_weight_in,
+                           const Tensor& expert_offsets_in, const OptionalTensor& shared_weight_in,
                            const OptionalTensor& routed_weights_in, int64_t num_shared_experts, int64_t top_k) {
   const Checker check{"unpermute_backward"};
-  const auto [tokens, slots, live] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets,
-                                                     shared_weight_in, routed_weights_in, num_shared_experts, top_k);
+  const auto [tokens, slots] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in,
+                                               routed_weights_in, num_shared_experts, top_k);
   check.device("grad_out", grad_out_in, rows_in, "rows");
   check.shape("grad_out", grad_out_in, {tokens, rows_in.size(1)}, "[T, H]", "pass the gradient of unpermute's result");
   check.dtype("grad_out", grad_out_in, rows_in.scalar_type(), "pass the gradient of unpermute's result");
   const Tensor grad_out = grad_out_in.contiguous(), rows = rows_in.contiguous();
-  const Tensor slot_to_sorted = slot_to_sorted_in.contiguous();
+  const Tensor slot_to_sorted = slot_to_sorted_in.contiguous(), expert_offsets = expert_offsets_in.contiguous();
   const OptionalTensor shared_weight = contiguous(shared_weight_in), routed_weights = contiguous(routed_weights_in);
   const int64_t hidden = rows.size(1);
   const auto acc = rows.options().dtype(accumulator(rows));
   const Tensor grad_rows = at::empty_like(rows);
   const Tensor grad_shared = shared_weight.has_value() ? at::empty({tokens}, acc) : at::empty({0}, acc);
   const Tensor grad_routed = routed_weights.has_value() ? at::empty({tokens, top_k}, acc) : at::empty({0}, acc);
-  const UnpermuteBackward args{check.element(rows),
+  const UnpermuteBackward args{check.element("rows", rows),
                                grad_out.const_data_ptr(),
                                rows.const_data_ptr(),
                                slot_to_sorted.const_data_ptr<int32_t>(),
@@ -123,16 +138,21 @@ Tensor3 unpermute_backward(const Tensor& grad_out_in, const Tensor& rows_in, con
                                hidden,
                                top_k,
                                num_shared_experts,
-                               live,
+                               live_rows(expert_offsets),
                                grad_rows.mutable_data_ptr(),
                                shared_weight.has_value() ? grad_shared.mutable_data_ptr() : nullptr,
                                routed_weights.has_value() ? grad_routed.mutable_data_ptr() : nullptr};
-  parallel_over(tokens, 2 * hidden * (num_shared_experts + top_k),
-                [&](int64_t begin, int64_t end) { cpu::unpermute_backward(args, begin, end); });
+  if (on_host(rows)) {
+    parallel_over(tokens, 2 * hidden * (num_shared_experts + top_k),
+                  [&](int64_t begin, int64_t end) { cpu::unpermute_backward(args, begin, end); });
+  } else {
+    on_cuda(check, rows,
+            [&](auto stream) { return cuda::unpermute_backward(args, live_rows_on_device(expert_offsets), stream); });
+  }
   return {grad_rows, grad_shared, grad_routed};
 }
 
-TORCH_LIBRARY_IMPL(ummrm, CPU, m) {
+UMMRM_REGISTER(m) {
   m.impl("permute", &permute);
   m.impl("unpermute", &unpermute);
   m.impl("unpermute_backward", &unpermute_backward);

@@ -1,6 +1,6 @@
-// The tensor-core instances of the grouped expert GEMM, one folder an architecture, built through CUTLASS and only where
-// CUTLASS was found and the architecture asked for (UMMRM_SM80, UMMRM_SM90 are then defined). expert_gemm.cu chooses
-// between them and its own plain kernels, by shapes, alignment and the device's architecture alone.
+// The tensor-core instances of the grouped expert GEMM, one folder an architecture, built through CUTLASS and only
+// where CUTLASS was found and the architecture asked for (UMMRM_SM80, UMMRM_SM90 are then defined). expert_gemm.cu
+// chooses between them and its own plain kernels, by shapes, alignment and the device's architecture alone.
 #pragma once
 
 #include "ummrm/expert_gemm.h"

@@ -1,6 +1,6 @@
-// The grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside the routed ones. On
-// a CPU the products belong to the BLAS behind at::mm, which no kernel here would beat (csrc/expert_gemm.cpp), and only
-// bias gradients are left; on CUDA all groups run in one launch, since only the device knows their sizes.
+// The grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside the routed ones.
+// On a CPU the products belong to the BLAS behind at::mm, which no kernel here would beat (csrc/expert_gemm.cpp), and
+// only bias gradients are left; on CUDA all groups run in one launch, since only the device knows their sizes.
 #pragma once
 
 #include <cstdint>
@@ -53,16 +53,16 @@ struct ExpertGemmWgrad {
   DType dtype;       // of rows and their gradients: f32, bf16 or f16
   DType grad_dtype;  // of the results: dtype or f32
   int64_t tokens, num_shared, num_experts, slots;
-  int64_t width, grad_width;        // a result is [grad_width, width]
-  bool one_row_a_token;             // of shared_rows, as above
-  bool one_grad_row_a_token;        // of grad_shared_rows
-  const void* shared_rows;          //
-  const void* routed_rows;          // [slots, width]
-  const void* grad_shared_rows;     //
-  const void* grad_routed_rows;     // [slots, grad_width]
-  const int32_t* expert_offsets;    // [E + 1], on the device
-  void* shared_grad;                // out, [S, grad_width, width], or null: not needed
-  void* routed_grad;                // out, [E, grad_width, width], or null: not needed
+  int64_t width, grad_width;      // a result is [grad_width, width]
+  bool one_row_a_token;           // of shared_rows, as above
+  bool one_grad_row_a_token;      // of grad_shared_rows
+  const void* shared_rows;        //
+  const void* routed_rows;        // [slots, width]
+  const void* grad_shared_rows;   //
+  const void* grad_routed_rows;   // [slots, grad_width]
+  const int32_t* expert_offsets;  // [E + 1], on the device
+  void* shared_grad;              // out, [S, grad_width, width], or null: not needed
+  void* routed_grad;              // out, [E, grad_width, width], or null: not needed
 };
 
 // Column sums of every group's rows, times row_weights: the gradient of biases.

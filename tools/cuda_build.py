@@ -1,0 +1,110 @@
+"""How setup.py finds out whether the CUDA kernels can be compiled, and has CMake compile them into a static library.
+
+UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and says
+why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them, `;`
+between them) and UMMRM_CUTLASS (third_party/README.md) go to CMake. The standard library alone is used here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """An installed CUDA toolkit: its folder, and nvcc's version as (major, minor)."""
+
+    home: Path
+    version: tuple[int, int]
+
+    @property
+    def nvcc(self):
+        return self.home / "bin" / "nvcc"
+
+    @property
+    def library(self):
+        return next(f for f in (self.home / "lib64", self.home / "lib") if f.is_dir())
+
+
+class Missing(Exception):
+    """Why the CUDA kernels are not compiled."""
+
+
+def find_toolkit():
+    """The toolkit of $CUDA_HOME, else of the nvcc on PATH, else /usr/local/cuda; None if there is none.
+
+    The nvcc on PATH may be a wrapper script anywhere, so nvcc itself is asked where it lives.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for nvcc in (home and os.path.join(home, "bin", "nvcc"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if not nvcc or not os.access(nvcc, os.X_OK):
+            continue
+        asked = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        top, release = re.search(r"TOP=(\S+)", asked.stderr), re.search(r"release (\d+)\.(\d+)", version)
+        if top and release:
+            return Toolkit(Path(top[1]).resolve(), (int(release[1]), int(release[2])))
+    return None
+
+
+def choose_toolkit(torch_cuda, wish=None):
+    """The toolkit to compile with, beside a torch built with CUDA version `torch_cuda` (None: without).
+
+    Raises:
+        Missing: there is nothing to compile with, or nothing was asked for, and UMMRM_CUDA allows that.
+        SystemExit: UMMRM_CUDA is none of auto, 0 and 1, or it is 1 and something is missing.
+    """
+    wish = os.environ.get("UMMRM_CUDA", "auto") if wish is None else wish
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"UMMRM_CUDA must be auto, 0 or 1, got {wish!r}.")
+    if wish == "0":
+        raise Missing("it was built with UMMRM_CUDA=0")
+    try:
+        if torch_cuda is None:
+            raise Missing("it was built for a torch without CUDA")
+        toolkit = find_toolkit()
+        if toolkit is None:
+            raise Missing("no nvcc was found when it was built (on PATH, in CUDA_HOME or in /usr/local/cuda)")
+        if toolkit.version[0] != int(torch_cuda.split(".")[0]):
+            found = ".".join(map(str, toolkit.version))
+            raise Missing(f"it was built for a torch with CUDA {torch_cuda}, and the nvcc found, {found}, is of another")
+        if find_cmake() is None:
+            raise Missing("no cmake was found when it was built")
+    except Missing as reason:
+        if wish == "1":
+            sys.exit(f"UMMRM_CUDA=1 asks for the CUDA kernels, which cannot be compiled: {reason}.")
+        raise
+    return toolkit
+
+
+def find_cmake():
+    """The cmake of the running environment, or of PATH."""
+    try:
+        import cmake
+
+        return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    except (ModuleNotFoundError, AttributeError):
+        return shutil.which("cmake")
+
+
+def compile_kernels(toolkit, folder, jobs):
+    """Compiles kernels/cuda in `folder` with `jobs` compilers at once, and returns the static library's path.
+
+    Only what has changed since the last time is compiled.
+    """
+    cmake, ninja = find_cmake(), shutil.which("ninja")
+    configure = [cmake, "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
+    configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS"):
+        if variable in os.environ:
+            configure.append(f"-D{variable}={os.environ[variable]}")
+    subprocess.run([str(part) for part in configure], check=True)
+    subprocess.run([cmake, "--build", str(folder), "--target", "ummrm_cuda", "-j", str(jobs)], check=True)
+    return folder / "libummrm_cuda.a"
