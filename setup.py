@@ -1,5 +1,5 @@
-"""Builds the extension `ummrm._C` from csrc/ and kernels/cpu/: the folders are the source list. Where torch is built with
-CUDA and its nvcc is found, CMake compiles kernels/cuda for it (tools/cuda_build.py).
+"""Builds the extension `ummrm._C` from csrc/ and kernels/cpu/: the folders are the source list. Where torch is built
+with CUDA and its nvcc is found, CMake compiles kernels/cuda for it (tools/cuda_build.py).
 
 The metadata is in pyproject.toml. The build writes `ummrm/_build_record.json` last, beside the extension, so that the
 package can tell which torch it was compiled against without loading it, and why it has no CUDA kernels if it has none.
@@ -19,6 +19,7 @@ from setuptools.command.build import build
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 from cuda_build import Missing, choose_toolkit, compile_kernels  # noqa: E402
+
 CXX_STANDARD = "c++20"  # torch 2.15 refuses C++17
 COMPILE = [
     "-O3",

@@ -10,7 +10,7 @@
 namespace ummrm {
 namespace {
 
-std::atomic<bool> check_devices{false};
+std::atomic<bool> check_devices{kCheckFromStart};
 
 // As Python spells it.
 std::string name_of(at::ScalarType type) {

@@ -12,7 +12,7 @@
 #if defined(UMMRM_EMULATED)
 #define UMMRM_FOR_CUDA(implement)
 namespace ummrm {
-inline constexpr bool kHasCuda = true;
+inline constexpr bool kHasCuda = true, kCheckFromStart = true;
 inline bool on_host(const at::Tensor&) { return false; }
 inline int launch_on(const at::Tensor&, const auto& launch) { return launch(cuda::Stream{}); }
 }  // namespace ummrm
@@ -22,7 +22,7 @@ inline int launch_on(const at::Tensor&, const auto& launch) { return launch(cuda
 #define UMMRM_FOR_CUDA(implement) \
   TORCH_LIBRARY_IMPL(ummrm, CUDA, library) { implement(library); }
 namespace ummrm {
-inline constexpr bool kHasCuda = true;
+inline constexpr bool kHasCuda = true, kCheckFromStart = false;
 inline bool on_host(const at::Tensor& tensor) { return tensor.is_cpu(); }
 inline int launch_on(const at::Tensor& tensor, const auto& launch) {
   const c10::cuda::CUDAGuard guard(tensor.device());
@@ -32,7 +32,7 @@ inline int launch_on(const at::Tensor& tensor, const auto& launch) {
 #else
 #define UMMRM_FOR_CUDA(implement)
 namespace ummrm {
-inline constexpr bool kHasCuda = false;
+inline constexpr bool kHasCuda = false, kCheckFromStart = false;
 inline bool on_host(const at::Tensor&) { return true; }
 }  // namespace ummrm
 #endif

@@ -34,10 +34,13 @@ struct Parts {
     add(of_shared.slice(1, width), of_routed.slice(1, width), 1);
   }
   int64_t up_parts() const { return glu ? 2 : 1; }
-  // One row a list entry; the first entries are the projections in order, biases repeat their rows.
+  // One row a list entry; the first entries are the projections in order, biases repeat their rows. Without an index
+  // tensor, which a GPU would have to wait for.
   Tensor expand(const Tensor& coefficients) const {
     if (static_cast<int64_t>(projection.size()) == num_projections) return coefficients;
-    return coefficients.index_select(0, at::tensor(projection, at::kLong).to(coefficients.device()));
+    std::vector<Tensor> rows;
+    for (const int64_t row : projection) rows.push_back(coefficients.slice(0, row, row + 1));
+    return at::cat(rows);
   }
 };
 

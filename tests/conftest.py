@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import random
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ummrm import backends
 
 
 def pytest_addoption(parser):
+    parser.addoption("--library", help="operators to load over the extension's, as emulated_extension.py builds them")
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs; by default a fresh one")
 
 
@@ -19,6 +21,10 @@ def pytest_configure(config):
     # Tensors are small here: a second thread only adds waiting where other work shares the cores (ten times the run
     # time was measured). What must not depend on threads is tested with one and two.
     torch.set_num_threads(1)
+    if library := config.getoption("--library"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the purpose
+            torch.ops.load_library(library)
     config.ummrm_seed = random.SystemRandom().randrange(2**31) if seed is None else seed
 
 
@@ -35,13 +41,28 @@ def seeded(request):
     random.seed(seed)
 
 
-def _runnable_backends():
-    return [name for name, backend in backends.BACKENDS.items() if backend.obstacle() is None]
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """fp64 has no CUDA kernels: under --library, a test that meets the refusal is skipped."""
+    try:
+        return (yield)
+    except TypeError as error:
+        if item.config.getoption("--library") and "on a CUDA device, got float64" in str(error):
+            pytest.skip("float64 has no CUDA kernels")
+        raise
 
 
-@pytest.fixture(params=_runnable_backends())
+def pytest_generate_tests(metafunc):
+    """Tests that ask for `backend` run once on every backend that can run in this process."""
+    if "backend" in metafunc.fixturenames:
+        names = [name for name, backend in backends.BACKENDS.items() if backend.obstacle() is None]
+        chosen = names[:1] if metafunc.config.getoption("--library") else names
+        metafunc.parametrize("backend", chosen, indirect=True)
+
+
+@pytest.fixture
 def backend(request):
-    """Runs the test once on every backend that can run in this process."""
+    """The backend's name, in use for the test."""
     backends.use_backend(request.param)
     yield request.param
     backends.use_backend(next(iter(backends.BACKENDS)))

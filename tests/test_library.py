@@ -213,7 +213,7 @@ def profiled(function):
 
 def test_use_backend_switches_and_switches_back():
     z, arguments = floats(3, 4), moe_arguments(torch.float32)
-    assert backends.backend_for("cpu") == "cpu"
+    assert backends.backend_for("cpu") == "compiled"
     for name in ("reference", "cpu", "reference", "reference", "cpu"):
         ummrm.use_backend(name)
         plain = name == "reference"
@@ -225,7 +225,7 @@ def test_use_backend_switches_and_switches_back():
         with pytest.raises(IndexError, match=r"`expert_indices` must lie in \[-1, 2\].*got"):
             ops.sort_slots(torch.full((2, 2), 3, dtype=torch.int32), 3)
     finally:
-        ummrm.use_backend("cpu")
+        ummrm.use_backend("compiled")
 
 
 def test_a_backend_that_cannot_run_raises_and_changes_nothing(monkeypatch):
@@ -235,7 +235,7 @@ def test_a_backend_that_cannot_run_raises_and_changes_nothing(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "absent", row)
     with pytest.raises(RuntimeError, match="'absent' cannot run here: it needs a device that is not here"):
         ummrm.use_backend("absent")
-    assert backends.backend_for("cpu") == "cpu"
+    assert backends.backend_for("cpu") == "compiled"
     with pytest.raises(ValueError, match="`name` must be one of 'cpu', 'reference', 'absent', got 'gpu'"):
         ummrm.use_backend("gpu")
     with pytest.raises(ValueError, match="`device` must be of a type that a backend serves, got 'meta'"):

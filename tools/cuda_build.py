@@ -1,8 +1,8 @@
 """How setup.py finds out whether the CUDA kernels can be compiled, and has CMake compile them into a static library.
 
-UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and says
-why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them, `;`
-between them) and UMMRM_CUTLASS (third_party/README.md) go to CMake. The standard library alone is used here.
+UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and
+says why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them,
+`;` between them) and UMMRM_CUTLASS (third_party/README.md) go to CMake. The standard library alone is used here.
 """
 
 import os
@@ -73,7 +73,7 @@ def choose_toolkit(torch_cuda, wish=None):
             raise Missing("no nvcc was found when it was built (on PATH, in CUDA_HOME or in /usr/local/cuda)")
         if toolkit.version[0] != int(torch_cuda.split(".")[0]):
             found = ".".join(map(str, toolkit.version))
-            raise Missing(f"it was built for a torch with CUDA {torch_cuda}, and the nvcc found, {found}, is of another")
+            raise Missing(f"it was built for a torch with CUDA {torch_cuda}, and the nvcc found is {found}")
         if find_cmake() is None:
             raise Missing("no cmake was found when it was built")
     except Missing as reason:

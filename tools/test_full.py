@@ -89,6 +89,17 @@ def cuda_architectures():
     run(cmake, "--build", build, "--target", "ummrm_cuda")
 
 
+OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
+
+
+def emulated():
+    """The operators' tests with csrc's CUDA path and the CUDA kernels, on the host emulator."""
+    build = ROOT / "build" / "emulated"
+    run(sys.executable, ROOT / "tests/emulated_extension.py", build)
+    tests = [ROOT / f"tests/test_{stem}.py" for stem in OPERATORS]
+    run(sys.executable, "-P", "-m", "pytest", "-q", "--library", build / "ummrm_emulated.so", *tests)
+
+
 def interpreter(name):
     """`name` from PATH, or an installed one that pyenv keeps off it."""
     kept = sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}"))
@@ -132,6 +143,7 @@ STEPS = {
     "address": lambda: sanitize("address"),
     "thread": lambda: sanitize("thread"),
     "cuda": cuda_architectures,
+    "emulated": emulated,
     "full": full_tests,
     **{name: lambda name=name: test_environment(name) for name, row in ENVIRONMENTS.items() if row.ummrm},
 }

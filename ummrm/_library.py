@@ -20,26 +20,32 @@ _RECORD = "_build_record.json"  # written by setup.py beside the extension
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps <the ummrm source folder>"
 
 
-def check_build(folder: Path, running: str) -> None:
-    """Raises ImportError unless the extension in `folder` was built against torch version `running`, up to the patch.
+def check_build(folder: Path, running: str) -> dict:
+    """The build's record, as setup.py wrote it beside the extension in `folder`.
+
+    Raises ImportError unless that was built against torch version `running`, up to the patch.
 
     torch's C++ ABI changes with every minor version; loading a mismatched library ends in an undefined symbol or worse.
     """
     path = folder / _RECORD
     if not path.is_file():
         raise ImportError(f"ummrm: the compiled extension `ummrm._C` is missing in {folder}; build it: {_REBUILD}")
-    built = json.loads(path.read_text())["torch_version"]
+    record = json.loads(path.read_text())
+    built = record["torch_version"]
     if built.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(
             f"ummrm: `ummrm._C` was built against torch {built} and must run with the same minor version, "
             f"but torch {running} is installed. Rebuild it: {_REBUILD}"
         )
+    return record
 
 
-check_build(Path(__file__).parent, torch.__version__)
+_record = check_build(Path(__file__).parent, torch.__version__)
 from . import _C  # noqa: E402  (only after the check)
 
 check, build_info, tile_table, launch = _C.check, _C.build_info, _C.tile_table, _C.launch
+
+no_cuda_kernels: str | None = _record["no_cuda_kernels"]  # why the extension has none; None if it has
 
 _library = torch.library.Library("ummrm", "IMPL")
 

@@ -1,7 +1,7 @@
 """Which backend serves which device, and the switch between them: one row a backend.
 
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
-The C++ kernels register themselves when `_library` loads; any other backend is registered here, op by op, over them.
+The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over them.
 The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch.
 """
 
@@ -69,7 +69,7 @@ class Backend:
 
 
 BACKENDS = {
-    "cpu": Backend(("cpu",), {}),
+    "compiled": Backend(("cpu", "cuda") if _library.no_cuda_kernels is None else ("cpu",), {}),
     "reference": Backend(("cpu", "cuda"), _REFERENCE_KERNELS),
 }
 
@@ -79,9 +79,12 @@ _REFUSED_DEVICES = ("cuda", "mps", "xpu")
 
 def _refusal(op: str, device: str) -> Callable:
     def refuse(*args, **kwargs):
+        reason = ""
+        if device == "cuda" and _library.no_cuda_kernels is not None:
+            reason = f" (this build has no CUDA kernels: {_library.no_cuda_kernels})"
         raise ValueError(
-            f"ummrm.{op}: `device` must be of a type that this build has kernels for, got {device!r}; move the model "
-            "and its inputs to 'cpu', or install a build of ummrm with kernels for it."
+            f"ummrm.{op}: `device` must be of a type that this build has kernels for, got {device!r}{reason}; move the "
+            "model and its inputs to 'cpu', or install a build of ummrm with kernels for it."
         )
 
     return refuse
@@ -107,7 +110,7 @@ def use_backend(name: str) -> None:
     Call it before the first operator runs: a graph that `torch.compile` made before may keep what it was traced with.
 
     Args:
-        name: `"cpu"` (the compiled C++ kernels, the default) or `"reference"` (plain torch, slow).
+        name: `"compiled"` (the extension's C++ and CUDA kernels, the default) or `"reference"` (plain torch, slow).
 
     Raises:
         ValueError: there is no such backend.
