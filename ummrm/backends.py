@@ -1,8 +1,8 @@
 """Which backend serves which device, and the switch between them: one row a backend.
 
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
-The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over them.
-The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch.
+The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over
+them. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _library, reference  # noqa: F401  (the operators must exist before they are overridden)
+from . import _library, reference
 
 
 def _reference_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
