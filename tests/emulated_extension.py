@@ -1,6 +1,7 @@
-"""Builds the operators' CUDA path for the host emulator: csrc/ sends CPU tensors the way of CUDA tensors (UMMRM_EMULATED
-in csrc/device.h), and the kernels of kernels/cuda run as fibers. What is tested so is everything between Python and the
-kernels: checks, allocation, workspaces, arguments. It is a library to load over the extension (`pytest --library`).
+"""Builds the operators' CUDA path for the host emulator: csrc/ sends CPU tensors the way of CUDA tensors, and the
+kernels of kernels/cuda run as fibers (UMMRM_EMULATED in csrc/device.h). What is tested so is everything between Python
+and the kernels: checks, allocation, workspaces, arguments. It is a library to load over the extension (`pytest
+--library`).
 """
 
 import sys
