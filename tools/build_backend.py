@@ -6,6 +6,8 @@ asks pip only for what is absent. It knows nothing of the extension itself; that
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -35,6 +37,10 @@ def _missing():
         need.append("torch>=2.11")
     if _version("ninja") is None:
         need.append("ninja")
+    # CMake compiles the CUDA kernels (tools/cuda_build.py), where there may be a compiler for them.
+    nvcc = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.path.exists("/usr/local/cuda/bin/nvcc")
+    if nvcc and os.environ.get("UMMRM_CUDA") != "0" and _version("cmake") is None and shutil.which("cmake") is None:
+        need.append("cmake>=3.24")
     return need
 
 

@@ -6,6 +6,7 @@ interpreter, no disk space) is reported as not run and counts as a failure: noth
 `python tools/test_full.py NAME...` runs the named steps alone.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,27 +31,29 @@ class Environment:
         disk: free space in bytes that installing it takes.
         ummrm: whether the package is installed and its fast tier run; otherwise tests marked `full` use the environment
             by its path.
+        cuda: whether the package is installed with its CUDA kernels, which then need nvcc but no GPU.
     """
 
     python: str | None
     requirements: tuple[str, ...]
     disk: int
     ummrm: bool = True
+    cuda: bool = False
 
 
 ENVIRONMENTS = {
     # torch 2.11 cannot import newer setuptools
     "python3.12-torch2.11": Environment("python3.12", ("torch==2.11.0", "setuptools<82"), 12 * GIB),
     # PyPI's Linux wheel of torch is built with CUDA: the extension must build and pass against it without a GPU
-    "torch2.14": Environment(None, ("torch==2.14.1", "setuptools"), 12 * GIB),
+    "torch2.14": Environment(None, ("torch==2.14.1", "setuptools"), 12 * GIB, cuda=True),
     # what RewardBench pins; merged models must load there
     "transformers4.57": Environment(None, ("torch==2.13.0", "transformers==4.57.*"), 12 * GIB, ummrm=False),
 }
 
 
-def run(*command):
-    print("$", *command, flush=True)
-    subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
+def run(*command, **variables):
+    print("$", *(f"{name}={value}" for name, value in variables.items()), *command, flush=True)
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, env={**os.environ, **variables})
 
 
 def tool(name):
@@ -125,10 +128,15 @@ def make_environment(name):
 
 
 def test_environment(name):
-    python = make_environment(name)
+    cuda = ENVIRONMENTS[name].cuda
+    if cuda and shutil.which("nvcc") is None:
+        raise NotRun("there is no nvcc on PATH")
+    python, build = make_environment(name), {"UMMRM_CUDA": "1" if cuda else "0"}
     # Not editable: the checkout's own extension and its record belong to the environment that develops it.
-    run(python, "-m", "pip", "--quiet", "install", f"{ROOT}[test]")
-    run(python, "-m", "pip", "--quiet", "install", "--no-deps", "--force-reinstall", ROOT)
+    run(python, "-m", "pip", "--quiet", "install", f"{ROOT}[test]", **build)
+    run(python, "-m", "pip", "--quiet", "install", "--no-deps", "--force-reinstall", ROOT, **build)
+    show = "from ummrm import _library; print('CUDA kernels for', _library.build_info()['cuda_archs'])"
+    run(python, "-P", "-c", show)
     run(python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 

@@ -2,7 +2,8 @@
 
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
 The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over
-them. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch.
+them. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the
+switch.
 """
 
 from __future__ import annotations
