@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ummrm import FFNPaths
-from ummrm.dense import ACTIVATIONS, apply_ffn, find_paths
+from ummrm.dense import ACTIVATIONS, apply_ffn
+from ummrm.probe import find_paths
 
 
 class Gated(nn.Module):

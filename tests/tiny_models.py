@@ -8,6 +8,40 @@ from ummrm.modeling import stock_classes
 
 VOCABULARY = 61
 LAYERS = 2
+MODEL_TYPES = list(FAMILIES)  # the rows of families.py, without what a test registers later
+
+
+# What a family needs beside the common sizes: other names for them, and its own particulars switched on.
+PARTICULARS = {
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5},
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {"mlp_bias": True, "residual_multiplier": 0.7, "embedding_multiplier": 3.0, "logits_scaling": 0.5},
+    "stablelm": {"num_attention_heads": 3, "num_key_value_heads": 3, "use_parallel_residual": True},
+    "phi": {"num_attention_heads": 3},
+    "falcon": {"ffn_hidden_size": 44, "bias": True},
+    "gpt2": {"n_inner": 44},
+    "opt": {"ffn_dim": 44, "init_std": 0.2},
+    "starcoder2": {"num_key_value_heads": 2, "residual_dropout": 0.1},
+    "roberta": {"max_position_embeddings": 80},  # its positions start after the padding index
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "modernbert": {
+        "mlp_bias": True,
+        "local_attention": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+}
 
 
 def tiny_config(model_type, **overrides):
@@ -25,14 +59,20 @@ def tiny_config(model_type, **overrides):
         "num_labels": 1,
         "initializer_range": 0.2,  # 0.02 would leave logits so small that any comparison passes
     }
-    return CONFIG_MAPPING[model_type](**{**sizes, **overrides})
+    return CONFIG_MAPPING[model_type](**{**sizes, **PARTICULARS.get(model_type, {}), **overrides})
 
 
-def tiny_model(model_type, task="ForSequenceClassification", dtype=torch.float32, **overrides):
-    """A random stock model in eval mode; `task` is a class-name ending, or "" for the backbone."""
+def reward_class(model_type):
+    """The stock class that reward models of a family have; a causal LM where transformers has none (granite)."""
+    names = {c.__name__: c for c in stock_classes(FAMILIES[model_type])}
+    return next(c for task in ("ForSequenceClassification", "ForCausalLM") for n, c in names.items() if task in n)
+
+
+def tiny_model(model_type, task=None, dtype=torch.float32, **overrides):
+    """A random stock model in eval mode; `task` is a class-name ending, by default the reward model's."""
     classes = {c.__name__: c for c in stock_classes(FAMILIES[model_type])}
-    name = next(n for n in classes if n.endswith(task or "Model"))
-    model = classes[name](tiny_config(model_type, **overrides))
+    stock = next(c for n, c in classes.items() if n.endswith(task)) if task else reward_class(model_type)
+    model = stock(tiny_config(model_type, **overrides))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms start at 0 and 1: make a lost one visible

@@ -9,9 +9,11 @@ from ._library import check
 from .backends import use_backend
 from .config import MergeConfig, UpcycleConfig
 from .dense import FFNPaths
+from .families import Family
 from .layers import MergedFFN, UpcycledFFN
 from .losses import auxiliary_loss, preference_loss
 from .merge import merge, merge_coefficients, prepare_merge
+from .modeling import register_family
 from .saving import save_pretrained
 from .upcycle import upcycle
 from .usage import record_usage
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFNPaths",
+    "Family",
     "MergeConfig",
     "MergedFFN",
     "UpcycleConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "prepare_merge",
     "preference_loss",
     "record_usage",
+    "register_family",
     "save_pretrained",
     "upcycle",
     "use_backend",

@@ -1,12 +1,12 @@
 """One row for each Hugging Face family: where its layers are, and where a layer keeps its FFN.
 
 A row is all that `modeling.py`, `upcycle.py` and `merge.py` know about an architecture. To add a family, add a row
-here and one tiny config to the family test.
+here and one tiny config to the family test; docs/families.md says what each field means.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from torch import nn
@@ -35,30 +35,63 @@ class Family:
 
     Attributes:
         model_type: transformers' name, e.g. `"llama"`.
-        layers: path of the list of layers below the backbone.
         paths: the projections of a layer's dense FFN, below the layer.
+        layers: path of the list of layers below the backbone (the model's `base_model`).
         site: where the upcycled FFN stands, below the layer; what stands there is called with [..., H] and returns it.
-        bypass: a submodule that becomes the identity, for an FFN that is no module of its own (BERT keeps its up
-            projection and its down projection in two modules: the first is bypassed, the second holds the site).
+        bypass: submodules that become the identity, for an FFN that is no module of its own, or whose module does more
+            (a dropout after the down projection): the site is then the down projection, and all before it is bypassed.
         activation: the config field that names the activation.
-        legacy_rope: pairs (config key that transformers 4 reads, key of transformers 5's `rope_parameters`), so that
-            an exported model keeps its rotary base in tools that pin transformers 4.
+        masked: path below the backbone of the module that is called with the [batch, sequence] attention mask; ""
+            is the backbone itself. OPT's heads call the backbone's decoder and leave the backbone out.
+        passes_mask: whether that module passes keyword arguments that it does not know on to its layers. If not, the
+            token mask is handed to the layers beside the call.
+        legacy_rope: pairs (config key that transformers 4 reads, dotted key of transformers 5's `rope_parameters`), so
+            that an exported model keeps its rotary base in tools that pin transformers 4.
+        legacy_scaling: the keys of `rope_parameters` that transformers 4 takes in `rope_scaling`; None takes all but
+            those of `legacy_rope`, () writes no `rope_scaling`.
         refused: config fields that must have a given value, with the reason; anything else is a clear error.
     """
 
     model_type: str
-    layers: str
     paths: FFNPaths
-    site: str
-    bypass: str | None = None
+    layers: str = "layers"
+    site: str = "mlp"
+    bypass: tuple[str, ...] = ()
     activation: str = "hidden_act"
-    legacy_rope: tuple[tuple[str, str], ...] = ()
+    masked: str = ""
+    passes_mask: bool = True
+    legacy_rope: tuple[tuple[str, str], ...] = (
+        ("rope_theta", "rope_theta"),
+        ("partial_rotary_factor", "partial_rotary_factor"),
+    )
+    legacy_scaling: tuple[str, ...] | None = None
     refused: tuple[tuple[str, object, str], ...] = ()
 
     @cached_property
     def config_class(self) -> type[PreTrainedConfig]:
-        """The stock configuration class."""
+        """The stock configuration class.
+
+        Raises:
+            ValueError: transformers knows no such `model_type`.
+        """
+        if self.model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`model_type` must be known to transformers, got {self.model_type!r}; register its configuration and "
+                "models with AutoConfig and the other Auto classes first."
+            )
         return CONFIG_MAPPING[self.model_type]
+
+    def __str__(self) -> str:
+        """The row as it would be written here: the fields that differ from their defaults."""
+        given = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, FFNPaths):
+                paths = {n: getattr(value, n) for n in ("gate", "up", "down") if getattr(value, n)}
+                given.append(f"paths=FFNPaths({', '.join(f'{name}={path!r}' for name, path in paths.items())})")
+            elif value != field.default:
+                given.append(f"{field.name}={value!r}")
+        return f"Family({', '.join(given)})"
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises ValueError if a model of this family with this config can't be upcycled."""
@@ -93,51 +126,81 @@ class Family:
         return self.paths.read(layer, self.hf_activation(config))
 
 
+_GATED = FFNPaths(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_NEOX = FFNPaths(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
+_CONV = {"paths": FFNPaths(up="mlp.c_fc", down="mlp.c_proj"), "site": "mlp.c_proj", "bypass": ("mlp.c_fc", "mlp.act")}
+_UNCHUNKED = (
+    "chunk_size_feed_forward",
+    0,
+    "the token mask covers the whole sequence, and routing all tokens at once makes chunks pointless.",
+)
+_BERT = {
+    "paths": FFNPaths(up="intermediate.dense", down="output.dense"),
+    "layers": "encoder.layer",
+    "site": "output.dense",
+    "bypass": ("intermediate",),
+    "legacy_rope": (),
+}
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family("llama", _GATED),
+        Family("mistral", _GATED),
+        Family("qwen2", _GATED),
+        Family("qwen3", _GATED),
+        Family("gemma", _GATED),
+        Family("gemma2", _GATED, activation="hidden_activation"),
         Family(
-            "llama",
-            layers="layers",
-            paths=FFNPaths(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
-            site="mlp",
-            legacy_rope=(("rope_theta", "rope_theta"),),
+            "gemma3_text",
+            _GATED,
+            activation="hidden_activation",
+            legacy_rope=(
+                ("rope_theta", "full_attention.rope_theta"),
+                ("rope_local_base_freq", "sliding_attention.rope_theta"),
+            ),
         ),
+        Family("olmo2", _GATED, legacy_scaling=("rope_type", "factor")),
+        Family("granite", _GATED),
+        Family("stablelm", _GATED),
+        Family(
+            "phi3",
+            FFNPaths(gate="mlp.gate_up_proj[0]", up="mlp.gate_up_proj[1]", down="mlp.down_proj"),
+            legacy_scaling=("rope_type", "short_factor", "long_factor"),
+        ),
+        Family("phi", FFNPaths(up="mlp.fc1", down="mlp.fc2")),
         Family(
             "gpt_neox",
-            layers="layers",
-            paths=FFNPaths(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
-            site="mlp",
+            _NEOX,
             legacy_rope=(("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")),
         ),
+        Family("falcon", _NEOX, layers="h", activation="activation", passes_mask=False),
+        Family("starcoder2", **_CONV),
+        Family("gpt2", **_CONV, layers="h", activation="activation_function", legacy_rope=()),
         Family(
-            "bert",
-            layers="encoder.layer",
-            paths=FFNPaths(up="intermediate.dense", down="output.dense"),
-            site="output.dense",
-            bypass="intermediate",
-            refused=(
-                (
-                    "chunk_size_feed_forward",
-                    0,
-                    "the token mask covers the whole sequence, and routing all tokens at once makes chunks pointless.",
-                ),
+            "opt",
+            FFNPaths(up="fc1", down="fc2"),
+            layers="decoder.layers",
+            site="fc2",
+            bypass=("fc1", "activation_fn"),
+            activation="activation_function",
+            masked="decoder",
+            legacy_rope=(),
+            refused=(("layerdrop", 0.0, "a skipped layer has no routing statistics for the auxiliary losses."),),
+        ),
+        Family("bert", **_BERT, refused=(_UNCHUNKED,)),
+        Family("roberta", **_BERT, refused=(_UNCHUNKED,)),
+        Family("deberta-v2", **_BERT, passes_mask=False),
+        Family(
+            "modernbert",
+            FFNPaths(gate="mlp.Wi[0]", up="mlp.Wi[1]", down="mlp.Wo"),
+            activation="hidden_activation",
+            legacy_rope=(
+                ("global_rope_theta", "full_attention.rope_theta"),
+                ("local_rope_theta", "sliding_attention.rope_theta"),
             ),
+            legacy_scaling=(),
+            refused=(("mlp_dropout", 0.0, "it lies between the activation and the down projection of every expert."),),
         ),
     )
 }
-
-
-def find_family(model_type: str) -> Family:
-    """The row of a stock `model_type`.
-
-    Raises:
-        ValueError: no row; names the known ones and the remedy.
-    """
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"no family for model_type {model_type!r}; ummrm knows {', '.join(sorted(FAMILIES))}. For another "
-            "architecture add a row to ummrm/families.py, or replace its FFN modules yourself with "
-            "UpcycledFFN.from_dense(ffn, config)."
-        )
-    return FAMILIES[model_type]

@@ -15,7 +15,8 @@ from torch import nn
 
 from . import ops
 from .config import MergeConfig, UpcycleConfig
-from .dense import DenseFFN, FFNPaths, FFNSpec, find_paths, prove_paths
+from .dense import DenseFFN, FFNPaths, FFNSpec
+from .probe import find_paths, prove_paths
 from .router import Router, RouterStatistics, in_backward
 
 
@@ -170,8 +171,8 @@ class UpcycledFFN(nn.Module):
 
         Args:
             x: [..., H].
-            token_mask: bool of x's leading shape, True for live tokens, False for padding. A masked token is computed
-                by the shared experts alone and counts in no statistic.
+            token_mask: bool of x's leading shape, True for live tokens, False for padding; for a flat x, [T, H], any
+                shape of T flags. A masked token is computed by the shared experts alone and counts in no statistic.
 
         Returns:
             [..., H] in x's dtype (the autocast dtype under autocast).
@@ -353,7 +354,8 @@ def _flatten(x: torch.Tensor, hidden_size: int) -> torch.Tensor:
 def _flatten_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
     if mask is None:
         return None
-    if mask.shape != x.shape[:-1]:
+    flat = x.dim() == 2 and mask.numel() == x.shape[0]  # OPT flattens its tokens before the FFN
+    if mask.shape != x.shape[:-1] and not flat:
         raise ValueError(
             f"`token_mask` must have x's leading shape {list(x.shape[:-1])}, got {list(mask.shape)}; "
             "pass one flag per token."

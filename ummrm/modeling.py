@@ -19,14 +19,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 from transformers.models.auto import modeling_auto
 
 from . import saving
 from .config import MergeConfig, UpcycleConfig
 from .families import FAMILIES, Family
 from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN
+from .legacy import write_legacy_rope
 from .losses import auxiliary_loss
-from .router import Router
+from .router import Router, in_backward
 
 PHASES = ("training", "merging")
 _FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
@@ -140,7 +142,7 @@ def install(model: UmmPreTrainedMixin) -> None:
     """
     family, config, backbone = model.family, model.config, model.base_model
     if not isinstance(backbone, UmmPreTrainedMixin):
-        backbone.__class__ = umm_class(type(backbone))
+        _exchange_class(backbone, umm_class(type(backbone)))
     upcycle_config, merge_config = config.upcycle_config, config.merge_config
     family.check(config)
     layers = family.layer_list(backbone)
@@ -158,9 +160,18 @@ def install(model: UmmPreTrainedMixin) -> None:
             else:
                 ffn = MergedFFN(dense.spec, upcycle_config, merge_config, getattr(backbone, SHARE_NAME), **kind)
             layer.set_submodule(family.site, ffn)
-            if family.bypass is not None:
-                layer.set_submodule(family.bypass, nn.Identity())
+            for path in family.bypass:
+                layer.set_submodule(path, nn.Identity())
         layer.__class__ = _umm_layer_class(type(layer), family, backbone)
+    if family.masked:
+        inner = backbone.get_submodule(family.masked)
+        _exchange_class(inner, _umm_inner_class(type(inner), family))
+
+
+def _exchange_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
+    model.__class__ = new
+    # transformers looks up what a model can record (hidden states, attentions) by class, as its __init__ left it
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def freeze_for_merge(model: nn.Module) -> None:
@@ -205,26 +216,50 @@ class _UmmLayerMixin:
             ffn.token_mask = None
 
 
+class _HandedMaskMixin(_UmmLayerMixin):
+    """A layer whose backbone passes no argument on: `_handing_down` leaves the token mask here beside the call.
+
+    The call makes it an argument, which transformers' own activation checkpointing keeps for the recomputation.
+    """
+
+    umm_handed: tuple[torch.Tensor | None] | None = None  # None outside a forward of the backbone
+
+    def __call__(self, *args, **kwargs):
+        if self.umm_handed is not None:
+            kwargs["token_mask"] = self.umm_handed[0]
+        elif in_backward():
+            raise RuntimeError(
+                f"{type(self).__name__} is recomputed by a checkpointing wrapper that calls the layer anew, without "
+                "its token mask; checkpoint with model.gradient_checkpointing_enable() instead of wrapping layers."
+            )
+        return super().__call__(*args, **kwargs)
+
+
 @functools.cache
-def _layer_class(stock: type[nn.Module], site: str) -> type[nn.Module]:
+def _layer_class(stock: type[nn.Module], site: str, mixin: type[_UmmLayerMixin]) -> type[nn.Module]:
     stock_forward = stock.forward
 
     def forward(self, *args, token_mask=None, **kwargs):
         return self.umm_forward(stock_forward, token_mask, args, kwargs)
 
     forward.__wrapped__ = stock_forward  # transformers reads layer signatures
-    return _new_class(f"Umm{stock.__name__}", (_UmmLayerMixin, stock), {"forward": forward, "umm_site": site})
+    return _new_class(f"Umm{stock.__name__}", (mixin, stock), {"forward": forward, "umm_site": site})
 
 
 def _umm_layer_class(stock: type[nn.Module], family: Family, backbone: PreTrainedModel) -> type[nn.Module]:
-    layer_class = _layer_class(stock, family.site)
+    layer_class = _layer_class(stock, family.site, _UmmLayerMixin if family.passes_mask else _HandedMaskMixin)
     if backbone._no_split_modules:
         backbone._no_split_modules = {*backbone._no_split_modules, layer_class.__name__}
     return layer_class
 
 
-def _backbone_forward(stock: type[PreTrainedModel]) -> Callable:
-    """The stock backbone's forward, handing the token mask of a 2-D attention mask down to every layer."""
+@functools.cache
+def _umm_inner_class(stock: type[nn.Module], family: Family) -> type[nn.Module]:
+    return _new_class(f"Umm{stock.__name__}", (stock,), {"forward": _handing_down(stock, family)})
+
+
+def _handing_down(stock: type[nn.Module], family: Family) -> Callable:
+    """The stock forward of `family.masked`, handing the token mask of a 2-D attention mask down to every layer."""
     stock_forward = stock.forward
     names = list(inspect.signature(stock_forward).parameters)[1:]
 
@@ -232,16 +267,29 @@ def _backbone_forward(stock: type[PreTrainedModel]) -> Callable:
         index = names.index(name)
         return args[index] if index < len(args) else kwargs.get(name)
 
+    def token_mask(args: tuple, kwargs: dict) -> torch.Tensor | None:
+        mask = argument("attention_mask", args, kwargs)
+        tokens = argument("input_ids", args, kwargs)
+        tokens = argument("inputs_embeds", args, kwargs) if tokens is None else tokens
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tokens is None:
+            return None
+        # with a cache the mask covers past tokens too; the layer sees only the newest ones
+        return mask[:, -tokens.shape[1] :].bool()
+
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
         if kwargs.get("token_mask") is None:
-            mask = argument("attention_mask", args, kwargs)
-            tokens = argument("input_ids", args, kwargs)
-            tokens = argument("inputs_embeds", args, kwargs) if tokens is None else tokens
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and tokens is not None:
-                # with a cache the mask covers past tokens too; the layer sees only the newest ones
-                kwargs["token_mask"] = mask[:, -tokens.shape[1] :].bool()
-        return stock_forward(self, *args, **kwargs)
+            kwargs["token_mask"] = token_mask(args, kwargs)
+        if family.passes_mask:
+            return stock_forward(self, *args, **kwargs)
+        handed, layers = (kwargs.pop("token_mask"),), [m for m in self.modules() if isinstance(m, _HandedMaskMixin)]
+        for layer in layers:
+            layer.umm_handed = handed
+        try:
+            return stock_forward(self, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.umm_handed = None
 
     return forward
 
@@ -312,15 +360,28 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     new.__class__ = family.config_class
     for key in ("umm", "umm_phase", "umm_merge"):
         new.__dict__.pop(key, None)
-    rope = getattr(new, "rope_parameters", None) or {}
-    for legacy, current in family.legacy_rope:
-        if current in rope:
-            setattr(new, legacy, rope[current])
-    if rope.get("rope_type", "default") != "default":
-        # In transformers 5 `rope_scaling` is an alias of rope_parameters; the entry is for the JSON alone.
-        kept = {current for _, current in family.legacy_rope}
-        new.__dict__["rope_scaling"] = {key: value for key, value in rope.items() if key not in kept}
+    write_legacy_rope(new, family)
     return new
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known, as if it had a row in families.py: models of it upcycle, and upcycled folders load.
+
+    Args:
+        family: its row.
+
+    Raises:
+        ValueError: transformers does not know its `model_type`, or another row for it is registered.
+    """
+    known = FAMILIES.get(family.model_type)
+    if known is None:
+        _define(family)
+        FAMILIES[family.model_type] = family
+    elif known != family:
+        raise ValueError(
+            f"`family` must be the only row of {family.model_type!r}, which has another one: {known}. A row can't be "
+            "exchanged once its classes exist; register yours before that one is used."
+        )
 
 
 def _define(family: Family) -> None:
@@ -328,7 +389,7 @@ def _define(family: Family) -> None:
     plan = getattr(stock_config_class, "base_model_tp_plan", None)
     namespace = {"model_type": f"umm_{family.model_type}"}
     if plan:  # the stock plan shards projections that are no longer there
-        dense = {f"{family.layers}.*.{path}" for path in (family.paths.gate, family.paths.up, family.paths.down)}
+        dense = {f"{family.layers}.*.{path}" for path in family.paths.modules}
         namespace["base_model_tp_plan"] = {k: v for k, v in plan.items() if k not in dense}
     name = f"Umm{stock_config_class.__name__}"
     config_class = _new_class(name, (UmmConfigMixin, stock_config_class), namespace)
@@ -338,10 +399,15 @@ def _define(family: Family) -> None:
     for auto_class in _auto_classes():
         stock = auto_class._model_mapping.get(stock_config_class, None)
         for stock_class in stock if isinstance(stock, (list, tuple)) else [stock]:
-            if stock_class is not None:
+            # an Auto class may map a configuration to a composite model that only has such a model inside
+            if stock_class is not None and issubclass(stock_config_class, stock_class.config_class):
                 if stock_class not in _MODEL_CLASSES:
-                    forward = _backbone_forward if stock_class is backbone_class else _task_forward
-                    _MODEL_CLASSES[stock_class] = _define_model(stock_class, forward(stock_class), family)
+                    is_backbone = stock_class is backbone_class
+                    if is_backbone and not family.masked:
+                        forward = _handing_down(stock_class, family)
+                    else:
+                        forward = stock_class.forward if is_backbone else _task_forward(stock_class)
+                    _MODEL_CLASSES[stock_class] = _define_model(stock_class, forward, family)
                 auto_class.register(config_class, _MODEL_CLASSES[stock_class], exist_ok=True)
 
 

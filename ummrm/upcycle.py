@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .config import UpcycleConfig
 from .dense import DenseFFN
-from .families import find_family
+from .detect import find_family
 from .layers import UpcycledFFN
 from .modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
 
@@ -57,7 +57,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
-    family = find_family(dense.config.model_type)
+    family = find_family(dense)
     family.check(dense.config)
     with torch.device("meta"):
         moe = umm_class(type(dense))(upcycled_config(dense.config, config))

@@ -1,0 +1,32 @@
+"""What transformers 4 reads from a configuration that transformers 5 writes otherwise: the rotary embedding's keys.
+
+transformers 5 saves `rope_parameters` alone; 4.57 ignores it and falls back to its default base without a word, so that
+a merged model would score differently in the tools that still pin it. Which keys a family needs stands in its row.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from .families import Family
+
+
+def write_legacy_rope(config: PreTrainedConfig, family: Family) -> None:
+    """Adds the legacy rotary keys to a stock configuration, beside the new ones."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for legacy, current in family.legacy_rope:
+        value = _lookup(rope, current)
+        if value is not None:
+            setattr(config, legacy, value)
+    scaled = rope.get("full_attention", rope)  # one for each kind of attention, or one for all
+    if family.legacy_scaling != () and scaled.get("rope_type", "default") != "default":
+        own = {current.rpartition(".")[2] for _, current in family.legacy_rope}
+        kept = family.legacy_scaling or [key for key in scaled if key not in own]
+        # In transformers 5 `rope_scaling` is an alias of rope_parameters; the entry is for the JSON alone.
+        config.__dict__["rope_scaling"] = {key: scaled[key] for key in kept if key in scaled}
+
+
+def _lookup(tree: dict, path: str) -> object:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
