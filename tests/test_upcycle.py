@@ -1,17 +1,13 @@
 """Upcycling a model: what moves, what is copied, what is refused, and that a refusal changes nothing."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import outputs_of, padded_batch, tiny_config, tiny_model
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForSequenceClassification,
-)
+from transformers import BloomConfig, BloomForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -89,6 +85,28 @@ class Quantised(LlamaForSequenceClassification):
     hf_quantizer = object()
 
 
+class WithAdapters(LlamaForSequenceClassification):
+    """What transformers' `add_adapter` leaves: the model's own class, and this mark."""
+
+    _hf_peft_config_loaded = True
+
+
+class AdapterModel(nn.Module):
+    """What PEFT's `get_peft_model` returns: a module of its own around the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.peft_config = model, {}
+
+
+class OnTwoDevices(LlamaForSequenceClassification):
+    """Some parameters elsewhere, on a machine that has no such device."""
+
+    def parameters(self, recurse=True):
+        yield from super().parameters(recurse)
+        yield SimpleNamespace(device="cuda:1")
+
+
 def off_device():
     dense = tiny_model("llama")
     dense.score.to("meta")
@@ -103,12 +121,28 @@ REFUSED = [
     (off_device, CONFIG, ValueError, r"1 parameters are on the meta device, first 'score.weight'"),
     (lambda: tiny_model("llama"), UpcycleConfig(layers=(7,)), ValueError, r"`layers` must be indices in \[-2, 1\]"),
     (
-        lambda: MistralForSequenceClassification(
-            MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-        ),
+        lambda: BloomForSequenceClassification(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=10)),
         CONFIG,
         ValueError,
-        "no family for model_type 'mistral'; ummrm knows bert, gpt_neox, llama",
+        "no family for model_type 'bloom'; ummrm knows bert, .*llama",
+    ),
+    (
+        lambda: WithAdapters(tiny_config("llama")),
+        CONFIG,
+        ValueError,
+        "must hold no adapters; merge and unload them before upcycling",
+    ),
+    (
+        lambda: AdapterModel(tiny_model("llama")),
+        CONFIG,
+        TypeError,
+        r"PreTrainedModel, got AdapterModel; merge the adapter first \(merge_and_unload\)",
+    ),
+    (
+        lambda: OnTwoDevices(tiny_config("llama")),
+        CONFIG,
+        ValueError,
+        "must be on one device, got parameters on cpu, cuda:1; load it without device_map",
     ),
 ]
 

@@ -47,8 +47,8 @@ class Family:
             token mask is handed to the layers beside the call.
         legacy_rope: pairs (config key that transformers 4 reads, dotted key of transformers 5's `rope_parameters`), so
             that an exported model keeps its rotary base in tools that pin transformers 4.
-        legacy_scaling: the keys of `rope_parameters` that transformers 4 takes in `rope_scaling`; None takes all but
-            those of `legacy_rope`, () writes no `rope_scaling`.
+        legacy_scaling: the keys that transformers 4 takes in `rope_scaling` where it takes no others (`type` is its old
+            name for `rope_type`); None takes all but those of `legacy_rope`, () writes no `rope_scaling`.
         refused: config fields that must have a given value, with the reason; anything else is a clear error.
     """
 
@@ -160,13 +160,13 @@ FAMILIES: dict[str, Family] = {
                 ("rope_local_base_freq", "sliding_attention.rope_theta"),
             ),
         ),
-        Family("olmo2", _GATED, legacy_scaling=("rope_type", "factor")),
+        Family("olmo2", _GATED, legacy_scaling=("type", "factor")),
         Family("granite", _GATED),
         Family("stablelm", _GATED),
         Family(
             "phi3",
             FFNPaths(gate="mlp.gate_up_proj[0]", up="mlp.gate_up_proj[1]", down="mlp.down_proj"),
-            legacy_scaling=("rope_type", "short_factor", "long_factor"),
+            legacy_scaling=("type", "short_factor", "long_factor"),
         ),
         Family("phi", FFNPaths(up="mlp.fc1", down="mlp.fc2")),
         Family(

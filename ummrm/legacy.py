@@ -23,7 +23,8 @@ def write_legacy_rope(config: PreTrainedConfig, family: Family) -> None:
         own = {current.rpartition(".")[2] for _, current in family.legacy_rope}
         kept = family.legacy_scaling or [key for key in scaled if key not in own]
         # In transformers 5 `rope_scaling` is an alias of rope_parameters; the entry is for the JSON alone.
-        config.__dict__["rope_scaling"] = {key: scaled[key] for key in kept if key in scaled}
+        values = {**scaled, "type": scaled["rope_type"]}
+        config.__dict__["rope_scaling"] = {key: values[key] for key in kept if key in values}
 
 
 def _lookup(tree: dict, path: str) -> object:

@@ -9,10 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import UpcycleConfig
-from .dense import DenseFFN
+from .dense import DenseFFN, FFNPaths
 from .detect import find_family
+from .families import Family
 from .layers import UpcycledFFN
 from .modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
+from .probe import prove_paths
 
 
 class ConsumedModel:
@@ -41,7 +43,8 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
 
     Args:
-        dense: a stock transformers model of a known family (`ummrm.families.FAMILIES`), any task.
+        dense: a stock transformers model of a known family (`ummrm.families.FAMILIES`) or of one whose structure leaves
+            no doubt, any task.
         config: experts, gate, router, layers, auxiliary losses.
         copy: False takes the dense model's tensors over, with no second copy in memory, and leaves `dense` unusable
             (any use raises); True copies them and leaves `dense` as it is.
@@ -51,14 +54,18 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
 
     Raises:
         TypeError: `dense` or `config` is of another type.
-        ValueError: the model can't be upcycled (unknown family or class, upcycled already, quantised, on several
-            devices) or the configuration does not fit it. `dense` is then unchanged.
+        ValueError: the model can't be upcycled (unknown family or class, a row that does not fit it, upcycled already,
+            quantised, on several devices) or the configuration does not fit it. `dense` is then unchanged.
+
+    Warns:
+        UserWarning: the family is in no row and was found by structure.
     """
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
     family = find_family(dense)
     family.check(dense.config)
+    _prove_row(family, dense)
     with torch.device("meta"):
         moe = umm_class(type(dense))(upcycled_config(dense.config, config))
     layers = family.layer_list(dense.base_model)
@@ -70,6 +77,28 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
         dense.__dict__.clear()
         dense.__class__ = ConsumedModel
     return moe
+
+
+def _prove_row(family: Family, dense: PreTrainedModel) -> None:
+    """Raises ValueError if the first layer's FFN computes something else than its row says; needs one FFN in fp32.
+
+    A row that was found on another model, or whose class another version of transformers changed, can be wrong: in the
+    activation, or by a dropout inside. An FFN that is no module of its own can't be called, and is not proven.
+    """
+    prefix = f"{family.site}."
+    if family.bypass or not all(path.startswith(prefix) for path in family.paths.modules):
+        return
+    activation = family.hf_activation(dense.config)
+    below = {
+        name: path and path.removeprefix(prefix)
+        for name, path in (("gate", family.paths.gate), ("up", family.paths.up), ("down", family.paths.down))
+    }
+    layer = family.layer_list(dense.base_model)[0]
+    try:
+        prove_paths(layer.get_submodule(family.site), FFNPaths(**below, activation=activation))
+    except ValueError as error:
+        what = f"the row of {family.model_type!r} does not fit this {type(dense).__name__}"
+        raise ValueError(f"{what}: {error}") from None
 
 
 def fill_experts(ffn: UpcycledFFN, dense: DenseFFN) -> None:
@@ -143,7 +172,7 @@ def _check_upcyclable(dense: object) -> None:
         hint = (
             "merge the adapter first (merge_and_unload)"
             if hasattr(dense, "peft_config")
-            else ("for your own network replace its FFN modules with UpcycledFFN.from_dense(ffn, config)")
+            else "for your own network replace its FFN modules with UpcycledFFN.from_dense(ffn, config)"
         )
         raise TypeError(f"`dense` must be a transformers PreTrainedModel, got {type(dense).__name__}; {hint}.")
     if isinstance(dense, UmmPreTrainedMixin):
