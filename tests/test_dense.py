@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ummrm import FFNPaths
 from ummrm.dense import ACTIVATIONS, apply_ffn
-from ummrm.probe import find_paths
+from ummrm.probe import find_paths, prove_paths
 
 
 class Gated(nn.Module):
@@ -48,6 +49,75 @@ def test_plain_ffns_are_recognised_at_any_weight_scale(name, act, scale):
         for p in ffn.parameters():
             p.mul_(scale)
     assert find_paths(ffn) == FFNPaths(up="0", down="2", activation=name)
+
+
+class Fused(nn.Module):
+    """Gate and up in one module, in either order; the down projection transposed."""
+
+    def __init__(self, act, gate_first, bias):
+        super().__init__()
+        self.act, self.gate_first = act, gate_first
+        self.up_gate, self.back = nn.Linear(10, 36, bias=bias), Conv1D(10, 18)
+
+    def forward(self, x):
+        first, second = self.up_gate(x).chunk(2, dim=-1)
+        gate, up = (first, second) if self.gate_first else (second, first)
+        return self.back(self.act(gate) * up)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fused_and_transposed_projections_are_recognised_and_written(name, gate_first, bias):
+    ffn = Fused(ACTIVATIONS[name], gate_first, bias)
+    first, second = ("gate", "up") if gate_first else ("up", "gate")
+    halves = {first: "up_gate[0]", second: "up_gate[1]"}
+    paths = find_paths(ffn)
+    assert paths == FFNPaths(**halves, down="back", activation=name) and paths.modules == ("up_gate", "back")
+    dense = paths.read(ffn)
+    fused, weight, x = dense.fused(), ffn.up_gate.weight, torch.randn(3, 10)
+    assert torch.equal(fused["up"], weight if gate_first else torch.cat([weight[18:], weight[:18]]))
+    assert torch.equal(fused["down"], ffn.back.weight.t()) and dense.down.weight.shape == (10, 18)
+    torch.testing.assert_close(apply_ffn(x, dense, name), ffn(x))
+    target = Fused(ACTIVATIONS[name], gate_first, bias)
+    paths.read(target).write(fused)
+    assert all(torch.equal(v, ffn.state_dict()[k]) for k, v in target.state_dict().items())
+    assert all(
+        p.is_contiguous() and p.shape == q.shape for p, q in zip(target.parameters(), ffn.parameters(), strict=True)
+    )
+
+
+class FunctionalDropout(Gated):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.2, self.training)
+
+
+def test_dropout_that_is_no_module_is_found_by_training():
+    ffn = FunctionalDropout(F.silu)
+    before = torch.get_rng_state()
+    for recognise in (find_paths, lambda f: prove_paths(f, FFNPaths(gate="b", up="a", down="c"))):
+        with pytest.raises(ValueError, match=r"must compute the same in training .*FunctionalDropout does not"):
+            recognise(ffn)
+    assert torch.equal(torch.get_rng_state(), before), "probing draws no numbers from the user's generator"
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (FFNPaths(gate="up_gate[0]", up="up_gate[0]", down="back"), "got a half without the other, or a module twice"),
+        (FFNPaths(up="up_gate[0]", down="back"), "got a half without the other"),
+        (FFNPaths(gate="up_gate[0]", up="up_gate", down="back"), "or a module twice"),
+        (FFNPaths(gate="up_gate[0]", up="up_gate[2]", down="back"), r"\[0\] or \[1\] after it .*got 'up_gate\[2\]'"),
+    ],
+)
+def test_wrong_halves_are_a_clear_error(paths, message):
+    with pytest.raises(ValueError, match=message):
+        paths.read(Fused(F.silu, True, True))
+
+
+def test_odd_outputs_have_no_halves():
+    with pytest.raises(ValueError, match="got '0', whose 9 outputs have no halves"):
+        FFNPaths(gate="0[0]", up="0[1]", down="2").read(plain(nn.ReLU(), intermediate=9))
 
 
 def test_square_projections_are_told_apart():

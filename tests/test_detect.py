@@ -193,6 +193,11 @@ def test_the_documented_table_names_every_row():
     assert listed == set(MODEL_TYPES)
 
 
+@pytest.mark.parametrize("row", [FAMILIES[m] for m in MODEL_TYPES], ids=MODEL_TYPES)
+def test_a_row_prints_as_the_code_that_makes_it(row):
+    assert eval(str(row), {"Family": Family, "FFNPaths": FFNPaths}) == row
+
+
 def test_a_model_type_that_transformers_does_not_know_is_refused():
     with pytest.raises(ValueError, match="`model_type` must be known to transformers, got 'nothing'"):
         ummrm.register_family(Family("nothing", GATED))
