@@ -198,7 +198,14 @@ def test_a_row_prints_as_the_code_that_makes_it(row):
     assert eval(str(row), {"Family": Family, "FFNPaths": FFNPaths}) == row
 
 
-def test_a_model_type_that_transformers_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="`model_type` must be known to transformers, got 'nothing'"):
-        ummrm.register_family(Family("nothing", GATED))
-    assert "nothing" not in FAMILIES
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("nothing", "`model_type` must be known to transformers, got 'nothing'"),
+        ("blip_text_model", "`model_type` must be one that AutoModel has a model for, got 'blip_text_model'"),
+    ],
+)
+def test_a_model_type_without_models_is_refused(model_type, message):
+    with pytest.raises(ValueError, match=message):
+        ummrm.register_family(Family(model_type, GATED))
+    assert model_type not in FAMILIES

@@ -72,7 +72,8 @@ def detect_family(dense: PreTrainedModel) -> Family:
     kinds = sorted({type(layer).__name__ for layer in layers})
     if len(kinds) != 1:
         _give_up(found, f"the layers in {path} are of several classes ({', '.join(kinds)})")
-    nested = [n for n, m in backbone.named_modules() if n and path.startswith(n) and isinstance(m, PreTrainedModel)]
+    above = {n: m for n, m in backbone.named_modules() if n and path.startswith(f"{n}.")}
+    nested = [n for n, m in above.items() if isinstance(m, PreTrainedModel)]
     if nested or "attention_mask" not in inspect.signature(type(backbone).forward).parameters:
         reason = f"{nested[0]} is a model of its own" if nested else "the backbone takes no attention_mask"
         _give_up(found, f"it is not certain which module gets the attention mask: {reason}", masked="?")

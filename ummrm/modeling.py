@@ -278,13 +278,13 @@ def _handing_down(stock: type[nn.Module], family: Family) -> Callable:
 
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
-        if kwargs.get("token_mask") is None:
-            kwargs["token_mask"] = token_mask(args, kwargs)
+        given = kwargs.pop("token_mask", None)
+        mask = token_mask(args, kwargs) if given is None else given
         if family.passes_mask:
-            return stock_forward(self, *args, **kwargs)
-        handed, layers = (kwargs.pop("token_mask"),), [m for m in self.modules() if isinstance(m, _HandedMaskMixin)]
+            return stock_forward(self, *args, **kwargs, **({} if mask is None else {"token_mask": mask}))
+        layers = [module for module in self.modules() if isinstance(module, _HandedMaskMixin)]
         for layer in layers:
-            layer.umm_handed = handed
+            layer.umm_handed = (mask,)
         try:
             return stock_forward(self, *args, **kwargs)
         finally:
@@ -371,7 +371,8 @@ def register_family(family: Family) -> None:
         family: its row.
 
     Raises:
-        ValueError: transformers does not know its `model_type`, or another row for it is registered.
+        ValueError: transformers does not know its `model_type` or has no AutoModel for it, or another row for it is
+            registered.
     """
     known = FAMILIES.get(family.model_type)
     if known is None:
@@ -386,6 +387,9 @@ def register_family(family: Family) -> None:
 
 def _define(family: Family) -> None:
     stock_config_class = family.config_class
+    backbone_class = AutoModel._model_mapping.get(stock_config_class, None)
+    if backbone_class is None:
+        raise ValueError(f"`model_type` must be one that AutoModel has a model for, got {family.model_type!r}.")
     plan = getattr(stock_config_class, "base_model_tp_plan", None)
     namespace = {"model_type": f"umm_{family.model_type}"}
     if plan:  # the stock plan shards projections that are no longer there
@@ -395,7 +399,6 @@ def _define(family: Family) -> None:
     config_class = _new_class(name, (UmmConfigMixin, stock_config_class), namespace)
     _CONFIG_CLASSES[family.model_type] = config_class
     AutoConfig.register(config_class.model_type, config_class)
-    backbone_class = AutoModel._model_mapping[stock_config_class]
     for auto_class in _auto_classes():
         stock = auto_class._model_mapping.get(stock_config_class, None)
         for stock_class in stock if isinstance(stock, (list, tuple)) else [stock]:
