@@ -124,7 +124,7 @@ REFUSED = [
         lambda: BloomForSequenceClassification(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=10)),
         CONFIG,
         ValueError,
-        "no family for model_type 'bloom'; ummrm knows bert, .*llama",
+        "no family for model_type 'bloom'; ummrm knows .*bert, .*llama",
     ),
     (
         lambda: WithAdapters(tiny_config("llama")),
