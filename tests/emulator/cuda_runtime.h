@@ -68,6 +68,17 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
   return cudaSuccess;
 }
 
+// The emulated device has the capability that all architectures built for have at least.
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 8;
+  return cudaSuccess;
+}
+
 // Only from here on: the launch configuration has members of these names.
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block_index())

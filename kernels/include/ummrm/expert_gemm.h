@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "ummrm/types.h"
 
@@ -78,12 +79,21 @@ struct ExpertBiasGrad {
   void* routed_grad;              // out, [E, width], or null: not needed
 };
 
-int64_t expert_gemm_workspace(const ExpertGemm& args);  // bytes, aligned to 256
+// A workspace is in bytes, aligned to 256, and for arguments with their addresses: those too choose the kernel.
+int64_t expert_gemm_workspace(const ExpertGemm& args);
 int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);
 int64_t expert_gemm_wgrad_workspace(const ExpertGemmWgrad& args);
 int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
 int64_t expert_bias_grad_workspace(const ExpertBiasGrad& args);
 int expert_bias_grad(const ExpertBiasGrad& args, void* workspace, Stream stream);
+
+// A kernel that was built, its tile (rows, columns, length of a step) and what it serves, in words.
+struct TileRow {
+  const char *op, *kernel, *dtypes;
+  int m, n, k;
+  const char* serves;
+};
+std::vector<TileRow> tile_table();  // by op; where several serve, the first of them runs
 
 }  // namespace cuda
 }  // namespace ummrm
