@@ -1,17 +1,24 @@
-// Operators of the stem `expert_gemm` on the CPU: expert_gemm, expert_gemm_wgrad, expert_bias_grad. A product an
-// expert, into preallocated slices, shared experts as groups like the routed ones; experts without rows cost nothing.
+// Operators of the stem `expert_gemm`: expert_gemm, expert_gemm_wgrad, expert_bias_grad. On a CPU a product an expert
+// by the BLAS behind at::mm, into preallocated slices, shared experts as groups like the routed ones. On CUDA one
+// launch for all of them, since only the device knows how many rows each has; where there are no routed experts, the
+// host knows it too and cuBLAS has the products.
 #include "ummrm/expert_gemm.h"
 
-#include <torch/library.h>
-
-#include "check.h"
+#include "device.h"
 #include "gemm.h"
 #include "ops.h"
 
 namespace ummrm {
 namespace {
 
-// One expert's rows: [begin, end) of the shared rows if expert < num_shared, else of the sorted ones.
+// What the host knows of the groups everywhere.
+struct Counts {
+  int64_t num_tokens, num_shared, num_experts, slots;
+  int64_t shared_rows() const { return num_shared * num_tokens; }
+  int64_t rows() const { return shared_rows() + slots; }
+};
+
+// One expert's rows: [begin, end) of the shared rows if `shared`, else of the sorted ones.
 struct Group {
   bool shared;
   int64_t expert;  // within its kind
@@ -19,37 +26,45 @@ struct Group {
   int64_t out_begin;  // in the combined buffer
 };
 
-struct Layout {
-  int64_t num_tokens, num_shared, slots, live;
-  std::vector<Group> groups;
+// Shared rows are [S*T, ...], or [T, ...] and read by every shared expert.
+bool one_row_a_token(const Counts& counts, const Tensor& shared) { return shared.size(0) == counts.num_tokens; }
 
-  // A shared expert's group in rows that are either [S*T, ...] or [T, ...], read by every shared expert.
-  Tensor shared_rows(const Tensor& rows, const Group& group) const {
-    return rows.size(0) == num_tokens ? rows : rows.slice(0, group.begin, group.end);
-  }
-  Tensor rows_of(const Tensor& shared, const Tensor& routed, const Group& group) const {
-    return group.shared ? shared_rows(shared, group) : routed.slice(0, group.begin, group.end);
-  }
-};
+Tensor rows_of(const Counts& counts, const Group& group, const Tensor& shared, const Tensor& routed) {
+  if (!group.shared) return routed.slice(0, group.begin, group.end);
+  return one_row_a_token(counts, shared) ? shared : shared.slice(0, group.begin, group.end);
+}
 
-Layout layout_of(const Checker& check, const Tensor& expert_offsets, const Tensor& like, int64_t slots,
-                 int64_t num_tokens, int64_t num_shared) {
+Counts check_counts(const Checker& check, const Tensor& expert_offsets, const Tensor& routed, int64_t num_tokens,
+                    int64_t num_shared) {
   check.at_least("num_tokens", num_tokens, 0);
   check.at_least("num_shared_experts", num_shared, 0);
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", like, "routed_rows");
+  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", routed, "routed_rows");
   check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
-  check.offsets(expert_offsets, slots);
-  const Tensor host = expert_offsets.contiguous();
-  const auto* offsets = host.const_data_ptr<int32_t>();
-  const int64_t experts = expert_offsets.numel() - 1;
-  Layout layout{num_tokens, num_shared, slots, offsets[experts], {}};
-  for (int64_t s = 0; s < num_shared; ++s) {
-    layout.groups.push_back({true, s, s * num_tokens, (s + 1) * num_tokens, s * num_tokens});
+  check.offsets(expert_offsets, routed.size(0));
+  return {num_tokens, num_shared, expert_offsets.numel() - 1, routed.size(0)};
+}
+
+// Whether the host can tell all groups without waiting for a device.
+bool known_to_host(const Counts& counts, const Tensor& expert_offsets) {
+  return on_host(expert_offsets) || counts.num_experts == 0;
+}
+
+// All groups, shared experts first; `live` becomes the number of sorted rows that are of some expert.
+std::vector<Group> groups_of(const Counts& counts, const Tensor& expert_offsets, int64_t* live) {
+  std::vector<Group> groups;
+  for (int64_t s = 0; s < counts.num_shared; ++s) {
+    const int64_t begin = s * counts.num_tokens;
+    groups.push_back({true, s, begin, begin + counts.num_tokens, begin});
   }
-  for (int64_t e = 0; e < experts; ++e) {
-    layout.groups.push_back({false, e, offsets[e], offsets[e + 1], num_shared * num_tokens + offsets[e]});
+  *live = 0;
+  if (counts.num_experts == 0) return groups;  // the offsets may be on a device
+  const Tensor offsets = expert_offsets.contiguous();
+  const auto* at = offsets.const_data_ptr<int32_t>();
+  for (int64_t e = 0; e < counts.num_experts; ++e) {
+    groups.push_back({false, e, at[e], at[e + 1], counts.shared_rows() + at[e]});
   }
-  return layout;
+  *live = at[counts.num_experts];
+  return groups;
 }
 
 void check_rows(const Checker& check, const char* shared_name, const Tensor& shared, const char* routed_name,
@@ -80,8 +95,8 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
   const int64_t num_shared = shared_proj.size(0), slots = routed_rows_in.dim() == 2 ? routed_rows_in.size(0) : -1;
   const int64_t in = shared_proj.size(transpose ? 1 : 2), out_width = shared_proj.size(transpose ? 2 : 1);
   check_rows(check, "shared_rows", shared_rows_in, "routed_rows", routed_rows_in, num_tokens, num_shared, slots, in);
-  const Layout layout = layout_of(check, expert_offsets, routed_rows_in, slots, num_tokens, num_shared);
-  const int64_t experts = expert_offsets.numel() - 1;
+  const Counts counts = check_counts(check, expert_offsets, routed_rows_in, num_tokens, num_shared);
+  const int64_t experts = counts.num_experts;
   check_proj(check, "shared_proj", shared_proj, routed_rows_in, {-1, -1, -1}, "[S, N, D]");
   check_proj(check, "routed_proj", routed_proj, routed_rows_in, {experts, shared_proj.size(1), shared_proj.size(2)},
              "[E, N, D]");
@@ -93,17 +108,46 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
                     shared_bias.has_value() ? "shared_bias" : "routed_bias",
                     "` must be None with transpose=True, got a tensor; an input gradient has no bias.");
 
+  const DType element = check.element("routed_rows", routed_rows_in);
   const Tensor shared_rows = shared_rows_in.contiguous(), routed_rows = routed_rows_in.contiguous();
-  const Tensor out = at::empty({num_shared * num_tokens + slots, out_width}, routed_rows.options());
-  for (const Group& group : layout.groups) {
-    if (group.end == group.begin) continue;
-    const Tensor proj = (group.shared ? shared_proj : routed_proj)[group.expert];
-    const OptionalTensor& biases = group.shared ? shared_bias : routed_bias;
-    const OptionalTensor bias = biases.has_value() ? OptionalTensor((*biases)[group.expert]) : std::nullopt;
-    product_into(out.slice(0, group.out_begin, group.out_begin + group.end - group.begin),
-                 layout.rows_of(shared_rows, routed_rows, group), transpose ? proj : proj.t(), bias);
+  const Tensor out = at::empty({counts.rows(), out_width}, routed_rows.options());
+  if (known_to_host(counts, expert_offsets)) {
+    int64_t live = 0;
+    for (const Group& group : groups_of(counts, expert_offsets, &live)) {
+      if (group.end == group.begin) continue;
+      const Tensor proj = (group.shared ? shared_proj : routed_proj)[group.expert];
+      const OptionalTensor& biases = group.shared ? shared_bias : routed_bias;
+      const OptionalTensor bias = biases.has_value() ? OptionalTensor((*biases)[group.expert]) : std::nullopt;
+      product_into(out.slice(0, group.out_begin, group.out_begin + group.end - group.begin),
+                   rows_of(counts, group, shared_rows, routed_rows), transpose ? proj : proj.t(), bias);
+    }
+    if (live < slots) out.slice(0, counts.shared_rows() + live).zero_();
+    return out;
   }
-  if (layout.live < slots) out.slice(0, num_shared * num_tokens + layout.live).zero_();
+  const Tensor offsets = expert_offsets.contiguous();
+  const Tensor projs[] = {shared_proj.contiguous(), routed_proj.contiguous()};
+  const OptionalTensor biases[] = {contiguous(shared_bias), contiguous(routed_bias)};
+  const cuda::ExpertGemm args{element,
+                              num_tokens,
+                              num_shared,
+                              experts,
+                              slots,
+                              in,
+                              out_width,
+                              transpose,
+                              one_row_a_token(counts, shared_rows),
+                              shared_rows.const_data_ptr(),
+                              routed_rows.const_data_ptr(),
+                              projs[0].const_data_ptr(),
+                              projs[1].const_data_ptr(),
+                              data_or_null(biases[0]),
+                              data_or_null(biases[1]),
+                              offsets.const_data_ptr<int32_t>(),
+                              out.mutable_data_ptr()};
+  on_cuda(check, out, [&](auto stream) {
+    const Tensor space = workspace(cuda::expert_gemm_workspace(args), out);
+    return cuda::expert_gemm(args, space.mutable_data_ptr(), stream);
+  });
   return out;
 }
 
@@ -116,25 +160,51 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
   check_rows(check, "grad_shared_rows", grad_shared_in, "grad_routed_rows", grad_routed_in, num_tokens,
              num_shared_experts, slots, -1);
   check.dtype("grad_routed_rows", grad_routed_in, routed_in.scalar_type(), "rows and their gradients share a dtype");
-  const Layout layout = layout_of(check, expert_offsets, routed_in, slots, num_tokens, num_shared_experts);
-  const int64_t experts = expert_offsets.numel() - 1, rows_width = routed_in.size(1),
-                grad_width = grad_routed_in.size(1);
+  const Counts counts = check_counts(check, expert_offsets, routed_in, num_tokens, num_shared_experts);
+  const DType element = check.element("routed_rows", routed_in);
+  const int64_t rows_width = routed_in.size(1), grad_width = grad_routed_in.size(1);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const Tensor grad_shared = grad_shared_in.contiguous(), grad_routed = grad_routed_in.contiguous();
-  const auto options = routed.options();
-  const Tensor shared_grad =
-      need_shared ? at::empty({num_shared_experts, grad_width, rows_width}, options) : at::empty({0}, options);
-  const Tensor routed_grad =
-      need_routed ? at::empty({experts, grad_width, rows_width}, options) : at::empty({0}, options);
-  for (const Group& group : layout.groups) {
-    if (!(group.shared ? need_shared : need_routed)) continue;
-    const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
-    if (group.end == group.begin) {
-      out.zero_();
-      continue;
+  const auto empty_unless = [&](bool needed, int64_t experts) {
+    return needed ? at::empty({experts, grad_width, rows_width}, routed.options()) : at::empty({0}, routed.options());
+  };
+  const Tensor shared_grad = empty_unless(need_shared, num_shared_experts);
+  const Tensor routed_grad = empty_unless(need_routed, counts.num_experts);
+  if (known_to_host(counts, expert_offsets)) {
+    int64_t live = 0;
+    for (const Group& group : groups_of(counts, expert_offsets, &live)) {
+      if (!(group.shared ? need_shared : need_routed)) continue;
+      const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
+      if (group.end == group.begin) {
+        out.zero_();
+        continue;
+      }
+      product_into(out, rows_of(counts, group, grad_shared, grad_routed).t(), rows_of(counts, group, shared, routed));
     }
-    product_into(out, layout.rows_of(grad_shared, grad_routed, group).t(), layout.rows_of(shared, routed, group));
+    return {shared_grad, routed_grad};
   }
+  const Tensor offsets = expert_offsets.contiguous();
+  const cuda::ExpertGemmWgrad args{element,
+                                   element,
+                                   num_tokens,
+                                   num_shared_experts,
+                                   counts.num_experts,
+                                   slots,
+                                   rows_width,
+                                   grad_width,
+                                   one_row_a_token(counts, shared),
+                                   one_row_a_token(counts, grad_shared),
+                                   shared.const_data_ptr(),
+                                   routed.const_data_ptr(),
+                                   grad_shared.const_data_ptr(),
+                                   grad_routed.const_data_ptr(),
+                                   offsets.const_data_ptr<int32_t>(),
+                                   need_shared ? shared_grad.mutable_data_ptr() : nullptr,
+                                   need_routed ? routed_grad.mutable_data_ptr() : nullptr};
+  on_cuda(check, routed, [&](auto stream) {
+    const Tensor space = workspace(cuda::expert_gemm_wgrad_workspace(args), routed);
+    return cuda::expert_gemm_wgrad(args, space.mutable_data_ptr(), stream);
+  });
   return {shared_grad, routed_grad};
 }
 
@@ -144,7 +214,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
   const Checker check{"expert_bias_grad"};
   const int64_t slots = routed_in.dim() == 2 ? routed_in.size(0) : -1;
   check_rows(check, "shared_rows", shared_in, "routed_rows", routed_in, num_tokens, num_shared_experts, slots, -1);
-  const Layout layout = layout_of(check, expert_offsets, routed_in, slots, num_tokens, num_shared_experts);
+  const Counts counts = check_counts(check, expert_offsets, routed_in, num_tokens, num_shared_experts);
   if (row_weights_in.has_value()) {
     check.device("row_weights", *row_weights_in, routed_in, "routed_rows");
     check.shape("row_weights", *row_weights_in, {num_shared_experts * num_tokens + slots}, "[S*T + T*K]",
@@ -152,33 +222,56 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
     check.dtype("row_weights", *row_weights_in, accumulator(routed_in),
                 "gate weights stay in fp32 (fp64 for fp64 rows)");
   }
+  const DType element = check.element("routed_rows", routed_in);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const OptionalTensor row_weights = contiguous(row_weights_in);
-  const int64_t width = routed.size(1), acc_bytes = accumulator_bytes(check.element("routed_rows", routed));
-  const Tensor shared_grad = at::empty(
-      need_shared ? std::vector<int64_t>{num_shared_experts, width} : std::vector<int64_t>{0}, routed.options());
-  const Tensor routed_grad =
-      at::empty(need_routed ? std::vector<int64_t>{expert_offsets.numel() - 1, width} : std::vector<int64_t>{0},
-                routed.options());
-  for (const Group& group : layout.groups) {
-    if (!(group.shared ? need_shared : need_routed)) continue;
-    const Tensor rows = layout.rows_of(shared, routed, group);
-    const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
-    const auto* weights = static_cast<const char*>(data_or_null(row_weights));
-    const ColumnSums args{check.element("routed_rows", rows),
-                          rows.const_data_ptr(),
-                          weights == nullptr ? nullptr : weights + group.out_begin * acc_bytes,
-                          group.end - group.begin,
-                          width,
-                          out.mutable_data_ptr()};
-    const int64_t blocks = (width + cpu::kColumnBlock - 1) / cpu::kColumnBlock;
-    parallel_over(blocks, cpu::kColumnBlock * args.count,
-                  [&](int64_t begin, int64_t end) { cpu::column_sums(args, begin, end); });
+  const int64_t width = routed.size(1);
+  const auto empty_unless = [&](bool needed, int64_t experts) {
+    return needed ? at::empty({experts, width}, routed.options()) : at::empty({0}, routed.options());
+  };
+  const Tensor shared_grad = empty_unless(need_shared, num_shared_experts);
+  const Tensor routed_grad = empty_unless(need_routed, counts.num_experts);
+  if (on_host(routed)) {
+    int64_t live = 0;
+    for (const Group& group : groups_of(counts, expert_offsets, &live)) {
+      if (!(group.shared ? need_shared : need_routed)) continue;
+      const Tensor rows = rows_of(counts, group, shared, routed);
+      const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
+      const auto* weights = static_cast<const char*>(data_or_null(row_weights));
+      const ColumnSums args{element,
+                            rows.const_data_ptr(),
+                            weights == nullptr ? nullptr : weights + group.out_begin * accumulator_bytes(element),
+                            group.end - group.begin,
+                            width,
+                            out.mutable_data_ptr()};
+      const int64_t blocks = (width + cpu::kColumnBlock - 1) / cpu::kColumnBlock;
+      parallel_over(blocks, cpu::kColumnBlock * args.count,
+                    [&](int64_t begin, int64_t end) { cpu::column_sums(args, begin, end); });
+    }
+    return {shared_grad, routed_grad};
   }
+  const Tensor offsets = expert_offsets.contiguous();
+  const cuda::ExpertBiasGrad args{element,
+                                  num_tokens,
+                                  num_shared_experts,
+                                  counts.num_experts,
+                                  slots,
+                                  width,
+                                  one_row_a_token(counts, shared),
+                                  shared.const_data_ptr(),
+                                  routed.const_data_ptr(),
+                                  static_cast<const float*>(data_or_null(row_weights)),
+                                  offsets.const_data_ptr<int32_t>(),
+                                  need_shared ? shared_grad.mutable_data_ptr() : nullptr,
+                                  need_routed ? routed_grad.mutable_data_ptr() : nullptr};
+  on_cuda(check, routed, [&](auto stream) {
+    const Tensor space = workspace(cuda::expert_bias_grad_workspace(args), routed);
+    return cuda::expert_bias_grad(args, space.mutable_data_ptr(), stream);
+  });
   return {shared_grad, routed_grad};
 }
 
-TORCH_LIBRARY_IMPL(ummrm, CPU, m) {
+UMMRM_REGISTER(m) {
   m.impl("expert_gemm", &expert_gemm);
   m.impl("expert_gemm_wgrad", &expert_gemm_wgrad);
   m.impl("expert_bias_grad", &expert_bias_grad);

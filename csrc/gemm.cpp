@@ -48,7 +48,7 @@ at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::o
 void product_into(const at::Tensor& out_slice, const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias) {
   at::Tensor out = out_slice;
-  if (out.scalar_type() == at::kFloat && a.size(1) > 0 && fp32_by_onednn()) {
+  if (out.is_cpu() && out.scalar_type() == at::kFloat && a.size(1) > 0 && fp32_by_onednn()) {
     out.copy_(onednn_product(a, b, bias));
   } else if (bias.has_value()) {
     at::addmm_out(out, *bias, a, b);

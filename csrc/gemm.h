@@ -1,4 +1,4 @@
-// Which library multiplies matrices on this CPU.
+// Which library multiplies matrices: on CUDA cuBLAS, as torch chooses; on this CPU one of two.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -17,7 +17,7 @@ template <class T, int N, int height>
 __global__ void __launch_bounds__(kSumThreads, kResident)
     tile_sums_kernel(ExpertBiasGrad args, int64_t column_tiles, float* tile_sums) {
   __shared__ float parts[kSumWarps][kWarp * N];
-  const RowGroups groups = groups_of(args);
+  const RowGroups groups = row_groups(args);
   const int64_t tile = blockIdx.x / column_tiles, first_column = blockIdx.x % column_tiles * kWarp * N;
   const RowTile rows = row_tile<height>(groups, tile);
   const bool shared = rows.expert < args.num_shared;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kSumThreads, kResident)
 template <class T, int height>
 __global__ void __launch_bounds__(kSumThreads, kResident)
     expert_sums_kernel(ExpertBiasGrad args, int64_t column_tiles, const float* tile_sums) {
-  const RowGroups groups = groups_of(args);
+  const RowGroups groups = row_groups(args);
   const int64_t expert = blockIdx.x / column_tiles, column = blockIdx.x % column_tiles * kSumThreads + threadIdx.x;
   const bool shared = expert < args.num_shared;
   void* out = shared ? args.shared_grad : args.routed_grad;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kSumThreads, kResident)
 
 template <int height>
 int64_t tile_sums_bytes(const ExpertBiasGrad& args) {
-  const int64_t bytes = most_row_tiles(groups_of(args), height) * args.width * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = most_row_tiles(row_groups(args), height) * args.width * static_cast<int64_t>(sizeof(float));
   return ceil_div(bytes, 256) * 256;
 }
 
@@ -82,7 +82,7 @@ int column_sums(const ExpertBiasGrad& args, void* workspace, Stream stream) {
     const bool vectors = args.width % kVector<T> == 0 && aligned16(args.shared_rows) && aligned16(args.routed_rows);
     const int64_t per_block = kWarp * (vectors ? kVector<T> : 1), column_tiles = ceil_div(args.width, per_block);
     const int first = launch(vectors ? tile_sums_kernel<T, kVector<T>, height> : tile_sums_kernel<T, 1, height>,
-                             most_row_tiles(groups_of(args), height) * column_tiles, kSumThreads, stream, args,
+                             most_row_tiles(row_groups(args), height) * column_tiles, kSumThreads, stream, args,
                              column_tiles, tile_sums);
     if (first != cudaSuccess) return first;
     const int64_t blocks = ceil_div(args.width, kSumThreads);

@@ -29,7 +29,7 @@ __device__ void add_bias(const ExpertGemm& args, int64_t expert, int64_t column,
 template <class Tile, class T, int N, bool transpose>
 __global__ void __launch_bounds__(Tile::threads, kResident)
     expert_gemm_kernel(ExpertGemm args, int64_t row_tiles, bool fours) {
-  const RowGroups groups = groups_of(args);
+  const RowGroups groups = row_groups(args);
   const int64_t in = args.in, width = args.out_width;
   // In shared memory, not in registers, of which the sums leave none over.
   __shared__ RowTile rows;
@@ -71,8 +71,9 @@ int plain_gemm(const ExpertGemm& args, Stream stream) {
     const bool fours = args.out_width % 4 == 0 && aligned16(args.out);
     const auto kernel =
         vectors ? (args.transpose ? expert_gemm_kernel<Tile, T, N, true> : expert_gemm_kernel<Tile, T, N, false>)
-                : (args.transpose ? expert_gemm_kernel<OneByOne<Tile>, T, 1, true> : expert_gemm_kernel<OneByOne<Tile>, T, 1, false>);
-    const int64_t row_tiles = most_row_tiles(groups_of(args), Tile::m);
+                : (args.transpose ? expert_gemm_kernel<OneByOne<Tile>, T, 1, true>
+                                  : expert_gemm_kernel<OneByOne<Tile>, T, 1, false>);
+    const int64_t row_tiles = most_row_tiles(row_groups(args), Tile::m);
     return launch(kernel, row_tiles * ceil_div(args.out_width, Tile::n), Tile::threads, stream, args, row_tiles, fours);
   });
 }
@@ -94,21 +95,6 @@ int64_t expert_gemm_workspace(const ExpertGemm& args) { return chosen_workspace(
 
 int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream) {
   return choose(kCandidates, args, device_major()).run(args, workspace, stream);
-}
-
-std::vector<TileRow> tile_table() {
-  std::vector<TileRow> rows;
-  const auto add = [&](const std::vector<TileRow>& more) { rows.insert(rows.end(), more.begin(), more.end()); };
-#if defined(UMMRM_SM90)
-  add(sm90::tiles());
-#endif
-#if defined(UMMRM_SM80)
-  add(sm80::tiles());
-#endif
-  constexpr const char* kAll = "any sizes and addresses, any GPU";
-  add({{"expert_gemm", "plain", "f32, bf16, f16", PlainTile::m, PlainTile::n, PlainTile::k, kAll},
-       {"expert_gemm_wgrad", "plain", "f32, bf16, f16", PlainTile::m, PlainTile::n, PlainTile::k, kAll}});
-  return rows;
 }
 
 }  // namespace ummrm::cuda

@@ -12,7 +12,7 @@ namespace {
 template <class Tile, class T, int N>
 __global__ void __launch_bounds__(Tile::threads, kResident)
     expert_gemm_wgrad_kernel(ExpertGemmWgrad args, int64_t first_expert, bool fours) {
-  const RowGroups groups = groups_of(args);
+  const RowGroups groups = row_groups(args);
   const int64_t width = args.width, grad_width = args.grad_width;
   // In shared memory, not in registers, of which the sums leave none over.
   __shared__ RowTile rows;

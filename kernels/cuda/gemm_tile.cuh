@@ -1,6 +1,6 @@
-// One tile of a matrix product by a block, without tensor cores: fp32 is multiplied exactly, 16-bit types are widened on
-// the way to shared memory. The next step's elements are loaded while this one's are multiplied; each thread keeps 8 x 8
-// sums. Any sizes: what lies outside counts as zero. Sums run over the depth in its order, so results repeat.
+// One tile of a matrix product by a block, without tensor cores: fp32 is multiplied exactly, 16-bit types are widened
+// on the way to shared memory. The next step's elements are loaded while this one's are multiplied; each thread keeps 8
+// x 8 sums. Any sizes: what lies outside counts as zero. Sums run over the depth in its order, so results repeat.
 #pragma once
 
 #include <type_traits>
@@ -69,8 +69,8 @@ class Side {
  public:
   static __device__ constexpr int swizzle(int k) { return along_depth ? swizzled<depth>(k) : 0; }
 
-  // `at`: the tile's first element. `stride`: between neighbours across the contiguous direction. `outer_left`: how many
-  // of the tile's rows there are, or more.
+  // `at`: the tile's first element. `stride`: between neighbours across the contiguous direction. `outer_left`: how
+  // many of the tile's rows there are, or more.
   __device__ Side(const T* at, int64_t stride, int64_t outer_left)
       : at_(at + down(0) * stride + along(0)),
         stride_(stride),
@@ -110,9 +110,7 @@ class Side {
   }
 
  private:
-  static __device__ int along(int i) {
-    return static_cast<int>(threadIdx.x % kAcross) * N + i % kRounds * kAcross * N;
-  }
+  static __device__ int along(int i) { return static_cast<int>(threadIdx.x % kAcross) * N + i % kRounds * kAcross * N; }
   static __device__ int down(int i) { return static_cast<int>(threadIdx.x / kAcross) + i / kRounds * kDown; }
 
   const T* at_;
@@ -191,7 +189,7 @@ __device__ void write(const Sums& sums, int64_t rows, int64_t columns, bool four
     if (row >= rows) continue;
     for (int half = 0; half < 2; ++half) {
       const int column = thread_column<Tile>() + half * (Tile::n / 2);
-      const float(&four)[4] = sums[i / 4][i % 4][half];
+      const float (&four)[4] = sums[i / 4][i % 4][half];
       T* to = out + row * stride + column;
       if (fours) {
         if (column < columns) store_four(four, to);

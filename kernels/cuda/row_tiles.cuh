@@ -1,6 +1,6 @@
-// How a block finds its rows in a combined buffer (expert_gemm.h), where only the device knows the experts' offsets: the
-// rows are cut into tiles of one expert each, shared experts first, then routed ones, then the rows of none. The host
-// launches as many as there can be at most; those that there are not find themselves empty.
+// How a block finds its rows in a combined buffer (expert_gemm.h), where only the device knows the experts' offsets:
+// the rows are cut into tiles of one expert each, shared experts first, then routed ones, then the rows of none. The
+// host launches as many as there can be at most; those that there are not find themselves empty.
 #pragma once
 
 #include "launch.cuh"
@@ -15,7 +15,7 @@ struct RowGroups {
 };
 
 template <class Args>
-__host__ __device__ RowGroups groups_of(const Args& args) {
+__host__ __device__ RowGroups row_groups(const Args& args) {
   return {args.tokens, args.num_shared, args.num_experts, args.slots, args.expert_offsets};
 }
 

@@ -8,7 +8,6 @@
 namespace ummrm::cuda {
 
 #define UMMRM_TENSOR_CORES                                                              \
-  std::vector<TileRow> tiles();        /* its rows of the tile table */                 \
   bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */ \
   int64_t workspace(const ExpertGemm& args);                                            \
   int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);              \

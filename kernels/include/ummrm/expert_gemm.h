@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "ummrm/types.h"
 
@@ -86,14 +85,6 @@ int64_t expert_gemm_wgrad_workspace(const ExpertGemmWgrad& args);
 int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
 int64_t expert_bias_grad_workspace(const ExpertBiasGrad& args);
 int expert_bias_grad(const ExpertBiasGrad& args, void* workspace, Stream stream);
-
-// A kernel that was built, its tile (rows, columns, length of a step) and what it serves, in words.
-struct TileRow {
-  const char *op, *kernel, *dtypes;
-  int m, n, k;
-  const char* serves;
-};
-std::vector<TileRow> tile_table();  // by op; where several serve, the first of them runs
 
 }  // namespace cuda
 }  // namespace ummrm
