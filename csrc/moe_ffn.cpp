@@ -74,23 +74,23 @@ std::pair<Tensor, Tensor> split(const Tensor& rows, const Sizes& n) {
   return {rows.slice(0, 0, n.shared_rows()), rows.slice(0, n.shared_rows())};
 }
 
-// <g_t, bias_e> of every token and expert, [T, experts]: a down bias's part in its gate's gradient.
-Tensor bias_dots(const Tensor& grad_out, const Tensor& bias) {
-  const auto acc = accumulator(grad_out);
-  return at::matmul(grad_out.to(acc), bias.to(acc).t());
+// <g_t, bias_e> of every token and expert, [T, experts]: a down bias's part in its gate's gradient. `wide_grad` is g in
+// the accumulator's dtype.
+Tensor bias_dots(const Tensor& wide_grad, const Tensor& bias) {
+  return at::matmul(wide_grad, bias.to(wide_grad.scalar_type()).t());
 }
 
-Tensor shared_gate_grad(const Tensor& dots, const Tensor& grad_out, const OptionalTensor& bias, const Sizes& n) {
+Tensor shared_gate_grad(const Tensor& dots, const Tensor& wide_grad, const OptionalTensor& bias, const Sizes& n) {
   Tensor total = dots.slice(0, 0, n.shared_rows()).view({n.num_shared, n.tokens}).sum(0);
-  if (bias.has_value()) total = total + bias_dots(grad_out, *bias).sum(1);
+  if (bias.has_value()) total = total + bias_dots(wide_grad, *bias).sum(1);
   return total / std::max<int64_t>(n.num_shared, 1);
 }
 
 Tensor routed_gate_grad(const Tensor& dots, const Tensor& slot_to_sorted, const Tensor& expert_indices,
-                        const Tensor& grad_out, const OptionalTensor& bias, const Sizes& n) {
+                        const Tensor& wide_grad, const OptionalTensor& bias, const Sizes& n) {
   const Tensor of_slots = dots.slice(0, n.shared_rows()).index_select(0, slot_to_sorted).view({n.tokens, n.top_k});
   if (!bias.has_value()) return of_slots;
-  const Tensor from_bias = bias_dots(grad_out, *bias).gather(1, expert_indices.clamp_min(0).to(at::kLong));
+  const Tensor from_bias = bias_dots(wide_grad, *bias).gather(1, expert_indices.clamp_min(0).to(at::kLong));
   return of_slots + from_bias.masked_fill(expert_indices.lt(0), 0);
 }
 
@@ -172,8 +172,9 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
       up_side || need[kSharedWeight] || need[kRoutedWeights] || need[kSharedDown] || need[kRoutedDown];
 
   // The gate weight of each row of the combined buffer.
-  const Tensor row_weights = at::cat({(shared_weight / std::max<int64_t>(n.num_shared, 1)).repeat({n.num_shared}),
-                                      routed_weights.reshape({-1}).index_select(0, sorted_to_slot)});
+  const Tensor row_weights = at::cat(
+      {n.num_shared == 1 ? shared_weight : (shared_weight / std::max<int64_t>(n.num_shared, 1)).repeat({n.num_shared}),
+       routed_weights.reshape({-1}).index_select(0, sorted_to_slot)});
   Tensor grad_pre;
   {
     const Tensor grad_rows = UMMRM_DISPATCHED(permute).call(grad_out, sorted_to_slot, offsets, n.top_k);
@@ -186,9 +187,12 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
         std::tie(grad_pre, weighted, dots) =
             UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, row_weights, activation, glu);
       }
-      if (need[kSharedWeight]) grads[kSharedWeight] = shared_gate_grad(dots, grad_out, shared_down_bias, n);
+      const bool biased = (need[kSharedWeight] && shared_down_bias.has_value()) ||
+                          (need[kRoutedWeights] && routed_down_bias.has_value());
+      const Tensor wide_grad = biased ? grad_out.to(accumulator(grad_out)) : grad_out;  // once for both
+      if (need[kSharedWeight]) grads[kSharedWeight] = shared_gate_grad(dots, wide_grad, shared_down_bias, n);
       if (need[kRoutedWeights]) {
-        grads[kRoutedWeights] = routed_gate_grad(dots, slot_to_sorted, expert_indices, grad_out, routed_down_bias, n);
+        grads[kRoutedWeights] = routed_gate_grad(dots, slot_to_sorted, expert_indices, wide_grad, routed_down_bias, n);
       }
       if (need[kSharedDown] || need[kRoutedDown]) {
         const auto [shared, routed] = split(weighted, n);

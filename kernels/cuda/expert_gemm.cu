@@ -59,23 +59,24 @@ __global__ void __launch_bounds__(Tile::threads, kResident)
   write<Tile>(sums, rows.count, width - column, fours, static_cast<T*>(args.out) + rows.first * width + column, width);
 }
 
-template <class Tile>
+template <class Tile, class T>
 int plain_gemm(const ExpertGemm& args, Stream stream) {
   if (args.out_width == 0) return cudaSuccess;
-  return with_type(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    constexpr int N = 4;
-    const bool vectors = args.in % N == 0 && (!args.transpose || args.out_width % N == 0) &&
-                         aligned16(args.shared_rows) && aligned16(args.routed_rows) && aligned16(args.shared_proj) &&
-                         aligned16(args.routed_proj);
-    const bool fours = args.out_width % 4 == 0 && aligned16(args.out);
-    const auto kernel =
-        vectors ? (args.transpose ? expert_gemm_kernel<Tile, T, N, true> : expert_gemm_kernel<Tile, T, N, false>)
-                : (args.transpose ? expert_gemm_kernel<OneByOne<Tile>, T, 1, true>
-                                  : expert_gemm_kernel<OneByOne<Tile>, T, 1, false>);
-    const int64_t row_tiles = most_row_tiles(row_groups(args), Tile::m);
-    return launch(kernel, row_tiles * ceil_div(args.out_width, Tile::n), Tile::threads, stream, args, row_tiles, fours);
-  });
+  constexpr int N = 4;
+  const bool vectors = args.in % N == 0 && (!args.transpose || args.out_width % N == 0) &&
+                       aligned16(args.shared_rows) && aligned16(args.routed_rows) && aligned16(args.shared_proj) &&
+                       aligned16(args.routed_proj);
+  const bool fours = args.out_width % 4 == 0 && aligned16(args.out);
+  using Scalar = OneByOne<Tile>;
+  const auto kernel =
+      vectors ? (args.transpose ? expert_gemm_kernel<Tile, T, N, true> : expert_gemm_kernel<Tile, T, N, false>)
+              : (args.transpose ? expert_gemm_kernel<Scalar, T, 1, true> : expert_gemm_kernel<Scalar, T, 1, false>);
+  const int64_t row_tiles = most_row_tiles(row_groups(args), Tile::m);
+  return launch(kernel, row_tiles * ceil_div(args.out_width, Tile::n), Tile::threads, stream, args, row_tiles, fours);
+}
+
+int shipped(const ExpertGemm& args, void*, Stream stream) {
+  return with_type(args.dtype, [&](auto type) { return plain_gemm<PlainTile, decltype(type)>(args, stream); });
 }
 
 constexpr Candidate<ExpertGemm> kCandidates[] = {
@@ -85,8 +86,7 @@ constexpr Candidate<ExpertGemm> kCandidates[] = {
 #if defined(UMMRM_SM80)
     {8, kAnyMajor, &sm80::serves, &sm80::workspace, &sm80::expert_gemm},
 #endif
-    {0, kAnyMajor, [](const ExpertGemm&) { return true; }, nullptr,
-     [](const ExpertGemm& args, void*, Stream stream) { return plain_gemm<PlainTile>(args, stream); }},
+    {0, kAnyMajor, [](const ExpertGemm&) { return true; }, nullptr, &shipped},
 };
 
 }  // namespace

@@ -50,23 +50,24 @@ __global__ void __launch_bounds__(Tile::threads, kResident)
   }
 }
 
-template <class Tile>
+template <class Tile, class T>
 int plain_wgrad(const ExpertGemmWgrad& args, Stream stream) {
   if (args.grad_dtype != args.dtype && args.grad_dtype != DType::f32) return cudaErrorInvalidValue;
   const int64_t tiles = ceil_div(args.grad_width, Tile::m) * ceil_div(args.width, Tile::n);
   const int64_t first = args.shared_grad == nullptr ? args.num_shared : 0;
   const int64_t last = args.num_shared + (args.routed_grad == nullptr ? 0 : args.num_experts);
   if (last <= first) return cudaSuccess;
-  return with_type(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    constexpr int N = 4;
-    const bool vectors = args.width % N == 0 && args.grad_width % N == 0 && aligned16(args.shared_rows) &&
-                         aligned16(args.routed_rows) && aligned16(args.grad_shared_rows) &&
-                         aligned16(args.grad_routed_rows);
-    const bool fours = args.width % 4 == 0 && aligned16(args.shared_grad) && aligned16(args.routed_grad);
-    const auto kernel = vectors ? expert_gemm_wgrad_kernel<Tile, T, N> : expert_gemm_wgrad_kernel<OneByOne<Tile>, T, 1>;
-    return launch(kernel, (last - first) * tiles, Tile::threads, stream, args, first, fours);
-  });
+  constexpr int N = 4;
+  const bool vectors = args.width % N == 0 && args.grad_width % N == 0 && aligned16(args.shared_rows) &&
+                       aligned16(args.routed_rows) && aligned16(args.grad_shared_rows) &&
+                       aligned16(args.grad_routed_rows);
+  const bool fours = args.width % 4 == 0 && aligned16(args.shared_grad) && aligned16(args.routed_grad);
+  const auto kernel = vectors ? expert_gemm_wgrad_kernel<Tile, T, N> : expert_gemm_wgrad_kernel<OneByOne<Tile>, T, 1>;
+  return launch(kernel, (last - first) * tiles, Tile::threads, stream, args, first, fours);
+}
+
+int shipped_wgrad(const ExpertGemmWgrad& args, void*, Stream stream) {
+  return with_type(args.dtype, [&](auto type) { return plain_wgrad<PlainTile, decltype(type)>(args, stream); });
 }
 
 constexpr Candidate<ExpertGemmWgrad> kWgradCandidates[] = {
@@ -76,8 +77,7 @@ constexpr Candidate<ExpertGemmWgrad> kWgradCandidates[] = {
 #if defined(UMMRM_SM80)
     {8, kAnyMajor, &sm80::serves, &sm80::workspace, &sm80::expert_gemm_wgrad},
 #endif
-    {0, kAnyMajor, [](const ExpertGemmWgrad&) { return true; }, nullptr,
-     [](const ExpertGemmWgrad& args, void*, Stream stream) { return plain_wgrad<PlainTile>(args, stream); }},
+    {0, kAnyMajor, [](const ExpertGemmWgrad&) { return true; }, nullptr, &shipped_wgrad},
 };
 
 }  // namespace

@@ -32,6 +32,21 @@ __global__ void no_barrier_before_reuse(const float* in, float* out) {
   out[threadIdx.x] = once + block_sum<true, !planted>(2 * in[threadIdx.x]);
 }
 
+// Four steps through two buffers, the next one filled while this one is read.
+template <bool planted>
+__global__ void no_barrier_between_stages(const float* in, float* out) {
+  __shared__ float stages[2][kThreads];
+  float sum = 0;
+  stages[0][threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  for (unsigned step = 0; step < 4; ++step) {
+    sum += stages[step % 2][threadIdx.x ^ 64];
+    stages[(step + 1) % 2][threadIdx.x] = in[(threadIdx.x + step + 1) % kThreads];
+    if (!planted || step % 2 == 0) __syncthreads();  // one in two is not enough
+  }
+  out[threadIdx.x] = sum;
+}
+
 template <bool planted>
 __global__ void shuffle_in_a_branch(const float* in, float* out) {
   float value = in[threadIdx.x];

@@ -127,6 +127,13 @@ int main() {
        from_to(PAIR(no_barrier_before_reading), 1, [](In in, unsigned) { return sum(in); })},
       {"no barrier before reuse", kPlain | kAsan | kTsan,
        from_to(PAIR(no_barrier_before_reuse), 1, [](In in, unsigned) { return 3 * sum(in); })},
+      {"no barrier between stages", kPlain | kAsan | kTsan,
+       from_to(PAIR(no_barrier_between_stages), 1,
+               [](In in, unsigned i) {
+                 float total = 0;
+                 for (unsigned step = 0; step < 4; ++step) total += in[((i ^ 64) + step) % kThreads];
+                 return total;
+               })},
       {"shuffle in a branch", kPlain | kAsan | kTsan,
        from_to(PAIR(shuffle_in_a_branch), 1, [](In in, unsigned i) { return in[i] + in[i ^ 1]; })},
       {"shuffle after some left", kPlain | kAsan | kTsan,

@@ -1,5 +1,5 @@
 // The CUDA kernels of expert_gemm.h that need no tensor cores, on the emulator, against plain loops in double: in the
-// shipped tiles and in small ones, of which even small sizes have several; and the choice between kernels.
+// shipped tiles and, in bf16, in small ones, of which even small sizes have several; and the choice between kernels.
 #include "expert_gemm.cu"
 #include "expert_gemm_wgrad.cu"
 
@@ -107,7 +107,7 @@ static void check_gemm(const Case& c, bool transpose, bool biased) {
       CHECK(cuda::expert_gemm_workspace(args) == 0, "the plain kernels need no workspace");
       check_launch(cuda::expert_gemm(args, nullptr, nullptr), "expert_gemm");
     } else {
-      check_launch(cuda::plain_gemm<SmallTile>(args, nullptr), "plain_gemm");
+      check_launch(cuda::plain_gemm<SmallTile, cuda::bf16>(args, nullptr), "plain_gemm");
     }
     return out.array();
   };
@@ -163,7 +163,7 @@ static void check_wgrad(const Case& c, DType grad_type, bool one_grad_row_a_toke
       CHECK(cuda::expert_gemm_wgrad_workspace(args) == 0, "the plain kernels need no workspace");
       check_launch(cuda::expert_gemm_wgrad(args, nullptr, nullptr), "expert_gemm_wgrad");
     } else {
-      check_launch(cuda::plain_wgrad<SmallTile>(args, nullptr), "plain_wgrad");
+      check_launch(cuda::plain_wgrad<SmallTile, cuda::bf16>(args, nullptr), "plain_wgrad");
     }
     return Grads{shared_out.array(), routed_out.array()};
   };
@@ -307,18 +307,17 @@ int main() {
         check_row_tiles({DType::f32, true, false, true, tokens, num_shared, o, 1, 1});
     }
   }
+  for (int bits = 0; bits < 16; ++bits) {
+    const bool aligned = bits & 1, one_row = bits & 2, flag = bits & 4, other = bits & 8;
+    const auto& o = offsets[static_cast<size_t>(bits / 2 + bits % 2) % offsets.size()];
+    const Case c{DType::bf16, aligned, false, one_row, 5, 2, o, aligned ? 20 : 11, aligned ? 68 : 67};
+    check_gemm(c, flag, !flag && other);
+    check_wgrad(c, other ? DType::f32 : c.type, flag, bits != 5, bits != 6);
+    check_bias_grad<8>({c.type, aligned, false, one_row, 19, 2, o, 1, aligned ? 264 : 37}, flag, bits != 5, bits != 6);
+  }
   for (const DType type : kCudaTypes) {
-    for (int bits = 0; bits < 16; ++bits) {
-      const bool aligned = bits & 1, one_row = bits & 2, flag = bits & 4, other = bits & 8;
-      const auto& o = offsets[static_cast<size_t>(bits / 2 + bits % 2) % offsets.size()];
-      const Case c{type, aligned, false, one_row, 5, 2, o, aligned ? 20 : 11, aligned ? 68 : 67};
-      check_gemm(c, flag, !flag && other);
-      check_wgrad(c, other ? DType::f32 : type, flag, bits != 5, bits != 6);
-      check_bias_grad<8>({type, aligned, false, one_row, 19, 2, o, 1, aligned ? 264 : 37}, flag, bits != 5, bits != 6);
-    }
-    // Nothing to do, or nothing to sum.
-    for (const int64_t width : {0, 8}) {
-      const Case c{type, true, false, true, width == 0 ? 2 : 0, 1, {0, 2, 2}, 8 - width, width};
+    for (const int64_t width : {0, 8}) {  // nothing to do, or nothing to sum
+      const Case c{type, true, true, true, width == 0 ? 2 : 0, 1, {0, 2, 2}, 8 - width, width};
       check_gemm(c, false, true);
       check_wgrad(c, type, true, true, true);
       check_bias_grad<8>(c, true, true, true);
