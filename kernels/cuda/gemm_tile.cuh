@@ -19,8 +19,8 @@ struct Tile {
 
 // What is shipped. Shorter steps where elements are loaded one by one, whose addresses take registers.
 using PlainTile = Tile<128, 128, 8>;
-template <class Tile>
-using OneByOne = ummrm::cuda::Tile<Tile::m, Tile::n, 4>;
+template <class Wide>
+using OneByOne = Tile<Wide::m, Wide::n, 4>;
 
 using Sums = float[2][4][2][4];
 
