@@ -217,10 +217,10 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
     std::tie(grads[kSharedUp], grads[kRoutedUp]) =
         UMMRM_DISPATCHED(expert_gemm_wgrad)
             .call(grad_shared, grad_routed, x, gathered, offsets, n.tokens, n.num_shared, need[kSharedUp], true);
-  } else if (need[kSharedUp]) {  // as a layer without routed experts, so that nothing is gathered
+  } else if (need[kSharedUp]) {  // with no routed rows, so that nothing is gathered
     grads[kSharedUp] = std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
                                        .call(grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0),
-                                             at::zeros({1}, offsets.options()), n.tokens, n.num_shared, true, false));
+                                             at::zeros_like(offsets), n.tokens, n.num_shared, true, false));
   }
   if (need[kSharedUpBias] || need[kRoutedUpBias]) {
     std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) =
