@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ummrm import ops
 
-from .workload import DTYPES, workload
+from .harness import Case
 
 
 def eager(z):
@@ -15,20 +15,14 @@ def eager(z):
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def bench_activation(contest, device, label, dtype, backward):
-    w = workload(device)
-    torch.manual_seed(0)
-    z = torch.randn(w.rows, 2 * w.i, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(w.rows, w.i, device=device).to(dtype)
-    functions = {"ummrm": ops.activation, "torch eager": eager}
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def bench_activation(contest, device, layer, dtype, direction, label):
+    # forward 2 in, 1 out; backward 3 in, 2 out
+    moved = layer.rows * layer.i * dtype.itemsize * (3 if direction == "forward" else 8)
+    case = Case("activation", layer, dtype, direction, bytes=moved)
 
-    def run(label=label):
-        with torch.set_grad_enabled(backward):
-            out = functions[label](z)
-            return torch.autograd.grad(out, z, grad) if backward else [out]
+    def make():
+        return {"z": torch.randn(layer.rows, 2 * layer.i, device=device, dtype=dtype, requires_grad=case.backward)}
 
-    moved = w.rows * w.i * dtype.itemsize * (3 + (5 if backward else 0))  # forward 2 in, 1 out; backward 3 in, 2 out
-    group = f"activation {'forward+backward' if backward else 'forward'} {dtype}"
-    contest(group, label, run, run("torch eager"), dtype, f"rows={w.rows} I={w.i}", moved, rounds=15)
+    function = {"ummrm": lambda z: ops.activation(z), "torch eager": eager}[label]
+    contest(case, label, function, make, eager, rounds=15)

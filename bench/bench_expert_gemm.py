@@ -1,64 +1,106 @@
-"""expert_gemm and its weight gradient, against an expert loop and grouped_mm; FLOPs over the mm rate of the run."""
+"""The grouped products of the layer, each alone, against one mm of equal M, N and K, a loop, and grouped_mm.
+
+up and down are forward; dAct and dX go back through them; wgrad_up and wgrad_down are the weight gradients. FLOPs over
+the mm rate of the run. "mm, equal size" multiplies all rows by one expert's weight: what the groups cost is beside it.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ummrm import ops
+from ummrm import ops, reference
 
-from .workload import DTYPES, workload
+from . import rivals
+from .harness import Case
+from .record import LOOP, MM, OURS, TORCH_GROUPED
+from .workload import router_logits
 
-
-@pytest.fixture(params=DTYPES, ids=str)
-def rows(request, device, fast_gemm):
-    w, dtype = workload(device), request.param
-    fast_gemm(dtype)
-    torch.manual_seed(0)
-    offsets = ops.sort_slots(ops.route(torch.randn(w.t, w.e, device=device), w.k).expert_indices, w.e)[2]
-
-    def make(*shape):
-        return (torch.randn(shape, device=device) * w.h**-0.25).to(dtype)
-
-    return w, dtype, offsets, make
+PIECES = {"up": False, "down": False, "dAct": True, "dX": True}  # whether the projection is taken as it is
 
 
-@pytest.mark.parametrize("label", ["ummrm", "expert loop", "torch grouped_mm"])
-def bench_forward(contest, rows, label):
-    w, dtype, offsets, make = rows
-    x, sorted_rows = make(w.t, w.h), make(w.t * w.k, w.h)
-    shared, routed = make(w.s, 2 * w.i, w.h), make(w.e, 2 * w.i, w.h)
-
-    def loop():
-        parts = sorted_rows.split(offsets.diff().tolist())
-        return torch.cat(
-            [*(F.linear(x, p) for p in shared), *(F.linear(r, p) for r, p in zip(parts, routed, strict=True))]
-        )
-
-    def grouped():
-        return torch.cat([*(F.linear(x, p) for p in shared), F.grouped_mm(sorted_rows, routed.mT, offs=offsets[1:])])
-
-    functions = {
-        "ummrm": lambda: ops.expert_gemm(x, sorted_rows, shared, routed, offsets, w.t),
-        "expert loop": loop,
-        "torch grouped_mm": grouped,
-    }
-    flops = 4 * w.rows * w.h * w.i
-    contest(f"expert_gemm {dtype}", label, functions[label], [loop()], dtype, w.shape, flops=flops)
+def group_offsets(layer, device):
+    indices = rivals.route(router_logits(layer, device), layer.k)[2]
+    return reference.sort_slots(indices, layer.e)[2]
 
 
-@pytest.mark.parametrize("label", ["ummrm", "expert loop"])
-def bench_weight_gradient(contest, rows, label):
-    w, dtype, offsets, make = rows
-    x, sorted_rows = make(w.t, w.h), make(w.t * w.k, w.h)
-    grads = make(w.s * w.t, 2 * w.i), make(w.t * w.k, 2 * w.i)
+def scaled(layer, dtype, device):
+    return lambda *shape: torch.randn(shape, device=device, dtype=dtype).mul_(layer.h**-0.25)
 
-    def loop():
-        parts = zip(*(v.split(offsets.diff().tolist()) for v in (grads[1], sorted_rows)), strict=True)
-        shared = torch.stack([g.T @ x for g in grads[0].split(w.t)])
+
+@pytest.mark.parametrize("label", [OURS, MM, LOOP, TORCH_GROUPED])
+@pytest.mark.parametrize("piece", PIECES)
+def bench_projection(contest, device, layer, dtype, piece, label):
+    w, transpose, new = layer, PIECES[piece], scaled(layer, dtype, device)
+    n, d = (2 * w.i, w.h) if piece in ("up", "dX") else (w.h, w.i)
+    width = n if transpose else d
+
+    def make():
+        blocks = 1 if piece == "up" else w.s  # x itself, or one block of rows for each shared expert
+        return {
+            "shared_rows": new(blocks * w.t, width),
+            "routed_rows": new(w.t * w.k, width),
+            "shared": new(w.s, n, d),
+            "routed": new(w.e, n, d),
+            "offsets": group_offsets(layer, device),
+        }
+
+    def ours(shared_rows, routed_rows, shared, routed, offsets):
+        return ops.expert_gemm(shared_rows, routed_rows, shared, routed, offsets, w.t, transpose=transpose)
+
+    def product(rows, weight):
+        return rows @ weight if transpose else F.linear(rows, weight)
+
+    def shared_parts(shared_rows, shared):
+        blocks = [shared_rows] * w.s if piece == "up" else shared_rows.split(w.t)
+        return [product(rows, weight) for rows, weight in zip(blocks, shared, strict=True)]
+
+    def loop(shared_rows, routed_rows, shared, routed, offsets):
+        parts = zip(routed_rows.split(offsets.diff().tolist()), routed, strict=True)
+        return torch.cat([*shared_parts(shared_rows, shared), *(product(r, p) for r, p in parts)])
+
+    def grouped(shared_rows, routed_rows, shared, routed, offsets):
+        weights = routed if transpose else routed.mT
+        return torch.cat([*shared_parts(shared_rows, shared), F.grouped_mm(routed_rows, weights, offs=offsets[1:])])
+
+    def one(rows, weight):
+        return product(rows, weight)
+
+    case = Case(f"expert_gemm {piece}", layer, dtype, flops=2 * w.rows * n * d)
+    if label == MM:
+        contest(case, label, one, lambda: {"rows": new(w.rows, width), "weight": new(n, d)})
+    else:
+        contest(case, label, {OURS: ours, LOOP: loop, TORCH_GROUPED: grouped}[label], make, loop)
+
+
+@pytest.mark.parametrize("label", [OURS, MM, LOOP])
+@pytest.mark.parametrize("piece", ["wgrad_up", "wgrad_down"])
+def bench_weight_gradient(contest, device, layer, dtype, piece, label):
+    w, new = layer, scaled(layer, dtype, device)
+    n, d = (2 * w.i, w.h) if piece == "wgrad_up" else (w.h, w.i)
+
+    def make():
+        return {
+            "shared_grads": new(w.s * w.t, n),
+            "routed_grads": new(w.t * w.k, n),
+            "shared_rows": new(w.t if piece == "wgrad_up" else w.s * w.t, d),
+            "routed_rows": new(w.t * w.k, d),
+            "offsets": group_offsets(layer, device),
+        }
+
+    def ours(offsets, **rows):
+        return torch.ops.ummrm.expert_gemm_wgrad(*rows.values(), offsets, w.t, w.s, True, True)
+
+    def loop(shared_grads, routed_grads, shared_rows, routed_rows, offsets):
+        blocks = [shared_rows] * w.s if piece == "wgrad_up" else shared_rows.split(w.t)
+        shared = torch.stack([g.T @ x for g, x in zip(shared_grads.split(w.t), blocks, strict=True)])
+        parts = zip(*(v.split(offsets.diff().tolist()) for v in (routed_grads, routed_rows)), strict=True)
         return shared, torch.stack([g.T @ r for g, r in parts])
 
-    def ours():
-        return torch.ops.ummrm.expert_gemm_wgrad(*grads, x, sorted_rows, offsets, w.t, w.s, True, True)
+    def one(grads, rows):
+        return grads.T @ rows
 
-    function, flops = {"ummrm": ours, "expert loop": loop}[label], 4 * w.rows * w.h * w.i
-    contest(f"expert_gemm_wgrad {dtype}", label, function, loop(), dtype, w.shape, flops=flops)
+    case = Case(f"expert_gemm {piece}", layer, dtype, flops=2 * w.rows * n * d)
+    if label == MM:
+        contest(case, label, one, lambda: {"grads": new(w.rows, n), "rows": new(w.rows, d)})
+    else:
+        contest(case, label, {OURS: ours, LOOP: loop}[label], make, loop)

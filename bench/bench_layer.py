@@ -5,72 +5,48 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ummrm import ops
 
 from . import rivals
-from .workload import DTYPES, forward_backward, layer_inputs, without_grad, workload
+from .harness import Case
+from .record import DENSE, OURS
+from .workload import layer_inputs
 
-DENSE = "dense FFN, equal FLOPs"
 
-
-@pytest.mark.parametrize("label", ["ummrm", *rivals.LAYERS, DENSE])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def bench_moe_ffn(contest, device, fast_gemm, label, dtype, backward):
-    fast_gemm(dtype)
-    w = workload(device)
-    torch.manual_seed(0)
-    arguments = layer_inputs(w, dtype, device)
-
-    def runner(function, arguments):
-        return forward_backward(function, arguments) if backward else without_grad(lambda: function(**arguments))
-
-    if label == DENSE:
-        width = (w.k + w.s) * w.i
-        dense = {
-            "x": arguments["x"],
-            "up": torch.randn(2 * width, w.h, device=device, dtype=dtype).requires_grad_(),
-            "down": torch.randn(w.h, width, device=device, dtype=dtype).requires_grad_(),
-        }
-
-        def ffn(x, up, down):
-            return F.linear(ops.activation(F.linear(x, up)), down)
-
-        function, want = runner(ffn, dense), None
+@pytest.mark.parametrize("direction", ["forward+backward", "forward"])
+def bench_moe_ffn(contest, device, layer, dtype, direction, contender):
+    w, passes = layer, 3 if direction == "forward+backward" else 1
+    case = Case("moe_ffn", layer, dtype, direction, flops=6 * w.rows * w.h * w.i * passes)
+    if contender == DENSE:
+        contest(case, DENSE, rivals.equal_flops_ffn, lambda: rivals.equal_flops_inputs(w, dtype, device), rounds=5)
     else:
-        function = runner({"ummrm": ops.moe_ffn, **rivals.LAYERS}[label], arguments)
-        want = runner(rivals.expert_loop, arguments)()
-        want = list(want) if backward else [want]
-    flops = 6 * w.rows * w.h * w.i * (3 if backward else 1)
-    group = f"moe_ffn {'forward+backward' if backward else 'forward'} {dtype}"
-    contest(group, label, function, want, dtype, w.shape, flops=flops, rounds=5)
+        function = {OURS: ops.moe_ffn, **rivals.LAYERS}[contender]
+        contest(case, contender, function, lambda: layer_inputs(w, dtype, device), rivals.expert_loop, rounds=5)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager merge", "dense FFN"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_merged_ffn(contest, device, fast_gemm, label, dtype):
+def bench_merged_ffn(contest, device, layer, dtype, label):
     """The merge phase: forward and backward to the coefficients and x, experts frozen."""
-    fast_gemm(dtype)
-    w = workload(device)
-    torch.manual_seed(0)
-    experts = {n: v.detach() for n, v in layer_inputs(w, dtype, device).items() if n.endswith(("_up", "_down"))}
-    x = torch.randn(w.t, w.h, device=device).to(dtype).requires_grad_()
-    coefficients = torch.rand(3, w.s + w.e, device=device).softmax(-1).requires_grad_()
-    joined = [torch.cat([experts[f"shared_{n}"], experts[f"routed_{n}"]]) for n in ("up", "down")]
+    w = layer
 
-    def eager(x, coefficients):
-        parts = [*joined[0].chunk(2, 1), joined[1]]
-        gate, up, down = rivals.merge(parts, coefficients, True)
+    def make():
+        inputs = layer_inputs(w, dtype, device)
+        experts = {n: v.detach() for n, v in inputs.items() if n.endswith(("_up", "_down"))}
+        coefficients = torch.rand(3, w.s + w.e, device=device).softmax(-1).requires_grad_()
+        return {"x": inputs["x"], "coefficients": coefficients, **experts}
+
+    def make_dense():
+        inputs = layer_inputs(w, dtype, device)
+        return {"x": inputs["x"], "up": inputs["shared_up"][0].detach(), "down": inputs["shared_down"][0].detach()}
+
+    def eager(x, coefficients, shared_up, routed_up, shared_down, routed_down):
+        up, down = torch.cat([shared_up, routed_up]), torch.cat([shared_down, routed_down])
+        gate, up, down = rivals.merge([*up.chunk(2, 1), down], coefficients, True)
         return rivals.dense_ffn(x, torch.cat([gate, up]), down)
 
-    arguments = {"x": x, "coefficients": coefficients}
+    case = Case("merged_ffn", layer, dtype, "forward+backward", flops=18 * w.t * w.h * w.i)
     if label == "dense FFN":
-        dense = {"x": x, "up": experts["shared_up"][0], "down": experts["shared_down"][0]}
-        function, want = forward_backward(rivals.dense_ffn, dense), None
+        contest(case, label, rivals.dense_ffn, make_dense, rounds=5)
     else:
-        ours = {"ummrm": lambda x, coefficients: ops.merged_ffn(x, coefficients, **experts)}
-        function = forward_backward({**ours, "torch eager merge": eager}[label], arguments)
-        want = forward_backward(eager, arguments)()
-    contest(f"merged_ffn forward+backward {dtype}", label, function, want, dtype, w.shape, rounds=5)
+        contest(case, label, {"ummrm": ops.merged_ffn, "torch eager merge": eager}[label], make, eager, rounds=5)

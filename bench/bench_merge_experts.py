@@ -6,48 +6,53 @@ import torch
 from ummrm import ops
 
 from . import rivals
-from .workload import DTYPES, workload
+from .harness import Case
 
 
-def tensors(w, dtype, device):
-    torch.manual_seed(0)
-    shapes = [(2 * w.i, w.h), (w.h, w.i)]
-    shared = [torch.randn(w.s, *shape, device=device).to(dtype) for shape in shapes]
-    routed = [torch.randn(w.e, *shape, device=device).to(dtype) for shape in shapes]
-    coefficients = torch.rand(2, w.s + w.e, device=device).softmax(-1)
-    return shared, routed, coefficients, 3 * w.h * w.i * dtype.itemsize
+def experts(layer, dtype, device):
+    """The two projections of every expert, and coefficients."""
+    w = layer
+    joined = [torch.randn(w.s + w.e, *shape, device=device, dtype=dtype) for shape in ((2 * w.i, w.h), (w.h, w.i))]
+    return {"joined": joined, "coefficients": torch.rand(2, w.s + w.e, device=device).softmax(-1)}
+
+
+def traffic(layer, dtype):
+    """Every expert read once, one more FFN read (a gradient) or written (the result)."""
+    return (layer.s + layer.e + 1) * 3 * layer.h * layer.i * dtype.itemsize
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager, fp32 sums", "torch eager, own dtype"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_merge(contest, device, label, dtype):
-    w = workload(device)
-    shared, routed, coefficients, size = tensors(w, dtype, device)
-    joined = [torch.cat(pair) for pair in zip(shared, routed, strict=True)]
-    functions = {
-        "ummrm": lambda: ops.merge_experts(shared, routed, coefficients),
-        "torch eager, fp32 sums": lambda: rivals.merge(joined, coefficients, True),
-        "torch eager, own dtype": lambda: rivals.merge(joined, coefficients, False),
-    }
-    want, shape = functions["torch eager, fp32 sums"](), f"{w.s + w.e} experts, H={w.h} I={w.i}"
-    contest(f"merge_experts {dtype}", label, functions[label], want, dtype, shape, (w.s + w.e + 1) * size, rounds=15)
+def bench_merge(contest, device, layer, dtype, label):
+    def ours(joined, coefficients):
+        return ops.merge_experts([w[: layer.s] for w in joined], [w[layer.s :] for w in joined], coefficients)
+
+    def eager(joined, coefficients):
+        return rivals.merge(joined, coefficients, True)
+
+    def low(joined, coefficients):
+        return rivals.merge(joined, coefficients, False)
+
+    function = {"ummrm": ours, "torch eager, fp32 sums": eager, "torch eager, own dtype": low}[label]
+    case = Case("merge", layer, dtype, bytes=traffic(layer, dtype))
+    contest(case, label, function, lambda: experts(layer, dtype, device), eager, rounds=15)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager, fp32 sums"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def bench_dots(contest, device, label, dtype):
-    w = workload(device)
-    shared, routed, _, size = tensors(w, dtype, device)
-    grads = [torch.randn(r.shape[1:], device=device).to(dtype) for r in routed]
+def bench_dots(contest, device, layer, dtype, label):
+    """The gradient of the coefficients, all that backward costs where experts are frozen."""
 
-    def eager():
-        pairs = zip(grads, shared, routed, strict=True)
-        return torch.stack([torch.stack([(g.float() * e.float()).sum() for e in [*s, *r]]) for g, s, r in pairs])
+    def make():
+        arguments = experts(layer, dtype, device)
+        return {"joined": arguments["joined"], "grads": [torch.randn_like(w[0]) for w in arguments["joined"]]}
 
-    functions = {
-        "ummrm": lambda: torch.ops.ummrm.merge_experts_dots(grads, shared, routed),
-        "torch eager, fp32 sums": eager,
-    }
-    shape = f"{w.s + w.e} experts, H={w.h} I={w.i}"
-    moved = (w.s + w.e + 1) * size
-    contest(f"merge_experts_dots {dtype}", label, functions[label], [eager()], dtype, shape, moved, rounds=15)
+    def ours(joined, grads):
+        shared, routed = [w[: layer.s] for w in joined], [w[layer.s :] for w in joined]
+        return torch.ops.ummrm.merge_experts_dots(grads, shared, routed)
+
+    def eager(joined, grads):
+        pairs = zip(grads, joined, strict=True)
+        return torch.stack([torch.stack([(g.float() * e.float()).sum() for e in w]) for g, w in pairs])
+
+    function = {"ummrm": ours, "torch eager, fp32 sums": eager}[label]
+    case = Case("dots", layer, dtype, bytes=traffic(layer, dtype))
+    contest(case, label, function, make, eager, rounds=15)

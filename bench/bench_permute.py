@@ -3,48 +3,67 @@
 import pytest
 import torch
 
-from ummrm import ops
+from ummrm import ops, reference
 
-from .workload import DTYPES, workload
+from . import rivals
+from .harness import Case
+from .workload import router_logits
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def routed(request, device):
-    w, dtype = workload(device), request.param
-    torch.manual_seed(0)
-    t = 8 * w.t
-    routing = ops.route(torch.randn(t, w.e, device=device), w.k)
-    maps = ops.sort_slots(routing.expert_indices, w.e)
-    x = torch.randn(t, w.h, device=device).to(dtype)
-    rows = torch.randn((w.s + w.k) * t, w.h, device=device).to(dtype)
-    return w, t, dtype, routing, maps, x, rows
+def maps_of(layer, device):
+    """Gate weights and slot maps, in plain torch, so that nothing but the measured operator is ours."""
+    shared, routed, indices, *_ = rivals.route(router_logits(layer, device), layer.k)
+    return shared, routed, reference.sort_slots(indices, layer.e)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager"])
-def bench_permute(contest, routed, label):
-    w, t, dtype, _, (_, sorted_to_slot, offsets), x, _ = routed
+def bench_permute(contest, device, layer, dtype, label):
+    t, h, k = layer.t, layer.h, layer.k
 
-    def eager():
-        return x[sorted_to_slot // w.k]
+    def make():
+        _, sorted_to_slot, offsets = maps_of(layer, device)[2]
+        return {
+            "x": torch.randn(t, h, device=device, dtype=dtype),
+            "sorted_to_slot": sorted_to_slot,
+            "offsets": offsets,
+        }
 
-    function = {"ummrm": lambda: ops.permute(x, sorted_to_slot, offsets, w.k), "torch eager": eager}[label]
-    moved = (t + t * w.k) * w.h * dtype.itemsize
-    contest(f"permute {dtype}", label, function, [eager()], dtype, f"T={t} H={w.h} K={w.k}", moved, rounds=15)
+    def ours(x, sorted_to_slot, offsets):
+        return ops.permute(x, sorted_to_slot, offsets, k)
+
+    def eager(x, sorted_to_slot, offsets):
+        return x[sorted_to_slot // k]
+
+    case = Case("permute", layer, dtype, bytes=(t + t * k) * h * dtype.itemsize)
+    contest(case, label, {"ummrm": ours, "torch eager": eager}[label], make, eager, rounds=15)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager"])
-def bench_unpermute(contest, routed, label):
-    w, t, dtype, routing, (slot_to_sorted, _, offsets), _, rows = routed
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def bench_unpermute(contest, device, layer, dtype, direction, label):
+    """With gate weights; backward gives the gradients of rows and of weights."""
+    t, h, k, s = layer.t, layer.h, layer.k, layer.s
+    # forward: rows in, tokens out; backward: rows and token gradients in, row gradients out
+    rows, tokens = layer.rows, t
+    moved = (rows + tokens) + (0 if direction == "forward" else 2 * rows + tokens)
+    case = Case("unpermute", layer, dtype, direction, bytes=moved * h * dtype.itemsize)
 
-    def eager():
-        chosen = rows[w.s * t :][slot_to_sorted].view(t, w.k, w.h)
-        shared = rows[: w.s * t].view(w.s, t, w.h).sum(0) * (routing.shared_weight / w.s).unsqueeze(-1)
-        return (shared + (chosen * routing.routed_weights.unsqueeze(-1)).sum(1)).to(dtype)
+    def make():
+        shared, routed, (slot_to_sorted, _, offsets) = maps_of(layer, device)
+        return {
+            "rows": torch.randn(layer.rows, h, device=device, dtype=dtype, requires_grad=case.backward),
+            "slot_to_sorted": slot_to_sorted,
+            "offsets": offsets,
+            "shared_weight": shared.requires_grad_(case.backward),
+            "routed_weights": routed.requires_grad_(case.backward),
+        }
 
-    def ours():
-        weights = routing.shared_weight, routing.routed_weights
-        return ops.unpermute(rows, slot_to_sorted, offsets, *weights, w.s, w.k)
+    def ours(rows, slot_to_sorted, offsets, shared_weight, routed_weights):
+        return ops.unpermute(rows, slot_to_sorted, offsets, shared_weight, routed_weights, s, k)
 
-    moved = (rows.shape[0] + t) * w.h * dtype.itemsize
-    function = {"ummrm": ours, "torch eager": eager}[label]
-    contest(f"unpermute {dtype}", label, function, [eager()], dtype, f"T={t} H={w.h} K={w.k}", moved, rounds=15)
+    def eager(rows, slot_to_sorted, offsets, shared_weight, routed_weights):
+        chosen = rows[s * t :][slot_to_sorted].view(t, k, h)
+        shared = rows[: s * t].view(s, t, h).sum(0) * (shared_weight / s).unsqueeze(-1)
+        return (shared + (chosen * routed_weights.unsqueeze(-1)).sum(1)).to(dtype)
+
+    contest(case, label, {"ummrm": ours, "torch eager": eager}[label], make, eager, rounds=15)

@@ -1,4 +1,4 @@
-"""route and sort_slots, against eager torch."""
+"""route and sort_slots, each and one after the other, against eager torch; in a CUDA graph where there is one."""
 
 import pytest
 import torch
@@ -6,43 +6,50 @@ import torch
 from ummrm import ops
 
 from . import rivals
-from .workload import workload
+from .harness import Case
+from .workload import router_logits
+
+
+def ours(logits, top_k):
+    return ops.route(logits, top_k)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def bench_route(contest, device, label, backward):
-    w = workload(device)
-    t = 16 * w.t  # routing is small: measured at the token count of a long batch
-    torch.manual_seed(0)
-    logits = torch.randn(t, w.e, device=device, requires_grad=True)
-    function = {"ummrm": ops.route, "torch eager": rivals.route}
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def bench_route(contest, device, layer, direction, label):
+    case = Case("route", layer, torch.float32, direction)
 
-    def run(label=label):
-        with torch.set_grad_enabled(backward):
-            out = function[label](logits, w.k)
-            if not backward:
-                return list(out)
-            loss = out[0].sum() + out[1].square().sum() + out[4].square().sum() + out[5]
-            return torch.autograd.grad(loss, logits)
+    def make():
+        return {"logits": router_logits(layer, device).requires_grad_(case.backward), "top_k": layer.k}
 
-    group = f"route {'forward+backward' if backward else 'forward'}"
-    contest(group, label, run, run("torch eager"), torch.float32, f"T={t} E={w.e} K={w.k}", rounds=30)
+    function = {"ummrm": ours, "torch eager": rivals.route}[label]
+    contest(case, label, function, make, rivals.route, graph=label == "ummrm" and not case.backward, rounds=30)
+
+
+@pytest.mark.parametrize("label", ["ummrm", "torch eager"])
+def bench_route_and_sort(contest, device, layer, label):
+    """All that lies between the router's product and the permutation."""
+
+    def make():
+        return {"logits": router_logits(layer, device)}
+
+    def both(logits):
+        routing = ops.route(logits, layer.k)
+        return [*routing, *ops.sort_slots(routing.expert_indices, layer.e)]
+
+    def eager(logits):
+        routing = rivals.route(logits, layer.k)
+        return [*routing, *rivals.sort_slots(routing[2], layer.e)]
+
+    case, function = Case("route_and_sort", layer, torch.float32), {"ummrm": both, "torch eager": eager}[label]
+    contest(case, label, function, make, eager, graph=label == "ummrm", rounds=30)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch sort"])
-def bench_sort_slots(contest, device, label):
-    w = workload(device)
-    t = 16 * w.t
-    torch.manual_seed(0)
-    indices = ops.route(torch.randn(t, w.e, device=device), w.k).expert_indices
+def bench_sort_slots(contest, device, layer, label):
+    def make():
+        return {"expert_indices": rivals.route(router_logits(layer, device), layer.k)[2], "num_experts": layer.e}
 
-    def eager():
-        experts, order = indices.flatten().sort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
-        ends = torch.bincount(experts, minlength=w.e).cumsum(0)
-        return [inverse, order, torch.cat([ends.new_zeros(1), ends])]
-
-    want = [v.int() for v in eager()]
-    function = {"ummrm": lambda: ops.sort_slots(indices, w.e), "torch sort": eager}[label]
-    contest("sort_slots", label, function, want, torch.float32, f"T={t} E={w.e} K={w.k}", rounds=30)
+    function = {"ummrm": ops.sort_slots, "torch sort": rivals.sort_slots}[label]
+    case = Case("sort_slots", layer, torch.float32)
+    contest(case, label, function, make, rivals.sort_slots, graph=label == "ummrm", rounds=30)

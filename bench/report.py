@@ -1,79 +1,102 @@
 """Runs every suite, prints the ratios, and writes the record to bench/results/.
 
-    python -m bench.report [--device cpu] [--threads n] [-k expression]
+    python -m bench.report [--device cpu] [--threads n] [-k expression] [--deadline seconds] [--record file]
 
 A ratio is the contender's time over ummrm's in the same run: above 1, ummrm is faster. "of peak" is bytes over the
-copy bandwidth, or FLOPs over the mm rate, both measured in the same run. Both are taken from the best round: whatever a
-round takes longer is the machine's other work. The median stands beside it, to show how much of that there was.
+copy bandwidth, or FLOPs over the mm rate, both measured in the same run. docs/benchmarks.md says how all is measured.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import ummrm  # noqa: F401  (before pytest puts the checkout, which may hold no extension, on the path)
+
+from . import targets
+from .record import OURS, read_record
+
 HERE = Path(__file__).parent
 
 
-def run(device, threads, expression):
-    """The record of one run of the suites, as pytest-benchmark and conftest.py write it."""
+def run(device, threads=None, expression="", deadline=None, record=None):
+    """The record of one run of the suites, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "run.json"
+        output = Path(record or Path(folder) / "record.jsonl").resolve()
+        output.unlink(missing_ok=True)
         arguments = [str(HERE), "-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
-        arguments += ["-p", "no:cacheprovider", "--benchmark-disable-gc", f"--benchmark-json={output}"]
-        arguments += [f"--device={device}", "--benchmark-columns=median", "--benchmark-warmup=off"]
+        arguments += ["-p", "no:cacheprovider", "--import-mode=append", "--benchmark-disable-gc"]
+        arguments += ["--benchmark-columns=median", "--benchmark-warmup=off", "--no-header", "-rN"]
+        arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what ummrm has imported
+        arguments += [f"--device={device}", f"--record={output}"]
         arguments += [] if threads is None else [f"--threads={threads}"]
+        arguments += [] if deadline is None else [f"--deadline={deadline}"]
         code = pytest.main(arguments + (["-k", expression] if expression else []))
-        if code != 0:
-            sys.exit(f"a suite failed (pytest exit status {int(code)}): no report")
-        return json.loads(output.read_text())
+        if not output.exists():
+            sys.exit(f"nothing was measured (pytest exit status {int(code)})")
+        return read_record(output), int(code)
 
 
 def rows(record):
-    """One row for each contender: group, label, best and median seconds, ratio to ummrm, fraction of peak, shape."""
-    rates, groups = record["ummrm"]["rates"], {}
-    for benchmark in record["benchmarks"]:
-        groups.setdefault(benchmark["group"], []).append(benchmark)
-    for group, contenders in groups.items():
-        ours = [b["stats"]["min"] for b in contenders if b["extra_info"]["label"] == "ummrm"]
-        for b in contenders:
-            info, best = b["extra_info"], b["stats"]["min"]
-            peak = None
-            if info["bytes"]:
-                peak = info["bytes"] / best / rates["copy_bytes"]
-            elif info["flops"]:
-                peak = info["flops"] / best / rates[f"mm_flops_{info['dtype']}"]
-            ratio = best / ours[0] if ours else None
-            yield group, info["label"], best, b["stats"]["median"], ratio, peak, info["shape"]
+    """(heading, entry, ratio to ummrm or None, fraction of peak or None) for each contender, case by case."""
+    cases = {}
+    for entry in record["entries"]:
+        cases.setdefault(targets.Entries.case(entry), []).append(entry)
+    for entries in cases.values():
+        ours = [e for e in entries if e["label"] == OURS and e["outcome"] == "measured"]
+        for e in entries:
+            s = e["sizes"]
+            sizes = " ".join(f"{name.upper()}={s[name]}" for name in "thieks") + f" {s['routing']}"
+            heading = f"{e['suite']} {e['direction']} {e['dtype']}   [{sizes}]"
+            if e["outcome"] != "measured":
+                yield heading, e, None, None
+                continue
+            ratio = targets.seconds(e) / targets.seconds(ours[0]) if ours else None
+            yield heading, e, ratio, targets.of_peak(e, record["about"]["rates"])
 
 
 def table(record):
     """The rows as text, with what they were measured on at the head."""
-    about = record["ummrm"]
+    about, cuda = record["about"], any("held_bytes" in e for e in record["entries"])
     rates = ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in about["rates"].items())
+    memory = f"{'held MiB':>11}{'peak MiB':>11}" if cuda else ""
     lines = [
         f"device {about['device']}, {about['threads']} threads, load average {about['load_average'][0]:.1f}",
         f"commit {about['commit']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
         f"allocator: {about['allocator']}",
         f"measured rates: {rates}",
         "",
-        f"{'':26}{'best ms':>11}{'median ms':>11}{'over ummrm':>12}{'of peak':>9}",
+        f"{'':26}{'best ms':>11}{'median ms':>11}{'over ummrm':>12}{'of peak':>9}{memory}",
     ]
-    last = None
-    for group, label, best, median, ratio, peak, shape in rows(record):
-        if group != last:
-            lines += ["", f"{group}   [{shape}]"]
-            last = group
+    last, left = None, Counter()
+    for heading, e, ratio, peak in rows(record):
+        if e["outcome"].startswith("not run"):
+            left[e["outcome"]] += 1
+            continue
+        if heading != last:
+            lines += ["", heading]
+            last = heading
+        if e["outcome"] != "measured":
+            lines.append(f"  {e['label']:24}{e['outcome']}")
+            continue
         ratio = "" if ratio is None else f"{ratio:.2f}"
         peak = "" if peak is None else f"{peak:.2f}"
-        lines.append(f"  {label:24}{best * 1e3:11.3f}{median * 1e3:11.3f}{ratio:>12}{peak:>9}")
-    for reason, count in Counter(line.split(": ", 1)[1] for line in about["skipped"]).items():
-        lines += ["", f"{count} contenders not run: {reason}"]
+        held = "".join(f"{e[n] / 2**20:11.1f}" for n in ("held_bytes", "peak_bytes")) if "held_bytes" in e else ""
+        lines.append(f"  {e['label']:24}{e['best'] * 1e3:11.3f}{e['median'] * 1e3:11.3f}{ratio:>12}{peak:>9}{held}")
+    for outcome, count in left.items():
+        lines += ["", f"{count} contenders {outcome}"]
     return "\n".join(lines)
+
+
+def text(record):
+    """The table, and on CUDA the targets."""
+    on_cuda = any(e.get("timing") in ("events", "graph") for e in record["entries"])
+    return table(record) + ("\n\n" + targets.targets_table(record) if on_cuda else "")
 
 
 def main():
@@ -81,22 +104,20 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; fewer than cores where other work shares the machine")
     parser.add_argument("-k", dest="expression", default="", help="only suites that match, as in pytest")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further contender is begun")
+    parser.add_argument("--record", type=Path, help="write entries here as they come, and nothing to bench/results")
     options = parser.parse_args()
-    record = run(options.device, options.threads, options.expression)
-    text = table(record)
-    print(text)
-    if not options.expression:
+    record, code = run(options.device, options.threads, options.expression, options.deadline, options.record)
+    print(text(record))
+    if not options.expression and options.record is None and code == 0:
         threads = f"-{options.threads}threads" if options.threads else ""
-        name = f"{options.device}{threads}-{record['datetime'][:10]}-{record['ummrm']['commit'][:12]}"
-        kept = {key: record[key] for key in ("datetime", "ummrm")}  # the rest names the host and its user
-        kept["benchmarks"] = [
-            {"group": b["group"], **b["extra_info"], **{k: b["stats"][k] for k in ("min", "median", "max", "rounds")}}
-            for b in record["benchmarks"]
-        ]
+        name = f"{options.device}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"
         (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-        (HERE / "results" / f"{name}.txt").write_text(text + "\n")
+        (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (HERE / "results" / f"{name}.txt").write_text(text(record) + "\n")
         print(f"\nwritten: bench/results/{name}.json and .txt")
+    if code:
+        sys.exit(f"a contender failed (pytest exit status {code}); what was measured stands above")
 
 
 if __name__ == "__main__":

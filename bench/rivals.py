@@ -5,6 +5,10 @@ import torch.nn.functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from ummrm import ops
+
+from .record import DENSE, LOOP, OURS, TORCH_GROUPED, TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
+
 
 def dense_ffn(x, up, down):
     """Gated FFN without biases, plain torch eager."""
@@ -64,11 +68,36 @@ def transformers_experts(implementation):
 
 
 LAYERS = {
-    "expert loop": expert_loop,
-    "torch grouped_mm": grouped_mm,
-    "transformers eager": transformers_experts("eager"),
-    "transformers grouped_mm": transformers_experts("grouped_mm"),
+    LOOP: expert_loop,
+    TORCH_GROUPED: grouped_mm,
+    TRANSFORMERS_EAGER: transformers_experts("eager"),
+    TRANSFORMERS_GROUPED: transformers_experts("grouped_mm"),
 }
+
+
+def contenders(device_type):
+    """Labels of all that the layer is run as; on CUDA transformers' eager loop says no more than the loop here."""
+    rivals = [label for label in LAYERS if device_type == "cpu" or label != TRANSFORMERS_EAGER]
+    return [OURS, *rivals, DENSE]
+
+
+def equal_flops_inputs(layer, dtype, device):
+    """One FFN of intermediate size (K+S)*I on the same tokens."""
+    width = (layer.k + layer.s) * layer.i
+
+    def make(*shape, scale=1.0):
+        return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_()
+
+    return {
+        "x": make(layer.t, layer.h),
+        "up": make(2 * width, layer.h, scale=layer.h**-0.5),
+        "down": make(layer.h, width, scale=width**-0.5),
+    }
+
+
+def equal_flops_ffn(x, up, down):
+    """torch's matrix products around our fused activation."""
+    return F.linear(ops.activation(F.linear(x, up)), down)
 
 
 def route(logits, top_k):
@@ -79,6 +108,14 @@ def route(logits, top_k):
     counts = torch.bincount(indices.flatten(), minlength=logits.shape[-1])
     z = logits.float().logsumexp(-1).square().mean()
     return 1 - top[:, 0], routed, indices.int(), counts, p.mean(0), z
+
+
+def sort_slots(expert_indices, num_experts):
+    """Slots by expert, by torch's stable sort."""
+    experts, order = expert_indices.flatten().sort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    ends = torch.bincount(experts, minlength=num_experts).cumsum(0)
+    return [v.int() for v in (inverse, order, torch.cat([ends.new_zeros(1), ends]))]
 
 
 def merge(tensors, coefficients, accumulate):

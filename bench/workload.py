@@ -1,74 +1,122 @@
-"""What every suite measures: few, wide experts, as upcycled reward models have them, at a size for the device."""
+"""What every suite measures on which device: few, wide experts, as upcycled reward models have them.
 
-from dataclasses import dataclass
+A suite asks for its sizes by the name of its function; conftest.py makes one case of each. On CUDA they are the sizes
+that `targets.py` speaks of, the most telling first: a run that meets its deadline leaves the rest.
+"""
+
+from dataclasses import asdict, dataclass
 
 import torch
 
-from ummrm import ops
+from . import rivals
 
-DTYPES = (torch.float32, torch.bfloat16)
+_MEMORY_BOUND = ("activation", "permute", "unpermute", "merge", "dots", "merged_ffn")
 
 
 @dataclass(frozen=True)
-class Workload:
-    """T tokens, H hidden, I intermediate, E routed experts, K of them a token, S shared."""
+class Layer:
+    """T tokens, H hidden, I intermediate, E routed experts, K of them a token, S shared.
+
+    `routing` says how tokens fall on experts: "balanced" (random logits) or "skewed" (see `router_logits`).
+    """
 
     t: int
     h: int
     i: int
     e: int
     k: int
-    s: int
+    s: int = 1
+    routing: str = "balanced"
 
-    @property
-    def shape(self):
-        return f"T={self.t} H={self.h} I={self.i} E={self.e} K={self.k} S={self.s}"
+    def __str__(self):
+        return f"T={self.t} H={self.h} I={self.i} E={self.e} K={self.k} S={self.s} {self.routing}"
 
     @property
     def rows(self):
         return self.t * (self.s + self.k)
 
+    @property
+    def sizes(self):
+        return asdict(self)
 
-def workload(device):
-    return Workload(512, 512, 1408, 8, 2, 1) if device.type == "cpu" else Workload(16384, 2048, 5632, 8, 2, 1)
+
+_CPU = Layer(512, 512, 1408, 8, 2)
+_WIDE = Layer(16384, 4096, 14336, 8, 2)
+_LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
+_ROUTED = ((7, 5), (8, 2), (16, 4))  # E, K
+
+SIZES = {
+    "cpu": {
+        **{name: [_CPU] for name in ("activation", "merge", "dots", "projection", "weight_gradient")},
+        **{name: [_CPU] for name in ("moe_ffn", "merged_ffn")},
+        **{name: [Layer(8 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("permute", "unpermute")},
+        **{name: [Layer(16 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("route", "route_and_sort", "sort_slots")},
+    },
+    "cuda": {
+        **{name: [_WIDE] for name in ("activation", "merge", "dots", "permute", "unpermute")},
+        **{
+            name: [Layer(65536, 4096, 14336, e, k) for e, k in _ROUTED]
+            for name in ("route", "route_and_sort", "sort_slots")
+        },
+        **{name: [Layer(16384, *layer) for layer in _LAYERS] for name in ("projection", "weight_gradient")},
+        "moe_ffn": [
+            Layer(t, *layer, 1, routing)
+            for t, routing in (
+                (16384, "balanced"),
+                (4096, "balanced"),
+                (16384, "skewed"),
+                (4096, "skewed"),
+                (65536, "balanced"),
+                (65536, "skewed"),
+            )
+            for layer in _LAYERS
+        ],
+        "merged_ffn": [Layer(16384, 2048, 8192, 8, 2)],
+    },
+}
 
 
-def layer_inputs(w, dtype, device):
-    """Tensor arguments of moe_ffn without biases, all trained."""
+def dtypes(name, device_type):
+    """What a suite is run in: on CUDA matrix products in the type that training uses, copies in a wide one as well."""
+    wide = (torch.float32, torch.bfloat16)
+    return wide if device_type == "cpu" or name in _MEMORY_BOUND[:-1] else (torch.bfloat16,)
+
+
+def importance(name, parameters):
+    """Sort key of a case on CUDA: cheap operators first, then the layer as its sizes are ordered, training first."""
+    layer = parameters.get("layer")
+    if name == "moe_ffn":
+        return 1, SIZES["cuda"]["moe_ffn"].index(layer), parameters["direction"] == "forward"
+    return (0 if name in ("route_and_sort", *_MEMORY_BOUND) else 2, 0, False)
+
+
+def router_logits(layer, device):
+    """[T, E]. Skewed: expert e is e * 2.8 / (E - 1) less likely in logits, so that the first gets several times its
+    share and the last few tokens; no expert is empty and none is sure.
+
+    Logits of a token are at least 2^-15 apart: how experts rank depends on nobody's rounding.
+    """
+    logits = torch.randn(layer.t, layer.e, device=device)
+    experts = torch.arange(layer.e, device=device)
+    if layer.routing == "skewed":
+        logits -= experts * (2.8 / max(layer.e - 1, 1))
+    return (logits * 2**10).round() / 2**10 + experts / (2**10 * max(layer.e, 32))
+
+
+def layer_inputs(layer, dtype, device):
+    """Tensor arguments of moe_ffn without biases, all trained; routed in plain torch, whatever is measured."""
 
     def make(*shape, scale=1.0):
-        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+        return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_()
 
-    routing = ops.route(torch.randn(w.t, w.e, device=device), w.k)
+    w, routing = layer, rivals.route(router_logits(layer, device), layer.k)
     return {
         "x": make(w.t, w.h),
-        "shared_weight": routing.shared_weight.requires_grad_(),
-        "routed_weights": routing.routed_weights.requires_grad_(),
-        "expert_indices": routing.expert_indices,
+        "shared_weight": routing[0].requires_grad_(),
+        "routed_weights": routing[1].requires_grad_(),
+        "expert_indices": routing[2],
         "shared_up": make(w.s, 2 * w.i, w.h, scale=w.h**-0.5),
         "routed_up": make(w.e, 2 * w.i, w.h, scale=w.h**-0.5),
         "shared_down": make(w.s, w.h, w.i, scale=w.i**-0.5),
         "routed_down": make(w.e, w.h, w.i, scale=w.i**-0.5),
     }
-
-
-def forward_backward(function, arguments):
-    """A callable that runs `function(**arguments)` and the gradients of everything that requires one."""
-    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    grad = None
-
-    def run():
-        nonlocal grad
-        out = function(**arguments)
-        grad = torch.ones_like(out) if grad is None else grad
-        return torch.autograd.grad(out, leaves, grad)
-
-    return run
-
-
-def without_grad(function):
-    def run():
-        with torch.no_grad():
-            return function()
-
-    return run
