@@ -7,10 +7,13 @@
 #   make test        the fast tier of tests (what CI runs)
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
 #   make bench       the microbenchmarks, and a table of them
+#   make gpu-check   builds, tests, sanitizes and times the CUDA kernels; needs an NVIDIA GPU, nvcc, torch, no network
+#   make gpu-wheels  fetches into WHEELS what a machine without network lacks for gpu-check
 #   make lint        style checks
 #   make clean       removes builds and the virtual environment
 #
 # Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS.
+# Of gpu-check: STAGE (build, test, sanitize or bench alone), WHEELS (a folder), RESULTS (gets a copy of the results).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,7 +28,7 @@ RUN := $(BIN)/python -P
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-cpp test-python test-full bench lint clean
+.PHONY: demo demo-real test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +69,19 @@ test-full: test
 bench: $(VENV)/.ummrm
 	$(PIP) install -e ".[bench]" --no-build-isolation
 	$(BIN)/python -m bench.report
+
+# runs on the interpreter that has torch with CUDA, not on .venv; what it installs goes to build/gpu
+gpu-check:
+	$(PYTHON) -m bench.gpu_check $(addprefix --stage ,$(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(RESULTS),--results $(RESULTS))
+
+# for Linux on x86-64, the platforms by which wheels name it; CUTLASS is headers, its dependencies are not needed
+GPU_PYTHON ?= 3.12
+GPU_WHEEL := --python-version $(GPU_PYTHON) --implementation cp --only-binary=:all: \
+	$(foreach p,2_28 2_27 2_17,--platform manylinux_$(p)_x86_64) --platform manylinux2014_x86_64 --platform manylinux1_x86_64
+gpu-wheels:
+	$(if $(WHEELS),,$(error WHEELS must name the folder to fill: make gpu-wheels WHEELS=folder))
+	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) "transformers>=5" "setuptools>=77,<82" "pytest>=8" "pytest-benchmark>=5"
+	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) --no-deps nvidia-cutlass==4.2.0.0
 
 lint: $(VENV)/.ummrm
 	$(PIP) install ruff

@@ -12,6 +12,7 @@ from ummrm import backends
 
 
 def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="where tests/gpu runs: cuda, or cpu to rehearse it")
     parser.addoption("--library", help="operators to load over the extension's, as emulated_extension.py builds them")
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs; by default a fresh one")
 
