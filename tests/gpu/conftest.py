@@ -4,6 +4,7 @@ Without a CUDA device, or with an extension that has no CUDA kernels, the whole 
 needs it to have run (bench/gpu_stages.py) counts what passed.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,23 @@ def obstacle(device):
     return None
 
 
+class Skipped(pytest.Module):
+    """A file none of whose tests can run: one skip that says why, instead of one for each test."""
+
+    def collect(self):
+        pytest.skip(obstacle(torch.device(self.config.getoption("--device"))), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if obstacle(torch.device(parent.config.getoption("--device"))):
+        return Skipped.from_parent(parent, path=module_path)
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
-    device = torch.device(config.getoption("--device"))
-    reason = obstacle(device)
+    on_cpu = torch.device(config.getoption("--device")).type == "cpu"
     for item in items:
-        if HERE not in item.path.parents:
-            continue
-        if reason:
-            item.add_marker(pytest.mark.skip(reason=reason))
-        elif device.type == "cpu" and item.get_closest_marker("cuda_only"):
+        if on_cpu and HERE in item.path.parents and item.get_closest_marker("cuda_only"):
             item.add_marker(pytest.mark.skip(reason="says nothing of a CPU"))
 
 
@@ -43,9 +52,11 @@ def device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exact_products():
-    """fp32 products in fp32, whatever the machine's configuration says."""
+def machine(device):
+    """fp32 products in fp32, whatever the machine's configuration says; the reference on all of its cores."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cuda":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs operators on a device with arguments that live on the CPU, and gives what CUDA alone has: graphs, streams, and the
+"""Runs operators on a device with arguments that live on the CPU, and gives what CUDA alone has: graphs, streams, the
 detection of synchronisation. On the CPU these have stand-ins, so that tests can be rehearsed."""
 
 import contextlib
