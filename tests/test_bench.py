@@ -1,14 +1,17 @@
-"""The benchmark harness, without a GPU: rotation, rounds, events, memory, deadline, records, targets, one real run."""
+"""The benchmark harness, without a GPU: rotation, rounds, events, memory, deadline, records, and a real run."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
 from bench_path import ROOT
 
-from bench import harness, record, report, rivals, targets, timing, workload
+from bench import harness, record, rivals, timing, workload
 
 SMALL = workload.Layer(32, 16, 24, 4, 2)
 CPU = torch.device("cpu")
@@ -213,6 +216,81 @@ def test_a_dtype_without_native_products_is_not_timed(monkeypatch):
     assert recorder.entries[0]["outcome"].startswith("not run: torch.mm in bfloat16")
 
 
+class FakeCuda:
+    """As much of torch.cuda as the harness uses, on the host's clock: what it does with a device, without one."""
+
+    def __init__(self, monkeypatch):
+        self.replays, self.captured, self.sleeps = 0, 0, 0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = time.perf_counter()
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                fake.replays += 1
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def capture(graph):
+            fake.captured += 1
+            yield
+
+        def sleep(cycles):
+            fake.sleeps += 1
+
+        stand_ins = {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": Stream,
+            "current_stream": Stream,
+            "stream": contextlib.nullcontext,
+            "graph": capture,
+            "_sleep": sleep,
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: 4096,
+            "max_memory_allocated": lambda: 8192,
+            "reset_peak_memory_stats": lambda: None,
+            "get_device_properties": lambda d: types.SimpleNamespace(L2_cache_size=640, name="none", total_memory=1),
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["events", "graph"])
+def test_what_is_done_on_cuda(monkeypatch, graph):
+    """Inputs are rotated, memory is measured, and times are those of events or of a replayed graph's share."""
+    cuda, recorder, made, seen = FakeCuda(monkeypatch), record.Recorder(), [], set()
+
+    def make():
+        made.append(torch.randn(8, 8))
+        return {"x": made[-1]}
+
+    def triple(x):
+        seen.add(x.data_ptr())
+        return x * 3
+
+    on_cuda = harness.Contest(types.SimpleNamespace(type="cuda"), recorder, timing.Deadline(), None, skip)
+    on_cuda(harness.Case("triple", SMALL, torch.float32, bytes=512), "ummrm", triple, make, triple, graph=graph)
+    (entry,) = recorder.entries
+    assert entry["input_sets"] == len(made) == len(seen) == 8  # 256 bytes each, past 3 * 640
+    assert not torch.equal(made[0], made[1]) and cuda.sleeps == 2
+    assert entry["timing"] == ("graph" if graph else "events") and entry["rounds"] == 100
+    assert entry["peak_bytes"] == 4096 and entry["held_bytes"] == -256 and 0 < entry["best"] <= entry["median"]
+    assert (cuda.captured, cuda.replays > 100) == ((1, True) if graph else (0, False))
+
+
 def test_output_gradients_are_the_same_for_all_and_random():
     first, second = (harness.Call(double, make(), True) for _ in range(2))
     for call in (first, second):
@@ -228,112 +306,6 @@ def test_a_record_survives_a_cut(tmp_path):
     recorder.write("entry", {"n": 2})
     path.write_text(path.read_text() + '{"entry": {"n"')
     assert record.read_record(path) == {"about": {"device": "a"}, "entries": [{"n": 1}, {"n": 2}]}
-
-
-# Targets, on entries made by hand.
-
-
-def entry(suite, label, median, direction="forward+backward", held=100, **sizes):
-    layer = {"t": 16384, "h": 4096, "i": 14336, "e": 8, "k": 2, "s": 1, "routing": "balanced", **sizes}
-    kind = {"suite": suite, "direction": direction, "dtype": "bfloat16", "sizes": layer, "label": label}
-    return kind | {
-        "bytes": 0 if suite == "moe_ffn" else 10**9,
-        "flops": 10**12 if suite == "moe_ffn" else 0,
-        "outcome": "measured",
-        "timing": "events",
-        "best": median / 2,
-        "median": median,
-        "held_bytes": held,
-        "peak_bytes": held,
-    }
-
-
-def run_of(*entries):
-    about = {"device": "none", "threads": 1, "load_average": [0.0], "commit": "c", "versions": {}, "allocator": {}}
-    return {"about": about | {"rates": {"copy_bytes": 4e12, "mm_flops_bfloat16": 8e14}}, "entries": list(entries)}
-
-
-def verdict(run, what, **sizes):
-    wanted = set(sizes.items())
-    (found,) = [
-        v for v in targets.verdicts(run) if v.target.what == what and len(v.case) > 1 and wanted <= set(v.case[3])
-    ]
-    return found
-
-
-def test_a_fraction_of_the_copy_bandwidth():
-    for median, met in ((1e9 / 4e12 / 0.86, True), (1e9 / 4e12 / 0.84, False)):
-        found = verdict(run_of(entry("permute", "ummrm", median, "forward")), "fraction of copy bandwidth")
-        assert found.met is met and found.measured == pytest.approx(0.86 if met else 0.84) and found.bound == 0.85
-
-
-def test_routing_in_microseconds():
-    for median, met in ((39e-6, True), (41e-6, False)):
-        run = run_of(entry("route_and_sort", "ummrm", median, "forward", t=65536))
-        assert verdict(run, "microseconds to route and sort").met is met
-
-
-@pytest.mark.parametrize(
-    ("what", "rival", "sizes", "bound"),
-    [
-        ("of the dense FFN at equal FLOPs", record.DENSE, {"t": 16384}, 0.85),
-        ("of the dense FFN at equal FLOPs", record.DENSE, {"t": 65536}, 0.85),
-        ("of the dense FFN at equal FLOPs", record.DENSE, {"t": 4096}, 0.70),
-        ("times as fast as a cuBLAS loop", record.LOOP, {}, 1.0),
-        ("times as fast as torch's grouped_mm", record.TORCH_GROUPED, {}, 1.0),
-        ("times as fast as transformers' grouped_mm", record.TRANSFORMERS_GROUPED, {"h": 896}, 1.3),
-        ("times as fast as transformers' grouped_mm", record.TRANSFORMERS_GROUPED, {"h": 1024}, 1.3),
-        ("times as fast as transformers' grouped_mm", record.TRANSFORMERS_GROUPED, {"h": 2048}, 1.1),
-        ("times as fast as transformers' grouped_mm", record.TRANSFORMERS_GROUPED, {"h": 4096}, 1.0),
-    ],
-)
-def test_the_layer_against_its_rivals(what, rival, sizes, bound):
-    for share, met in ((bound + 0.01, True), (bound - 0.01, False)):
-        run = run_of(entry("moe_ffn", "ummrm", 1.0, **sizes), entry("moe_ffn", rival, share, **sizes))
-        found = verdict(run, what, **sizes)
-        assert found.met is met and found.bound == bound and found.measured == pytest.approx(share)
-
-
-def test_activation_memory_must_be_below_each_rival():
-    for held, met in ((99, True), (100, False), (101, False)):
-        run = run_of(entry("moe_ffn", "ummrm", 1.0, held=held), entry("moe_ffn", record.LOOP, 1.0))
-        assert verdict(run, f"activation memory over that of {record.LOOP}").met is met
-
-
-def test_what_was_not_measured_is_not_met():
-    late = entry("moe_ffn", record.DENSE, 1.0) | {"outcome": "out of memory"}
-    run = run_of(entry("moe_ffn", "ummrm", 1.0), late, entry("moe_ffn", record.DENSE, 0.1, t=4096))
-    found = verdict(run, "of the dense FFN at equal FLOPs", t=16384)
-    assert found.met is None and found.why == f"{record.DENSE}: out of memory"
-    assert verdict(run, "times as fast as a cuBLAS loop").why == f"{record.LOOP}: not in this run"
-    summary = targets.summary(run)
-    assert summary["met"] == 0 and summary["not_met"] == [] and summary["not_measured"] >= len(targets.TARGETS)
-    text = targets.targets_table(run)
-    assert "out of memory" in text and "no such case in this run" in text
-
-
-def test_every_target_has_a_case_on_cuda():
-    """By name and size, so that a renamed suite or contender is found here and not on the day of a run."""
-    on_cuda = workload.SIZES["cuda"]
-    moe = on_cuda["moe_ffn"]
-    assert {(w.h, w.i, w.e, w.k) for w in moe} == {
-        (2048, 8192, 8, 2),
-        (4096, 14336, 8, 2),
-        (1024, 2816, 7, 5),
-        (896, 4864, 7, 5),
-    }
-    assert {(w.t, w.routing) for w in moe} == {(t, r) for t in (4096, 16384, 65536) for r in ("balanced", "skewed")}
-    assert len(moe) == len(set(moe)) == 24
-    for name in ("permute", "unpermute", "activation", "merge"):
-        (w,) = on_cuda[name]
-        assert (w.t, w.h, w.i, w.e, w.k) == (16384, 4096, 14336, 8, 2)
-    assert [w.t for w in on_cuda["route_and_sort"]] == [65536] * 3 and {w.e for w in on_cuda["route"]} == {7, 8, 16}
-    labels = set(rivals.contenders("cuda"))
-    assert {t.rival for t in targets.TARGETS if t.suites == ("moe_ffn",)} <= labels
-    source = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("bench_*.py")))
-    for target in targets.TARGETS:
-        for suite in target.suites:
-            assert f'Case("{suite.split()[0]}' in source or 'Case(f"expert_gemm {piece}"' in source, suite
 
 
 def test_the_most_important_cases_come_first():
@@ -378,17 +350,6 @@ def test_the_layers_rivals_compute_what_it_does(label, routing):
     want = harness.Call(ops.moe_ffn, arguments, True).results()
     got = harness.Call(rivals.LAYERS[label], arguments, True).results()
     harness.assert_same(label, got, want, torch.float32)
-
-
-def test_report_of_a_cuda_record():
-    late = entry("moe_ffn", record.LOOP, 1.0) | {"outcome": "not run: time"}
-    full = entry("moe_ffn", record.TORCH_GROUPED, 1.0) | {"outcome": "out of memory"}
-    dense = entry("moe_ffn", record.DENSE, 0.004, held=2**20)
-    text = report.text(run_of(entry("moe_ffn", "ummrm", 0.005, held=2**21), dense, late, full))
-    assert "1 contenders not run: time" in text and "out of memory" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("  dense FFN, equal FLOPs  ")]
-    assert line.split()[4:] == ["2.000", "4.000", "0.80", "0.31", "1.0", "1.0"]
-    assert "NOT MET" in text and "stated for an NVIDIA H200" in text
 
 
 def test_a_real_run_on_the_cpu(tmp_path):
