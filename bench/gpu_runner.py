@@ -4,6 +4,7 @@ What the stages do is gpu_stages.py's, what a record is gpu_record.py's. Knows n
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,10 @@ class Run:
 
     @property
     def tail(self):
-        return self.log.read_text(errors="replace").splitlines()[-15:]
+        """The log's last lines, after the first ones that speak of an error, since builders say much after it."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        told = [line for line in lines[:-12] if re.search(r"\berror\b|\bmust be\b|asks for", line, re.I)]
+        return told[:8] + lines[-12:]
 
 
 @dataclass
