@@ -135,7 +135,7 @@ def count_lines(log):
 
 # Shares of the stage's time. initcheck is left out: it takes what torch's own kernels leave unwritten for an error of
 # the reader; the tests poison all new memory instead.
-SANITIZERS = {"memcheck": 0.45, "racecheck": 0.40, "synccheck": 0.15}
+SANITIZERS = {"memcheck": 0.42, "racecheck": 0.38, "synccheck": 0.20}
 
 
 def sanitize(context):

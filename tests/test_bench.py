@@ -340,16 +340,17 @@ def test_the_dense_ffn_has_the_layers_flops():
 
 
 @pytest.mark.parametrize("label", [*rivals.LAYERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
-def test_the_layers_rivals_compute_what_it_does(label, routing):
+def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
     """Outputs and every gradient, with the same weights and inputs, as before each timing."""
     from ummrm import ops
 
     layer = workload.Layer(48, 16, 24, 5, 3, 2, routing)
-    arguments = workload.layer_inputs(layer, torch.float32, CPU)
+    arguments = workload.layer_inputs(layer, dtype, CPU)
     want = harness.Call(ops.moe_ffn, arguments, True).results()
     got = harness.Call(rivals.LAYERS[label], arguments, True).results()
-    harness.assert_same(label, got, want, torch.float32)
+    harness.assert_same(label, got, want, dtype)
 
 
 def test_a_real_run_on_the_cpu(tmp_path):

@@ -1,6 +1,7 @@
 """The stages of the GPU check: how they read pytest, compute-sanitizer, cuobjdump and benchmarks, each with a stand-in;
 and the GPU tests themselves, rehearsed on the CPU."""
 
+import json
 import re
 import subprocess
 import sys
@@ -107,6 +108,60 @@ def test_benchmarks_that_are_killed_leave_what_was_measured(tmp_path, monkeypatc
     assert kept["outcome"].startswith("timed out") and kept["counts"] == {"measured": 1, "failed": 1}
     assert kept["numbers"]["entries"] == [entry, failed] and kept["numbers"]["targets"]["met"] == 1
     assert "differs" in kept["failures"][0]["message"]
+
+
+def script(path, text):
+    path.write_text(f"#!{PYTHON}\n" + textwrap.dedent(text))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("archs", "sees", "elsewhere", "outcome"),
+    [
+        (["sm_90a"], True, False, "passed"),
+        ([], True, False, "failed: the build has CUDA kernels for [], torch sees a GPU: True"),
+        (["sm_90a"], False, False, "failed: the build has CUDA kernels for ['sm_90a'], torch sees a GPU: False"),
+        (["sm_90a"], True, True, "failed: another ummrm than the one just built is imported"),
+    ],
+)
+def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees, elsewhere, outcome):
+    """Stand-ins for pip, Python and cuobjdump: wheels and package go to the site folder, CUTLASS to the build alone."""
+    wheels, asked = tmp_path / "wheels", tmp_path / "asked"
+    wheels.mkdir()
+    for name in ("nvidia_cutlass-4.2.0.0-py3-none-any.whl", "pytest-9-py3-none-any.whl"):
+        (wheels / name).touch()
+    pip = script(
+        tmp_path / "pip",
+        f"""
+        import json, os, pathlib, sys
+        target = pathlib.Path(sys.argv[sys.argv.index("--target") + 1])
+        (target / "ummrm").mkdir(parents=True, exist_ok=True)
+        (target / "ummrm" / "_C.x.so").touch()
+        chosen = {{name: os.environ.get(name) for name in ("UMMRM_CUDA", "UMMRM_CUTLASS")}}
+        with open({str(asked)!r}, "a") as file:
+            file.write(json.dumps([sys.argv[1:], chosen]) + "\\n")
+        """,
+    )
+    work = tmp_path / "work"
+    home = tmp_path if elsewhere else work / "site"
+    info = {"cuda_archs": archs, "compiler": "g", "file": str(home / "ummrm/_library.py"), "sees_gpu": sees}
+    shown = script(tmp_path / "python", f"print('a warning'); print({json.dumps(json.dumps(info))})")
+    dump = "arch = sm_90a\\n Function k:\\n  REG:20 STACK:0 LOCAL:0"
+    tool = script(tmp_path / "cuobjdump", f"print('{dump}')")
+    monkeypatch.setattr(gpu_stages, "PIP", [pip])
+    monkeypatch.setattr(gpu_stages, "PYTHON", [shown])
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: tool)
+    monkeypatch.delenv("UMMRM_CUTLASS", raising=False)
+    kept, _ = gpu_runner.run_stage("build", Stage(gpu_stages.build), FACTS, tmp_path / "r", work, wheels)
+    assert kept["outcome"] == outcome
+    (first, chosen), (second, for_package) = [json.loads(line) for line in asked.read_text().splitlines()]
+    assert first[-1].endswith("pytest-9-py3-none-any.whl") and not any("cutlass" in word for word in first)
+    assert chosen["UMMRM_CUDA"] is None and second[-1] == str(ROOT)
+    assert for_package == {"UMMRM_CUDA": "1", "UMMRM_CUTLASS": str(wheels / "nvidia_cutlass-4.2.0.0-py3-none-any.whl")}
+    assert str(work / "site") in first and str(work / "site") in second
+    if outcome == "passed":
+        assert kept["counts"] == {"kernels": 1} and kept["numbers"]["kernels"]["sm_90a"]["most_registers"] == 20
 
 
 def test_resources_of_kernels():

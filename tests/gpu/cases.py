@@ -1,7 +1,7 @@
 """One case an operator, for everything that all operators must pass alike: name to (operator, CPU arguments)."""
 
 import torch
-from op_inputs import expert_indices, floats, gate_weights, moe_inputs
+from op_inputs import expert_indices, floats, gate_dtype, gate_weights, moe_inputs
 from test_expert_gemm import gemm_inputs
 from test_merge_experts import merge_inputs
 from test_merged_ffn import merged_inputs
@@ -43,7 +43,7 @@ def case(name, shape, dtype=torch.float32, kind="some_dead"):
         x = floats(t, h, dtype=dtype, requires_grad=True)
         return ops.permute, {"x": x, "sorted_to_slot": sorted_to_slot, "expert_offsets": offsets, "top_k": k}
     if name == "unpermute":
-        shared, routed = gate_weights(indices, requires_grad=True)
+        shared, routed = gate_weights(indices, gate_dtype(dtype), requires_grad=True)
         return ops.unpermute, {
             "rows": floats(s * t + t * k, h, dtype=dtype, requires_grad=True),
             "slot_to_sorted": slot_to_sorted,
