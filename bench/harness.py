@@ -142,8 +142,7 @@ class Contest:
                 raise
         self._recorder.write("entry", entry)
         if entry["outcome"] == "out of memory":  # here the frames that held the tensors are gone
-            gc.collect()
-            timing.CudaMeter().settle()
+            self._free()
         if entry["outcome"] != "measured":
             self._skip(entry["outcome"])
 
@@ -153,20 +152,34 @@ class Contest:
 
     def _measure(self, case, label, function, make, reference, graph, rounds):
         first = self._set(make, 0)
-        if reference is not None:
-            want = Call(reference, first, case.backward).results()
-            assert_same(label, Call(function, first, case.backward).results(), want, case.dtype)
-            del want
         call = Call(function, first, case.backward)
+        compared = reference is not None and self._compare(label, call, Call(reference, first, case.backward), case)
         if self._device.type != "cuda":
-            return self._wall(call, rounds)
+            return self._wall(call, rounds) | {"compared": compared}
         call()  # what libraries allocate once is no contender's
         memory = timing.measure_memory(call.forward, call.backward, timing.CudaMeter())
         cache = torch.cuda.get_device_properties(self._device).L2_cache_size
         count = timing.sets_needed(timing.tensor_bytes(first), cache)
         calls = [call] + [Call(function, self._set(make, i), case.backward) for i in range(1, count)]
         times = timing.time_graph(calls) if graph else timing.time_events(calls)
-        return {**times, **memory, "timing": "graph" if graph else "events", "input_sets": count}
+        how = {"timing": "graph" if graph else "events", "input_sets": count, "compared": compared}
+        return {**times, **memory, **how}
+
+    def _compare(self, label, call, reference, case):
+        """Whether they could be compared: a reference for which there is no memory is no fault of the contender's."""
+        try:
+            want = reference.results()
+        except torch.OutOfMemoryError:
+            want = None
+        if want is None:
+            self._free()
+            return False
+        assert_same(label, call.results(), want, case.dtype)
+        return True
+
+    def _free(self):
+        gc.collect()
+        timing.CudaMeter().settle()
 
     def _wall(self, call, rounds):
         benchmark = self._benchmark()

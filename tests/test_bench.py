@@ -208,6 +208,17 @@ def test_out_of_memory_and_the_deadline_are_outcomes():
     assert [e["outcome"] for e in recorder.entries] == ["out of memory", "not run: time"]
 
 
+def test_a_reference_without_memory_is_said_and_does_not_stop_the_contender(monkeypatch):
+    def hungry(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing.CudaMeter, "settle", lambda self: None)
+    recorder = record.Recorder()
+    contest(recorder)(CASE, "ummrm", double, make, hungry)
+    (entry,) = recorder.entries
+    assert entry["outcome"] == "measured" and entry["compared"] is False
+
+
 def test_a_dtype_without_native_products_is_not_timed(monkeypatch):
     monkeypatch.setattr(harness, "machine_rates", lambda d: {"mm_flops_float32": 1e9, "mm_flops_bfloat16": 1e7})
     recorder, case = record.Recorder(), harness.Case("gemm", SMALL, torch.bfloat16, flops=10)
