@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 import types
 
+import bench_path  # noqa: F401  (for `bench`)
 import pytest
 import torch
-from bench_path import ROOT
 
-from bench import harness, record, rivals, timing, workload
+from bench import harness, record, report, rivals, timing, workload
 
 SMALL = workload.Layer(32, 16, 24, 4, 2)
 CPU = torch.device("cpu")
@@ -364,18 +362,22 @@ def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
     harness.assert_same(label, got, want, dtype)
 
 
-def test_a_real_run_on_the_cpu(tmp_path):
-    """The command itself: a record line by line, the table, and no verdict on targets that are not the CPU's."""
+def test_a_real_run_on_the_cpu(tmp_path, capsys):
+    """A record line by line, the table, and no verdict on targets that are not the CPU's."""
     output = tmp_path / "run.jsonl"
-    arguments = ["--threads=1", "-k", "sort_slots", f"--record={output}"]
-    program = f"import runpy, sys; sys.path.append({str(ROOT)!r}); sys.argv[1:] = {arguments!r}; "
-    program += "runpy.run_module('bench.report', run_name='__main__')"
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kept = record.read_record(output)
+    threads = torch.get_num_threads()
+    kept, code = report.run("cpu", threads, "sort_slots", deadline=200, record=output)
+    assert code == 0, capsys.readouterr().out
+    assert kept == record.read_record(output)
     assert {(e["suite"], e["label"], e["outcome"]) for e in kept["entries"]} == {
-        (suite, label, "measured") for suite, label in (("sort_slots", "ummrm"), ("sort_slots", "torch sort"))
+        ("sort_slots", label, "measured") for label in ("ummrm", "torch sort")
     }
-    assert kept["about"]["rates"]["copy_bytes"] > 0
-    assert "over ummrm" in done.stdout and "targets" not in done.stdout
+    assert kept["about"]["rates"]["copy_bytes"] > 0 and kept["about"]["threads"] == threads
+    text = report.text(kept)
+    assert "over ummrm" in text and "targets" not in text
+
+
+def test_a_run_past_its_deadline_records_what_is_left(tmp_path, capsys):
+    kept, code = report.run("cpu", torch.get_num_threads(), "sort_slots", deadline=0)
+    assert code == 0 and [e["outcome"] for e in kept["entries"]] == ["not run: time"] * 2
+    assert "2 contenders not run: time" in report.text(kept)
