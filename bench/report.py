@@ -116,6 +116,8 @@ def main():
         (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         (HERE / "results" / f"{name}.txt").write_text(text(record) + "\n")
         print(f"\nwritten: bench/results/{name}.json and .txt")
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        sys.exit(f"no suite matches {options.expression!r}")
     if code:
         sys.exit(f"a contender failed (pytest exit status {code}); what was measured stands above")
 
