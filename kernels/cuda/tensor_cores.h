@@ -7,13 +7,17 @@
 
 namespace ummrm::cuda {
 
-#define UMMRM_TENSOR_CORES                                                              \
-  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */ \
-  int64_t workspace(const ExpertGemm& args);                                            \
-  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);              \
-  bool serves(const ExpertGemmWgrad& args);                                             \
-  int64_t workspace(const ExpertGemmWgrad& args);                                       \
-  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
+struct TileChoice;  // expert_tiles.h
+
+// The choice is for those who measure: without one, it is made by sizes. Workspace and call must be given the same.
+#define UMMRM_TENSOR_CORES                                                                                     \
+  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */                        \
+  int64_t workspace(const ExpertGemm& args, const TileChoice* choice = nullptr);                               \
+  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream, const TileChoice* choice = nullptr); \
+  bool serves(const ExpertGemmWgrad& args);                                                                    \
+  int64_t workspace(const ExpertGemmWgrad& args, const TileChoice* choice = nullptr);                          \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream,                           \
+                        const TileChoice* choice = nullptr);
 
 namespace sm80 {
 UMMRM_TENSOR_CORES
