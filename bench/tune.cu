@@ -130,10 +130,10 @@ void measure(const Sizes& s, bool hopper) {
                                   grads.data,
                                   after(grads, s.num_shared * s.columns * s.other)};
     hopper ? measure(
-                 s, tiles, args, [](auto&... a) { return sm90::workspace(a...); },
+                 s, tiles, args, [](auto&&... a) { return sm90::workspace(a...); },
                  [](auto&&... a) { return sm90::expert_gemm_wgrad(a...); })
            : measure(
-                 s, tiles, args, [](auto&... a) { return sm80::workspace(a...); },
+                 s, tiles, args, [](auto&&... a) { return sm80::workspace(a...); },
                  [](auto&&... a) { return sm80::expert_gemm_wgrad(a...); });
     return;
   }
@@ -156,10 +156,10 @@ void measure(const Sizes& s, bool hopper) {
                            on_device,
                            out.data};
   hopper ? measure(
-               s, tiles, args, [](auto&... a) { return sm90::workspace(a...); },
+               s, tiles, args, [](auto&&... a) { return sm90::workspace(a...); },
                [](auto&&... a) { return sm90::expert_gemm(a...); })
          : measure(
-               s, tiles, args, [](auto&... a) { return sm80::workspace(a...); },
+               s, tiles, args, [](auto&&... a) { return sm80::workspace(a...); },
                [](auto&&... a) { return sm80::expert_gemm(a...); });
 }
 
