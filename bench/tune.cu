@@ -51,6 +51,38 @@ struct Device {
   ~Device() { cudaFree(data); }
 };
 
+// The instances of an architecture, as far as this build has it.
+#ifdef UMMRM_SM90
+struct Sm90 {
+  static constexpr int kNumber = 90, kTiles = kSm90TileCount;
+  template <class Args>
+  static int64_t workspace(const Args& args, const TileChoice& choice) {
+    return sm90::workspace(args, &choice);
+  }
+  static int run(const ExpertGemm& args, void* workspace, const TileChoice& choice) {
+    return sm90::expert_gemm(args, workspace, nullptr, &choice);
+  }
+  static int run(const ExpertGemmWgrad& args, void* workspace, const TileChoice& choice) {
+    return sm90::expert_gemm_wgrad(args, workspace, nullptr, &choice);
+  }
+};
+#endif
+#ifdef UMMRM_SM80
+struct Sm80 {
+  static constexpr int kNumber = 80, kTiles = kSm80TileCount;
+  template <class Args>
+  static int64_t workspace(const Args& args, const TileChoice& choice) {
+    return sm80::workspace(args, &choice);
+  }
+  static int run(const ExpertGemm& args, void* workspace, const TileChoice& choice) {
+    return sm80::expert_gemm(args, workspace, nullptr, &choice);
+  }
+  static int run(const ExpertGemmWgrad& args, void* workspace, const TileChoice& choice) {
+    return sm80::expert_gemm_wgrad(args, workspace, nullptr, &choice);
+  }
+};
+#endif
+
 struct Sizes {
   std::string product;
   int64_t tokens, num_shared, num_experts, slots, columns, other;
@@ -78,16 +110,16 @@ double median_ms(const Run& run) {
   return times[kRepeats / 2];
 }
 
-template <class Args, class Bytes, class Launch>
-void measure(const Sizes& sizes, int tiles, const Args& args, const Bytes& bytes_of, const Launch& launch_with) {
+template <class Arch, class Args>
+void measure_tiles(const Sizes& sizes, const Args& args) {
   std::vector<int64_t> bands = {sizes.columns};
   for (const int64_t band : {1024, 2048, 4096})
     if (band < sizes.columns) bands.push_back(band);
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; tile < Arch::kTiles; ++tile) {
     for (const int64_t band : bands) {
       const TileChoice choice = {tile, band};
-      const Device workspace(bytes_of(args, &choice));
-      const double ms = median_ms([&] { return launch_with(args, workspace.data, nullptr, &choice); });
+      const Device workspace(Arch::workspace(args, choice));
+      const double ms = median_ms([&] { return Arch::run(args, workspace.data, choice); });
       if (ms < 0) continue;
       const int64_t groups = sizes.num_shared + sizes.num_experts;
       const int64_t rows = (sizes.tokens * sizes.num_shared + sizes.slots) / groups;
@@ -99,7 +131,8 @@ void measure(const Sizes& sizes, int tiles, const Args& args, const Bytes& bytes
   }
 }
 
-void measure(const Sizes& s, bool hopper) {
+template <class Arch>
+void measure(const Sizes& s) {
   const int64_t experts = s.num_shared + s.num_experts, rows = s.num_shared * s.tokens + s.slots;
   std::vector<int32_t> offsets;
   for (int64_t e = 0; e <= s.num_experts; ++e) offsets.push_back(static_cast<int32_t>(e * s.slots / s.num_experts));
@@ -109,7 +142,6 @@ void measure(const Sizes& s, bool hopper) {
   const auto after = [](const Device& memory, int64_t elements) {
     return static_cast<uint16_t*>(memory.data) + elements;
   };
-  const int tiles = hopper ? kSm90TileCount : kSm80TileCount;
   if (s.product == "weight_grad") {
     const Device right(rows * s.columns, 1u), left(rows * s.other, 2u), grads(2 * experts * s.columns * s.other);
     const ExpertGemmWgrad args = {DType::bf16,
@@ -129,12 +161,7 @@ void measure(const Sizes& s, bool hopper) {
                                   on_device,
                                   grads.data,
                                   after(grads, s.num_shared * s.columns * s.other)};
-    hopper ? measure(
-                 s, tiles, args, [](auto&&... a) { return sm90::workspace(a...); },
-                 [](auto&&... a) { return sm90::expert_gemm_wgrad(a...); })
-           : measure(
-                 s, tiles, args, [](auto&&... a) { return sm80::workspace(a...); },
-                 [](auto&&... a) { return sm80::expert_gemm_wgrad(a...); });
+    measure_tiles<Arch>(s, args);
     return;
   }
   const Device in(rows * s.other, 1u), proj(experts * s.columns * s.other, 2u), out(2 * rows * s.columns);
@@ -155,12 +182,17 @@ void measure(const Sizes& s, bool hopper) {
                            nullptr,
                            on_device,
                            out.data};
-  hopper ? measure(
-               s, tiles, args, [](auto&&... a) { return sm90::workspace(a...); },
-               [](auto&&... a) { return sm90::expert_gemm(a...); })
-         : measure(
-               s, tiles, args, [](auto&&... a) { return sm80::workspace(a...); },
-               [](auto&&... a) { return sm80::expert_gemm(a...); });
+  measure_tiles<Arch>(s, args);
+}
+
+template <class Arch>
+int measure_all(const cudaDeviceProp& device) {
+  std::printf("device %d %d %s\n", Arch::kNumber, device.multiProcessorCount, device.name);
+  Sizes sizes;
+  while (std::cin >> sizes.product >> sizes.tokens >> sizes.num_shared >> sizes.num_experts >> sizes.slots >>
+         sizes.columns >> sizes.other)
+    measure<Arch>(sizes);
+  return 0;
 }
 
 }  // namespace
@@ -173,15 +205,12 @@ int main() {
   }
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
-  if (device.major < 8) {
-    std::fprintf(stderr, "%s has no tensor-core kernels here: compute capability 8.0 is needed\n", device.name);
-    return kNoDevice;
-  }
-  const bool hopper = device.major == 9 && device.minor == 0;
-  std::printf("device %d %d %s\n", hopper ? 90 : 80, device.multiProcessorCount, device.name);
-  Sizes sizes;
-  while (std::cin >> sizes.product >> sizes.tokens >> sizes.num_shared >> sizes.num_experts >> sizes.slots >>
-         sizes.columns >> sizes.other)
-    measure(sizes, hopper);
-  return 0;
+#ifdef UMMRM_SM90
+  if (device.major == 9 && device.minor == 0) return measure_all<Sm90>(device);
+#endif
+#ifdef UMMRM_SM80
+  if (device.major >= 8) return measure_all<Sm80>(device);
+#endif
+  std::fprintf(stderr, "this build has no tensor-core kernels for %s\n", device.name);
+  return kNoDevice;
 }

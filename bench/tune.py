@@ -1,5 +1,5 @@
-"""Writes kernels/cuda/expert_tiles_measured.inc: which tile and band of columns each product of an expert layer takes, by
-measurement on the GPU at hand. Rows of other GPUs are kept. Rebuild the extension afterwards.
+"""Writes kernels/cuda/expert_tiles_measured.inc: which tile and band of columns each product of an expert layer takes,
+by measurement on the GPU at hand. Rows of other GPUs are kept. Rebuild the extension afterwards.
 
     python -m bench.tune --build build/cmake
 """
@@ -13,9 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels/cuda/expert_tiles_measured.inc"
-HEAD = (
-    "// Written by bench/tune.py: rows {arch, multiprocessors, product, columns, other, log2 of rows a group, tile, band}.\n"
-)
+HEAD = "// Written by bench/tune.py: rows {arch, SMs, product, columns, other, log2 of rows a group, tile, band}.\n"
 NOTHING = "// Nothing has been measured yet.\n"
 NO_DEVICE = 3  # exit status of the program
 # Hidden and expert intermediate size, experts, experts a token; gated, with one shared expert.

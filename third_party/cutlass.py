@@ -92,16 +92,9 @@ def from_wheel(wheel, into):
 
 def download(folder):
     """The wheel, brought by pip without its dependencies, which headers do not need."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "download",
-        "--no-deps",
-        "--dest",
-        str(folder),
-    ]
+    # -I: the isolated environment in which pip builds packages hides pip itself, by way of PYTHONPATH
+    pip = (sys.executable, "-I", "-m", "pip", "--disable-pip-version-check")
+    command = [*pip, "download", "--no-deps", "--dest", str(folder)]
     done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:

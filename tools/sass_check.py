@@ -2,8 +2,8 @@
 architecture's tensor-core instruction and keeps its values in registers.
 
 ptxas refuses spills already (CMakeLists.txt); this looks at what came out, instances that were compiled for the wrong
-architecture included, which CUTLASS turns into kernels that only report an error. Needs cuobjdump, of the CUDA toolkit or
-of the Triton package.
+architecture included, which CUTLASS turns into kernels that only report an error. Needs cuobjdump, of the CUDA toolkit
+or of the Triton package.
 
     python tools/sass_check.py build/cmake
 """

@@ -48,7 +48,7 @@ bool half_wide(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16
 // Widths whose rows start on 16-byte boundaries, and row counts, fit: shapes are int32, and so is Ampere's count of
 // tiles.
 bool sizes_fit(int64_t tokens, int64_t num_shared, int64_t num_experts, int64_t slots, int64_t width, int64_t other) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1024;  // sizes are rounded up to whole tiles
   if (width < 8 || other < 8 || width % 8 != 0 || other % 8 != 0 || width > kMost || other > kMost) return false;
   if (tokens > kMost || slots > kMost || num_shared + num_experts > kMaxGroups) return false;
   constexpr int64_t kSide = 128;  // no tile is shorter

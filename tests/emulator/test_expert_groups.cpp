@@ -253,7 +253,8 @@ int main() {
     for (const Biases biases : {Biases::none, Biases::both, Biases::shared, Biases::routed}) products(c, false, biases);
     products(c, true, Biases::none);
     for (const bool shared : {true, false})
-      for (const bool routed : {true, false}) gradients(c, shared, routed, shared);
+      for (const bool routed : {true, false}) gradients(c, shared, routed, routed);
+    gradients(c, true, true, false);
   }
   Tables tables(1);
   ExpertGroups many = {};
