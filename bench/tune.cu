@@ -57,13 +57,13 @@ struct Sm90 {
   static constexpr int kNumber = 90, kTiles = kSm90TileCount;
   template <class Args>
   static int64_t workspace(const Args& args, const TileChoice& choice) {
-    return sm90::workspace(args, &choice);
+    return sm90::workspace(args, choice);
   }
   static int run(const ExpertGemm& args, void* workspace, const TileChoice& choice) {
-    return sm90::expert_gemm(args, workspace, nullptr, &choice);
+    return sm90::expert_gemm(args, choice, workspace, nullptr);
   }
   static int run(const ExpertGemmWgrad& args, void* workspace, const TileChoice& choice) {
-    return sm90::expert_gemm_wgrad(args, workspace, nullptr, &choice);
+    return sm90::expert_gemm_wgrad(args, choice, workspace, nullptr);
   }
 };
 #endif
@@ -72,13 +72,13 @@ struct Sm80 {
   static constexpr int kNumber = 80, kTiles = kSm80TileCount;
   template <class Args>
   static int64_t workspace(const Args& args, const TileChoice& choice) {
-    return sm80::workspace(args, &choice);
+    return sm80::workspace(args, choice);
   }
   static int run(const ExpertGemm& args, void* workspace, const TileChoice& choice) {
-    return sm80::expert_gemm(args, workspace, nullptr, &choice);
+    return sm80::expert_gemm(args, choice, workspace, nullptr);
   }
   static int run(const ExpertGemmWgrad& args, void* workspace, const TileChoice& choice) {
-    return sm80::expert_gemm_wgrad(args, workspace, nullptr, &choice);
+    return sm80::expert_gemm_wgrad(args, choice, workspace, nullptr);
   }
 };
 #endif

@@ -3,15 +3,13 @@
 #include "tensor_cores.h"
 
 #include <limits>
-#include <vector>
 
 #include "expert_tiles.h"
 #include "grouped_product.h"
-#include "ummrm/expert_gemm_tiles.h"
-
-namespace ummrm::cuda {
 
 #if defined(UMMRM_SM80) || defined(UMMRM_SM90)
+
+namespace ummrm::cuda {
 namespace {
 
 struct Architecture {
@@ -142,75 +140,50 @@ struct Call {
   }
 };
 
-// Without a choice, by the sizes.
 template <class Args>
-int64_t workspace_of(const Architecture& arch, const Args& args, const TileChoice* choice) {
-  const int sms = multiprocessors();
-  if (sms == 0) return 0;
-  return Call<Args>(arch, sms, choice == nullptr ? tile_of(arch, sms, args) : *choice, args, nullptr).bytes;
+int64_t workspace_of(const Architecture& arch, int sms, const Args& args, const TileChoice& choice) {
+  return sms == 0 ? 0 : Call<Args>(arch, sms, choice, args, nullptr).bytes;
 }
 
 template <class Args>
-int run(const Architecture& arch, const Args& args, const TileChoice* choice, void* workspace, Stream stream) {
-  const int sms = multiprocessors();
+int run(const Architecture& arch, int sms, const Args& args, const TileChoice& choice, void* workspace, Stream stream) {
   if (sms == 0) return cudaErrorNoDevice;
-  return Call<Args>(arch, sms, choice == nullptr ? tile_of(arch, sms, args) : *choice, args, workspace).run(stream);
+  return Call<Args>(arch, sms, choice, args, workspace).run(stream);
 }
 
 }  // namespace
 
-#define UMMRM_TENSOR_CORES(arch)                                                                                   \
-  bool serves(const ExpertGemm& args) { return suits(args); }                                                      \
-  int64_t workspace(const ExpertGemm& args, const TileChoice* choice) { return workspace_of(arch, args, choice); } \
-  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream, const TileChoice* choice) {              \
-    return run(arch, args, choice, workspace, stream);                                                             \
-  }                                                                                                                \
-  bool serves(const ExpertGemmWgrad& args) { return suits(args); }                                                 \
-  int64_t workspace(const ExpertGemmWgrad& args, const TileChoice* choice) {                                       \
-    return workspace_of(arch, args, choice);                                                                       \
-  }                                                                                                                \
-  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream, const TileChoice* choice) {   \
-    return run(arch, args, choice, workspace, stream);                                                             \
+#define UMMRM_TENSOR_CORES(arch, Args, function)                                             \
+  bool serves(const Args& args) { return suits(args); }                                      \
+  int64_t workspace(const Args& args, const TileChoice& choice) {                            \
+    return workspace_of(arch, multiprocessors(), args, choice);                              \
+  }                                                                                          \
+  int64_t workspace(const Args& args) {                                                      \
+    const int sms = multiprocessors();                                                       \
+    return workspace_of(arch, sms, args, tile_of(arch, sms, args));                          \
+  }                                                                                          \
+  int function(const Args& args, const TileChoice& choice, void* workspace, Stream stream) { \
+    return run(arch, multiprocessors(), args, choice, workspace, stream);                    \
+  }                                                                                          \
+  int function(const Args& args, void* workspace, Stream stream) {                           \
+    const int sms = multiprocessors();                                                       \
+    return run(arch, sms, args, tile_of(arch, sms, args), workspace, stream);                \
   }
 
 #ifdef UMMRM_SM80
 namespace sm80 {
-UMMRM_TENSOR_CORES(kSm80)
+UMMRM_TENSOR_CORES(kSm80, ExpertGemm, expert_gemm)
+UMMRM_TENSOR_CORES(kSm80, ExpertGemmWgrad, expert_gemm_wgrad)
 }  // namespace sm80
 #endif
 
 #ifdef UMMRM_SM90
 namespace sm90 {
-UMMRM_TENSOR_CORES(kSm90)
+UMMRM_TENSOR_CORES(kSm90, ExpertGemm, expert_gemm)
+UMMRM_TENSOR_CORES(kSm90, ExpertGemmWgrad, expert_gemm_wgrad)
 }  // namespace sm90
 #endif
 
-#endif
-
-namespace {
-
-std::vector<TileInstance> list_instances() {
-  std::vector<TileInstance> list;
-  [[maybe_unused]] const auto add = [&](const char* arch, const auto& tiles) {
-    for (const char* kernel : {"forward", "input_grad", "weight_grad"})
-      for (const TileShape& t : tiles)
-        list.push_back({arch, kernel, t.m, t.n, t.k, t.cluster_m, t.cluster_n, t.schedule});
-  };
-#ifdef UMMRM_SM80
-  add("sm80", kSm80Tiles);
-#endif
-#ifdef UMMRM_SM90
-  add("sm90", kSm90Tiles);
-#endif
-  return list;
-}
-
-}  // namespace
-
-const TileInstance* tile_instances(int* count) {
-  static const std::vector<TileInstance> list = list_instances();
-  *count = static_cast<int>(list.size());
-  return list.data();
-}
-
 }  // namespace ummrm::cuda
+
+#endif

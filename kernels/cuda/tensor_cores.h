@@ -9,15 +9,18 @@ namespace ummrm::cuda {
 
 struct TileChoice;  // expert_tiles.h
 
-// The choice is for those who measure: without one, it is made by sizes. Workspace and call must be given the same.
-#define UMMRM_TENSOR_CORES                                                                                     \
-  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */                        \
-  int64_t workspace(const ExpertGemm& args, const TileChoice* choice = nullptr);                               \
-  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream, const TileChoice* choice = nullptr); \
-  bool serves(const ExpertGemmWgrad& args);                                                                    \
-  int64_t workspace(const ExpertGemmWgrad& args, const TileChoice* choice = nullptr);                          \
-  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream,                           \
-                        const TileChoice* choice = nullptr);
+// Those with a choice are for who measures; the others choose by sizes. A workspace is that of the same choice.
+#define UMMRM_TENSOR_CORES                                                                           \
+  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */              \
+  int64_t workspace(const ExpertGemm& args);                                                         \
+  int64_t workspace(const ExpertGemm& args, const TileChoice& choice);                               \
+  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);                           \
+  int expert_gemm(const ExpertGemm& args, const TileChoice& choice, void* workspace, Stream stream); \
+  bool serves(const ExpertGemmWgrad& args);                                                          \
+  int64_t workspace(const ExpertGemmWgrad& args);                                                    \
+  int64_t workspace(const ExpertGemmWgrad& args, const TileChoice& choice);                          \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);                \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, const TileChoice& choice, void* workspace, Stream stream);
 
 namespace sm80 {
 UMMRM_TENSOR_CORES

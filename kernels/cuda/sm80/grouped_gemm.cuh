@@ -42,6 +42,7 @@ struct Instance {
   using Gemm = cutlass::gemm::device::GemmGrouped<Kernel>;
 
   static_assert(sizeof(cutlass::gemm::GemmCoord) == sizeof(GroupShape));
+  static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024, "more shared memory than a block of Ada can have");
 
   static int64_t scratch_bytes(int) { return 0; }
 

@@ -20,7 +20,6 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include <cstring>
 #include <type_traits>
 
 #include "../expert_tiles.h"
@@ -74,6 +73,7 @@ struct Instance {
   using StrideD = typename Kernel::InternalStrideD;
 
   static_assert(sizeof(typename Problems::UnderlyingProblemShape) == sizeof(GroupShape));
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024, "more shared memory than a block of Hopper can have");
   static_assert(sizeof(StrideA) == sizeof(int64_t) && sizeof(StrideB) == sizeof(int64_t) &&
                 sizeof(StrideD) == sizeof(int64_t));
 
