@@ -25,7 +25,7 @@ MARKS = ("cutlass/version.h", "cute/tensor.hpp")  # files that tell an include f
 REMEDY = (
     "Give the build a copy by the environment variable UMMRM_CUTLASS or by -DUMMRM_CUTLASS= (a folder of CUTLASS 4.2 "
     f"or newer, or the wheel that `pip download --no-deps {PACKAGE}` brings), or build without tensor cores by "
-    "-DUMMRM_TENSOR_CORES=OFF."
+    "UMMRM_TENSOR_CORES=0 or -DUMMRM_TENSOR_CORES=OFF."
 )
 
 
