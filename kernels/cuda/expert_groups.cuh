@@ -33,8 +33,8 @@ struct GroupOperand {
 // and with thousands of them would stream the whole of b through the L2 cache for every few rows. (CUTLASS has a
 // swizzle for this; it does nothing when shapes are on the device alone, and rounds each group up to whole swizzles.)
 struct ExpertGroups {
-  int64_t tokens, num_shared, num_experts,
-      slots;  // experts: those that take part; without tokens the shared ones do not
+  int64_t tokens, slots;
+  int64_t num_shared, num_experts;  // those that take part
   const int32_t* expert_offsets;
   bool rows_reduced;  // the product sums over rows (a weight gradient); else rows are those of d
   int64_t other;      // the size of a group's product that is neither rows nor columns

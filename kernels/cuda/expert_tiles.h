@@ -14,8 +14,8 @@ struct TileShape {
   const char* schedule;
 };
 
-// Clusters load one of the operands once for two tiles: the longer side's, and where rows are few the rows', since a
-// group is rounded up to whole clusters.
+// A cluster loads once what its two tiles share: b's 256 columns for two tiles below one another, a's rows for two side
+// by side. The latter rounds no group up to 256 rows, which matters where groups are small.
 inline constexpr TileShape kSm90Tiles[] = {{128, 256, 64, 2, 1, "cooperative"}, {128, 128, 64, 1, 2, "pingpong"}};
 inline constexpr TileShape kSm80Tiles[] = {{128, 256, 32, 1, 1, "multistage"}, {128, 128, 32, 1, 1, "multistage"}};
 inline constexpr int kSm90TileCount = 2, kSm80TileCount = 2;
