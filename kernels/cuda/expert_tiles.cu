@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "gemm_tile.cuh"
 #include "ummrm/expert_gemm_tiles.h"
 
 namespace ummrm::cuda {
@@ -10,8 +11,11 @@ namespace {
 
 std::vector<TileInstance> list_instances() {
   std::vector<TileInstance> list;
+  constexpr const char* kKernels[] = {"forward", "input_grad", "weight_grad"};
+  for (const char* kernel : kKernels)
+    list.push_back({"any", kernel, PlainTile::m, PlainTile::n, PlainTile::k, 1, 1, "plain"});
   [[maybe_unused]] const auto add = [&](const char* arch, const auto& tiles) {
-    for (const char* kernel : {"forward", "input_grad", "weight_grad"})
+    for (const char* kernel : kKernels)
       for (const TileShape& t : tiles)
         list.push_back({arch, kernel, t.m, t.n, t.k, t.cluster_m, t.cluster_n, t.schedule});
   };
