@@ -7,13 +7,20 @@
 
 namespace ummrm::cuda {
 
-#define UMMRM_TENSOR_CORES                                                              \
-  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */ \
-  int64_t workspace(const ExpertGemm& args);                                            \
-  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);              \
-  bool serves(const ExpertGemmWgrad& args);                                             \
-  int64_t workspace(const ExpertGemmWgrad& args);                                       \
-  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
+struct TileChoice;  // expert_tiles.h
+
+// Those with a choice are for who measures; the others choose by sizes. A workspace is that of the same choice.
+#define UMMRM_TENSOR_CORES                                                                           \
+  bool serves(const ExpertGemm& args); /* whether sizes, dtype and addresses suit it */              \
+  int64_t workspace(const ExpertGemm& args);                                                         \
+  int64_t workspace(const ExpertGemm& args, const TileChoice& choice);                               \
+  int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);                           \
+  int expert_gemm(const ExpertGemm& args, const TileChoice& choice, void* workspace, Stream stream); \
+  bool serves(const ExpertGemmWgrad& args);                                                          \
+  int64_t workspace(const ExpertGemmWgrad& args);                                                    \
+  int64_t workspace(const ExpertGemmWgrad& args, const TileChoice& choice);                          \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);                \
+  int expert_gemm_wgrad(const ExpertGemmWgrad& args, const TileChoice& choice, void* workspace, Stream stream);
 
 namespace sm80 {
 UMMRM_TENSOR_CORES

@@ -1,0 +1,82 @@
+// The instances for Ampere and Ada, which newer GPUs without instances of their own run too: CUTLASS's grouped GEMM
+// with its schedule made on the device, mma.sync fed by cp.async, sums in fp32.
+//
+// Of CUTLASS 4.2 this relies on the following, read in its sources. The schedule needs no workspace and no shape on the
+// host, walks a problem's tiles along its columns, and counts tiles in int32. An operand's address and row stride are
+// read for each problem, so a source of stride 0 is one row for all of them: the bias. A source of factor 0 is not
+// read.
+#pragma once
+
+#include <cutlass/cutlass.h>
+#include <cutlass/numeric_types.h>
+
+#include <cutlass/epilogue/thread/linear_combination.h>
+#include <cutlass/gemm/device/gemm_grouped.h>
+#include <cutlass/gemm/kernel/default_gemm_grouped.h>
+
+#include <type_traits>
+
+#include "../expert_tiles.h"
+#include "../grouped_product.h"
+
+namespace ummrm::cuda::sm80 {
+
+using RowMajor = cutlass::layout::RowMajor;
+using ColumnMajor = cutlass::layout::ColumnMajor;
+
+template <int tile, class Element, class LayoutA, class LayoutB, class Out>
+struct Instance {
+  static constexpr TileShape kShape = kSm80Tiles[tile];
+  static constexpr int kStages = kShape.n == 256 ? 3 : 4;
+  static constexpr int kAlignment = 128 / cutlass::sizeof_bits<Element>::value;
+  static constexpr int kOutAlignment = 128 / cutlass::sizeof_bits<Out>::value;
+
+  using Kernel = typename cutlass::gemm::kernel::DefaultGemmGrouped<
+      Element, LayoutA, cutlass::ComplexTransform::kNone, kAlignment, Element, LayoutB,
+      cutlass::ComplexTransform::kNone, kAlignment, Out, RowMajor, float, cutlass::arch::OpClassTensorOp,
+      cutlass::arch::Sm80, cutlass::gemm::GemmShape<kShape.m, kShape.n, kShape.k>,
+      cutlass::gemm::GemmShape<64, 64, kShape.k>, cutlass::gemm::GemmShape<16, 8, 16>,
+      cutlass::epilogue::thread::LinearCombination<Out, kOutAlignment, float, float>,
+      cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, kStages,
+      cutlass::gemm::kernel::GroupScheduleMode::kDeviceOnly>::GemmKernel;
+  using Gemm = cutlass::gemm::device::GemmGrouped<Kernel>;
+
+  static_assert(sizeof(cutlass::gemm::GemmCoord) == sizeof(GroupShape));
+  static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024, "more shared memory than a block of Ada can have");
+
+  static int64_t scratch_bytes(int) { return 0; }
+
+  static int run(const GroupedProduct& product, Stream stream) {
+    const int resident = Gemm::maximum_active_blocks();
+    if (resident < 1) return cudaErrorInvalidConfiguration;
+    const GroupTables& tables = product.tables;
+    const typename Gemm::Arguments args(
+        reinterpret_cast<cutlass::gemm::GemmCoord*>(tables.shapes), product.problems, resident * product.sms,
+        {1.f, product.biased ? 1.f : 0.f}, const_cast<Element**>(reinterpret_cast<const Element**>(tables.a)),
+        const_cast<Element**>(reinterpret_cast<const Element**>(tables.b)),
+        const_cast<Out**>(reinterpret_cast<const Out**>(tables.bias)), reinterpret_cast<Out**>(tables.d),
+        tables.a_stride, tables.b_stride, tables.bias_stride, tables.d_stride);
+    Gemm gemm;
+    if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+  }
+
+  static GroupedInstance get() { return {&scratch_bytes, &run}; }
+};
+
+template <class LayoutA, class LayoutB, class Out, class Element>
+GroupedInstance instance_of(int tile) {
+  using T = std::conditional_t<std::is_void_v<Out>, Element, Out>;
+  static_assert(kSm80TileCount == 2);
+  return tile == 0 ? Instance<0, Element, LayoutA, LayoutB, T>::get()
+                   : Instance<1, Element, LayoutA, LayoutB, T>::get();
+}
+
+// Out is void for the type of a and b.
+template <class LayoutA, class LayoutB, class Out>
+GroupedInstance instance_of(int tile, DType dtype) {
+  return dtype == DType::bf16 ? instance_of<LayoutA, LayoutB, Out, cutlass::bfloat16_t>(tile)
+                              : instance_of<LayoutA, LayoutB, Out, cutlass::half_t>(tile);
+}
+
+}  // namespace ummrm::cuda::sm80

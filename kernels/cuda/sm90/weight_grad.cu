@@ -1,0 +1,13 @@
+// grad_rows^T @ rows on Hopper, in the type of the rows or in fp32.
+#include "grouped_gemm.cuh"
+
+namespace ummrm::cuda::sm90 {
+
+GroupedInstance weight_grad(int tile, DType dtype) {
+  return instance_of<ColumnMajor, RowMajor, void, false>(tile, dtype);
+}
+GroupedInstance weight_grad_f32(int tile, DType dtype) {
+  return instance_of<ColumnMajor, RowMajor, float, false>(tile, dtype);
+}
+
+}  // namespace ummrm::cuda::sm90

@@ -1,0 +1,189 @@
+// tensor_cores.h for every architecture: what the instances can take, their tiles, and the pieces of a workspace. A
+// call is two launches: the tables of the groups, then the product.
+#include "tensor_cores.h"
+
+#include <limits>
+
+#include "expert_tiles.h"
+#include "grouped_product.h"
+
+#if defined(UMMRM_SM80) || defined(UMMRM_SM90)
+
+namespace ummrm::cuda {
+namespace {
+
+struct Architecture {
+  int number;
+  GroupedInstance (*forward)(int, DType);
+  GroupedInstance (*input_grad)(int, DType);
+  GroupedInstance (*weight_grad)(int, DType);
+  GroupedInstance (*weight_grad_f32)(int, DType);
+};
+
+#ifdef UMMRM_SM80
+constexpr Architecture kSm80 = {80, sm80::forward, sm80::input_grad, sm80::weight_grad, sm80::weight_grad_f32};
+#endif
+#ifdef UMMRM_SM90
+constexpr Architecture kSm90 = {90, sm90::forward, sm90::input_grad, sm90::weight_grad, sm90::weight_grad_f32};
+#endif
+
+// Of the current device; 0 where there is none.
+int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+}
+
+// A bias's address is one of these as well: Ampere reads it in words of 16 bytes.
+template <class... Addresses>
+bool all_aligned(const Addresses*... addresses) {
+  return (aligned16(addresses) && ...);
+}
+
+bool half_wide(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
+// Widths whose rows start on 16-byte boundaries, and row counts, fit: shapes are int32, and so is Ampere's count of
+// tiles.
+bool sizes_fit(int64_t tokens, int64_t num_shared, int64_t num_experts, int64_t slots, int64_t width, int64_t other) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1024;  // sizes are rounded up to whole tiles
+  if (width < 8 || other < 8 || width % 8 != 0 || other % 8 != 0 || width > kMost || other > kMost) return false;
+  if (tokens > kMost || slots > kMost || num_shared + num_experts > kMaxGroups) return false;
+  constexpr int64_t kSide = 128;  // no tile is shorter
+  const int64_t groups = num_shared + num_experts, most_rows = tokens * num_shared + slots + groups * kSide;
+  const int64_t most_wide = width > other ? width : other;
+  const bool rows_fit = most_rows / kSide <= kMost / (ceil_div(most_wide, kSide) + 1);
+  const bool gradients_fit = groups * ceil_div(width, kSide) <= kMost / (ceil_div(other, kSide) + 1);
+  return rows_fit && gradients_fit;
+}
+
+bool suits(const ExpertGemm& args) {
+  return half_wide(args.dtype) &&
+         sizes_fit(args.tokens, args.num_shared, args.num_experts, args.slots, args.in, args.out_width) &&
+         all_aligned(args.shared_rows, args.routed_rows, args.shared_proj, args.routed_proj, args.shared_bias,
+                     args.routed_bias, args.out);
+}
+
+bool suits(const ExpertGemmWgrad& args) {
+  return half_wide(args.dtype) && (args.grad_dtype == args.dtype || args.grad_dtype == DType::f32) &&
+         sizes_fit(args.tokens, args.num_shared, args.num_experts, args.slots, args.width, args.grad_width) &&
+         all_aligned(args.shared_rows, args.routed_rows, args.grad_shared_rows, args.grad_routed_rows, args.shared_grad,
+                     args.routed_grad);
+}
+
+int64_t mean_rows(int64_t tokens, int64_t num_shared, int64_t num_experts, int64_t slots) {
+  const int64_t groups = num_shared + num_experts;
+  return groups == 0 ? 0 : (tokens * num_shared + slots) / groups;
+}
+
+TileChoice tile_of(const Architecture& arch, int sms, const ExpertGemm& args) {
+  return choose_tile(
+      arch.number, sms,
+      {args.transpose ? ExpertProduct::input_grad : ExpertProduct::forward, args.num_shared + args.num_experts,
+       mean_rows(args.tokens, args.num_shared, args.num_experts, args.slots), args.out_width, args.in});
+}
+
+TileChoice tile_of(const Architecture& arch, int sms, const ExpertGemmWgrad& args) {
+  return choose_tile(
+      arch.number, sms,
+      {ExpertProduct::weight_grad, args.num_shared + args.num_experts,
+       mean_rows(args.tokens, args.num_shared, args.num_experts, args.slots), args.width, args.grad_width});
+}
+
+GroupedInstance instance_of(const Architecture& arch, int tile, const ExpertGemm& args) {
+  return (args.transpose ? arch.input_grad : arch.forward)(tile, args.dtype);
+}
+
+GroupedInstance instance_of(const Architecture& arch, int tile, const ExpertGemmWgrad& args) {
+  return (args.grad_dtype == args.dtype ? arch.weight_grad : arch.weight_grad_f32)(tile, args.dtype);
+}
+
+// A row of zeros, for the kind of expert without a bias where the other has one. Bytes; 0: not needed.
+int64_t zero_row(const ExpertGemm& args) {
+  const bool one_missing = (args.shared_bias == nullptr) != (args.routed_bias == nullptr);
+  return one_missing ? args.out_width * element_bytes(args.dtype) : 0;
+}
+
+int64_t zero_row(const ExpertGemmWgrad&) { return 0; }
+
+ExpertGroups groups_of(const ExpertGemmWgrad& args, int64_t band, const void*) { return groups_of(args, band); }
+
+// The pieces of a call, in a workspace or, from a null one, to be counted.
+template <class Args>
+struct Call {
+  GroupedInstance instance;
+  ExpertGroups groups;
+  GroupedProduct product;
+  int64_t zero_bytes, bytes;
+  void* zeros;
+
+  Call(const Architecture& arch, int sms, const TileChoice& choice, const Args& args, void* base) {
+    Workspace workspace(base);
+    instance = instance_of(arch, choice.tile, args);
+    zero_bytes = zero_row(args);
+    zeros = workspace.take<char>(zero_bytes);
+    groups = groups_of(args, choice.band, zeros);
+    product.tables = take_tables(workspace, groups.problems());
+    product.problems = static_cast<int>(groups.problems());
+    product.biased = groups.biased;
+    product.sms = sms;
+    product.scratch = workspace.take<char>(instance.scratch_bytes(sms));
+    bytes = workspace.bytes();
+  }
+
+  int run(Stream stream) {
+    int status = cudaSuccess;
+    if (zero_bytes > 0) status = cudaMemsetAsync(zeros, 0, static_cast<size_t>(zero_bytes), stream);
+    if (status == cudaSuccess) status = expert_groups(groups, product.tables, stream);
+    if (status == cudaSuccess && product.problems > 0) status = instance.run(product, stream);
+    return status;
+  }
+};
+
+template <class Args>
+int64_t workspace_of(const Architecture& arch, int sms, const Args& args, const TileChoice& choice) {
+  return sms == 0 ? 0 : Call<Args>(arch, sms, choice, args, nullptr).bytes;
+}
+
+template <class Args>
+int run(const Architecture& arch, int sms, const Args& args, const TileChoice& choice, void* workspace, Stream stream) {
+  if (sms == 0) return cudaErrorNoDevice;
+  return Call<Args>(arch, sms, choice, args, workspace).run(stream);
+}
+
+}  // namespace
+
+#define UMMRM_TENSOR_CORES(arch, Args, function)                                             \
+  bool serves(const Args& args) { return suits(args); }                                      \
+  int64_t workspace(const Args& args, const TileChoice& choice) {                            \
+    return workspace_of(arch, multiprocessors(), args, choice);                              \
+  }                                                                                          \
+  int64_t workspace(const Args& args) {                                                      \
+    const int sms = multiprocessors();                                                       \
+    return workspace_of(arch, sms, args, tile_of(arch, sms, args));                          \
+  }                                                                                          \
+  int function(const Args& args, const TileChoice& choice, void* workspace, Stream stream) { \
+    return run(arch, multiprocessors(), args, choice, workspace, stream);                    \
+  }                                                                                          \
+  int function(const Args& args, void* workspace, Stream stream) {                           \
+    const int sms = multiprocessors();                                                       \
+    return run(arch, sms, args, tile_of(arch, sms, args), workspace, stream);                \
+  }
+
+#ifdef UMMRM_SM80
+namespace sm80 {
+UMMRM_TENSOR_CORES(kSm80, ExpertGemm, expert_gemm)
+UMMRM_TENSOR_CORES(kSm80, ExpertGemmWgrad, expert_gemm_wgrad)
+}  // namespace sm80
+#endif
+
+#ifdef UMMRM_SM90
+namespace sm90 {
+UMMRM_TENSOR_CORES(kSm90, ExpertGemm, expert_gemm)
+UMMRM_TENSOR_CORES(kSm90, ExpertGemmWgrad, expert_gemm_wgrad)
+}  // namespace sm90
+#endif
+
+}  // namespace ummrm::cuda
+
+#endif
