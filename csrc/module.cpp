@@ -11,6 +11,7 @@
 #include "gemm.h"
 #include "ops.h"
 #include "ummrm/cpu_info.h"
+#include "ummrm/expert_gemm_tiles.h"
 
 namespace {
 
@@ -106,6 +107,25 @@ py::dict build_info() {
   return info;
 }
 
+// One row a tile that the grouped expert GEMM may take; none in a build without CUDA.
+py::list tile_table() {
+  py::list rows;
+  if constexpr (ummrm::kHasCuda) {
+    int count = 0;
+    const auto* tiles = ummrm::cuda::tile_instances(&count);
+    for (int i = 0; i < count; ++i) {
+      py::dict row;
+      row["arch"] = tiles[i].arch;
+      row["kernel"] = tiles[i].kernel;
+      row["tile"] = py::make_tuple(tiles[i].tile_m, tiles[i].tile_n, tiles[i].tile_k);
+      row["cluster"] = py::make_tuple(tiles[i].cluster_m, tiles[i].cluster_n);
+      row["schedule"] = tiles[i].schedule;
+      rows.append(row);
+    }
+  }
+  return rows;
+}
+
 // The C++ functions themselves, without dispatcher, autograd and autocast: what the microbenchmarks time.
 void define_launchers(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
@@ -150,6 +170,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this was built with, and the CPU kernels chosen on this machine.");
   m.def("check", &ummrm::check_indices_on_devices, py::arg("enabled"),
         "Whether index values are checked on devices where reading them waits for the device. CPU tensors always are.");
-  m.def("tile_table", [] { return py::dict(); }, "Tile shapes by device kernel; CPU kernels have none.");
+  m.def("tile_table", &tile_table, "Tiles of the grouped expert GEMM on CUDA: rows, columns and depth, and where.");
   define_launchers(m.def_submodule("launch", "The operators without the dispatcher, for microbenchmarks."));
 }

@@ -30,7 +30,8 @@ def test_build_info():
     assert info["cpu_isa"] in ("x86-64-v4", "x86-64-v3", "baseline")
     assert info["compiler"].startswith(("gcc", "clang"))
     assert info["fp32_gemm"].startswith(("at::mm", "oneDNN"))
-    assert bool(info["cuda_archs"]) == (_library.no_cuda_kernels is None) == (info["nvcc"] is not None)
+    has_cuda = _library.no_cuda_kernels is None
+    assert bool(info["cuda_archs"]) == has_cuda == (info["nvcc"] is not None) == bool(_library.tile_table())
 
 
 def test_record_lies_beside_the_extension():

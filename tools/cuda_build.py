@@ -2,7 +2,8 @@
 
 UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and
 says why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them,
-`;` between them) and UMMRM_CUTLASS (third_party/README.md) go to CMake. The standard library alone is used here.
+`;` between them), UMMRM_CUTLASS and UMMRM_TENSOR_CORES (third_party/README.md) go to CMake. The standard library alone
+is used here.
 """
 
 import os
@@ -102,7 +103,7 @@ def compile_kernels(toolkit, folder, jobs):
     configure = [cmake, "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
     configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS"):
+    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS", "UMMRM_TENSOR_CORES"):
         if variable in os.environ:
             configure.append(f"-D{variable}={os.environ[variable]}")
     subprocess.run([str(part) for part in configure], check=True)

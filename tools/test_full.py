@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import sass_check
+
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
@@ -84,12 +86,19 @@ def sanitize(kind):
 
 
 def cuda_architectures():
-    """Compiles the CUDA kernels for every architecture; the fast tier does it for one. A spill fails the compile."""
+    """Compiles the CUDA kernels for every architecture; the fast tier does it for two. A spill fails the compile. Then
+    looks for tensor-core instructions in the machine code of every kernel that should have them."""
     if shutil.which("nvcc") is None:
         raise NotRun("there is no nvcc on PATH")
     build, cmake = ROOT / "build" / "cmake-cuda", tool("cmake")
-    run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
-    run(cmake, "--build", build, "--target", "ummrm_cuda")
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
+    run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", python)
+    run(cmake, "--build", build)
+    try:
+        sass_check.find_cuobjdump()
+    except sass_check.NoTool as reason:
+        raise NotRun(f"the machine code cannot be read: {reason}") from reason
+    run(sys.executable, ROOT / "tools/sass_check.py", build)
 
 
 OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
@@ -99,8 +108,9 @@ def emulated():
     """The operators' tests with csrc's CUDA path and the CUDA kernels, on the host emulator."""
     build = ROOT / "build" / "emulated"
     run(sys.executable, ROOT / "tests/emulated_extension.py", build)
-    tests = [ROOT / f"tests/test_{stem}.py" for stem in OPERATORS]
-    run(sys.executable, "-P", "-m", "pytest", "-q", "--library", build / "ummrm_emulated.so", *tests)
+    library = ["--library", build / "ummrm_emulated.so"]
+    run(sys.executable, "-P", "-m", "pytest", "-q", *library, *(ROOT / f"tests/test_{stem}.py" for stem in OPERATORS))
+    run(sys.executable, "-P", "-m", "pytest", "-q", *library, "--device=cpu", "-m", "sanitize", ROOT / "tests/gpu")
 
 
 def interpreter(name):
