@@ -6,6 +6,7 @@ transformers' Auto classes.
 """
 
 from ._library import check
+from . import experts_interface as _experts_interface
 from .backends import use_backend
 from .config import MergeConfig, UpcycleConfig
 from .dense import FFNPaths
@@ -14,9 +15,19 @@ from .layers import MergedFFN, UpcycledFFN
 from .losses import auxiliary_loss, preference_loss
 from .merge import merge, merge_coefficients, prepare_merge
 from .modeling import register_family
+from .normalization import (
+    RewardNormalization,
+    fold_reward_normalization,
+    measure_rewards,
+    reward_normalization,
+    score,
+    set_reward_normalization,
+)
 from .saving import save_pretrained
 from .upcycle import upcycle
 from .usage import record_usage
+
+_experts_interface.register()
 
 __version__ = "0.1.0"
 
@@ -25,17 +36,23 @@ __all__ = [
     "Family",
     "MergeConfig",
     "MergedFFN",
+    "RewardNormalization",
     "UpcycleConfig",
     "UpcycledFFN",
     "auxiliary_loss",
     "check",
+    "fold_reward_normalization",
+    "measure_rewards",
     "merge",
     "merge_coefficients",
     "prepare_merge",
     "preference_loss",
     "record_usage",
     "register_family",
+    "reward_normalization",
     "save_pretrained",
+    "score",
+    "set_reward_normalization",
     "upcycle",
     "use_backend",
 ]
