@@ -38,6 +38,7 @@ ALLOWED = {
     "detect": {"dense", "families", "modeling", "probe"},
     "upcycle": {"config", "dense", "detect", "families", "layers", "modeling", "probe"},
     "merge": {"card", "config", "layers", "modeling", "saving", "upcycle", "usage"},
+    "trainer": {"card", "config", "layers", "losses", "merge", "normalization", "usage"},
     "tasks": set(),
     "recipe": {"config", "dense", "layers", "losses", "merge", "plots", "tasks", "upcycle", "usage"},
     "plots": {"recipe"},
@@ -47,6 +48,7 @@ ALLOWED = {
 # What the package may import from outside. The core needs torch and transformers alone; the rest are extras.
 CORE = {"torch", "transformers"}
 EXTRAS = {
+    "trainer": {"trl", "datasets"},
     "recipe": {"rich", "yaml", "safetensors"},
     "plots": {"matplotlib", "numpy"},
     "cli": {"typer", "rich", "yaml"},

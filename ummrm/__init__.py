@@ -5,8 +5,8 @@ The method is UMM-RM (arXiv 2512.00724). `upcycle`, `prepare_merge` and `merge` 
 transformers' Auto classes.
 """
 
-from ._library import check
 from . import experts_interface as _experts_interface
+from ._library import check
 from .backends import use_backend
 from .config import MergeConfig, UpcycleConfig
 from .dense import FFNPaths
@@ -56,3 +56,25 @@ __all__ = [
     "upcycle",
     "use_backend",
 ]
+
+# Not in __all__: a star import must not need TRL.
+_TRAINERS = ("UmmMergeTrainer", "UmmRewardTrainer")
+_TRAINER_NEEDS = ("trl", "datasets", "accelerate", "peft")
+
+
+def __getattr__(name: str):
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import trainer
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _TRAINER_NEEDS:
+            raise
+        raise ModuleNotFoundError(
+            f"ummrm.{name} needs {error.name}, which is not installed; run: pip install 'ummrm[trl]'", name=error.name
+        ) from error
+    return getattr(trainer, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINERS})

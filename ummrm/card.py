@@ -75,6 +75,11 @@ def write(folder: str | os.PathLike, text: str, previous: str | os.PathLike) -> 
     (Path(folder) / FILE).write_text(text, encoding="utf-8")
 
 
+def settings_table(settings: Mapping[str, object]) -> str:
+    """Markdown of named settings."""
+    return _table(("training", "value"), settings.items())
+
+
 def metrics_table(metrics: Mapping[str, float]) -> str:
     """Markdown of named numbers."""
     return _table(("metric", "value"), ((name, f"{value:.4g}") for name, value in metrics.items()))

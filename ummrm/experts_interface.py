@@ -1,4 +1,4 @@
-"""The kernels behind transformers' experts interface: `experts_implementation="ummrm"` for any stock mixture of experts.
+"""The kernels behind transformers' experts interface: `experts_implementation="ummrm"` for any stock MoE.
 
 transformers' MoE models (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...) hand the routed experts of a layer to a
 function registered by name; importing ummrm registers this one. Routing and shared experts stay the model's own. What
@@ -18,9 +18,7 @@ NAME = "ummrm"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def experts_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Runs the routed experts of one stock layer: `sum_k weight[t, k] * expert_{index[t, k]}(x_t)`.
 
     One fused autograd node (`ops.moe_ffn`) where the experts are plain `act` or `act(gate) * up` FFNs stored as
@@ -83,18 +81,20 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _parameters(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _names(experts: nn.Module) -> tuple[str, str, str, str]:
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    names = (up, "down_proj", f"{up}_bias" if experts.has_bias else None, "down_proj_bias" if experts.has_bias else None)
-    return tuple(None if name is None else getattr(experts, name) for name in names)
+    return up, "down_proj", f"{up}_bias", "down_proj_bias"
+
+
+def _parameters(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    up, down, up_bias, down_bias = _names(experts)
+    biases = (getattr(experts, up_bias), getattr(experts, down_bias)) if experts.has_bias else (None, None)
+    return getattr(experts, up), getattr(experts, down), *biases
 
 
 def _check(experts: nn.Module) -> None:
     remedy = f'load it with experts_implementation="grouped_mm" or "eager" instead of "{NAME}".'
-    required = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
-    if experts.has_bias:
-        required += [f"{required[0]}_bias", "down_proj_bias"]
-    for name in required:
+    for name in _names(experts)[: 4 if experts.has_bias else 2]:
         tensor = getattr(experts, name, None)
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS or tensor.dim() != 3 - name.endswith("bias"):
             found = type(tensor).__name__

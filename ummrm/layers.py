@@ -50,7 +50,7 @@ class Experts(nn.Module):
         self.register_parameter("down_proj_bias", parameter(spec.hidden_size) if spec.down_bias else None)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None. x is what a wrapper of a forward expects."""
+        """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; x is for wrappers of a forward."""
         return {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
 
     def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:

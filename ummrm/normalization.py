@@ -119,7 +119,8 @@ def score(model: PreTrainedModel, inputs: dict[str, Tensor], *, normalized: bool
     logits = model(**inputs).logits
     if logits.dim() != 2 or logits.shape[1] != 1:
         raise ValueError(
-            f"`model` must give one reward per sequence, logits [N, 1], got {list(logits.shape)}; load it with num_labels=1."
+            f"`model` must give one reward per sequence, logits [N, 1], got {list(logits.shape)}; load it "
+            "with num_labels=1."
         )
     rewards = logits.squeeze(-1)
     if not normalized:
