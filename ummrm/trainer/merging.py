@@ -76,7 +76,8 @@ class UmmMergeTrainer(UmmTrainer):
         self._merge_config = merge_config
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-            args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE)
+            on_cpu = not torch.accelerator.is_available()  # TRL's default, bf16, is refused there unless asked for
+            args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE, use_cpu=on_cpu)
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
         if phase_of(self.model) == "training":
             if measured and usage is None:
