@@ -1,7 +1,9 @@
 """UmmRewardTrainer: TRL's trainer with auxiliary losses, on every data format, accumulated, resumed, evaluated."""
 
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny_models import tiny_model
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardTrainer
+from trl_child import train
 from trl_inputs import CONFIG, make_dataset, make_moe, make_pairs, make_tokenizer, settings
 
 import ummrm
@@ -127,6 +130,24 @@ def test_the_accumulated_balancing_loss_is_the_mean_of_its_batches(tmp_path):
     for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
     assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+
+
+@pytest.mark.full
+def test_two_processes_that_accumulate_equal_one_batch(tmp_path):
+    script = Path(__file__).with_name("trl_child.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    theirs, log = torch.load(tmp_path / "out.pt", weights_only=False)
+    ours, alone, _ = train(tmp_path / "one", per_device_train_batch_size=16)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(theirs[name], parameter, rtol=1e-4, atol=1e-6, msg=name)
+    for key in ("aux_loss", "z_loss/layer_0", "shared_weight/layer_1", "expert_entropy", "preference_loss"):
+        assert log[key] == pytest.approx(alone[key], rel=1e-4), key
+    for key in ("std_reward", "eval_std_reward", "eval_loss", "eval_z_loss", "eval_mean_reward"):
+        assert log[key] == pytest.approx(alone[key], rel=1e-4), key
+    a, b = log["normalization"], alone["normalization"]
+    assert (a.mean, a.std) == pytest.approx((b.mean, b.std), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["checkpointing", "selective checkpointing", "bf16"])
