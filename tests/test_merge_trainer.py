@@ -196,6 +196,19 @@ def test_nonsense_is_refused(make, options, error, message, tmp_path):
         make_trainer(tmp_path, make(), **options)
 
 
+def test_an_optimizer_of_the_frozen_parameters_is_refused(tmp_path):
+    moe = make_moe()
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="`optimizers` must not be given .*prepare_merge"):
+        UmmMergeTrainer(
+            moe,
+            settings(tmp_path),
+            train_dataset=make_dataset(),
+            processing_class=make_tokenizer(),
+            optimizers=(optimizer, None),
+        )
+
+
 def test_a_model_in_its_merge_phase_goes_on_with_the_same_configuration(tmp_path):
     trainer = make_trainer(tmp_path, merging_model(), merge_config=MergeConfig(shared_share=0.75), max_steps=1)
     trainer.train()

@@ -150,6 +150,16 @@ def test_two_processes_that_accumulate_equal_one_batch(tmp_path):
     assert (a.mean, a.std) == pytest.approx((b.mean, b.std), rel=1e-4)
 
 
+@pytest.mark.full
+def test_a_compiled_model_trains_alike(tmp_path):
+    plain = make_trainer(tmp_path)
+    plain.train()
+    compiled = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)
+    assert logged(compiled, "aux_loss") == pytest.approx(logged(plain, "aux_loss"), rel=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["checkpointing", "selective checkpointing", "bf16"])
 def test_memory_saving_modes_give_the_same_training(mode, tmp_path):
     plain = make_trainer(tmp_path, make_moe(config=NOISY))
@@ -288,6 +298,7 @@ def test_over_long_pairs_are_counted_and_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*max_length.*")
         trainer.evaluate()
+        trainer.evaluate({"again": trainer.train_dataset})
         make_trainer(tmp_path, max_length=None)
         make_trainer(tmp_path)
 

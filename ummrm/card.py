@@ -37,16 +37,15 @@ def merged_card(
         notes: Markdown about training data and metrics, put in as it is.
     """
     header = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
-    if base_model is not None and not os.path.isdir(base_model):
+    if base_model and not _is_local(base_model):
         header += [f"base_model: {base_model}", "base_model_relation: finetune"]
     header += ["tags:", "- reward-model", "- ummrm", "---", _MARK]
-    start = f"`{base_model}`" if base_model else "a dense reward model"
     text = f"""
 # Merged reward model
 
 A dense `{model_class}`, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
-the feed-forward layers of {start} were copied into experts, the mixture was trained on preference pairs, and its
-experts were folded back with learned weights. It loads with transformers alone:
+the feed-forward layers of {base_model_text(base_model)} were copied into experts, the mixture was trained on preference
+pairs, and its experts were folded back with learned weights. It loads with transformers alone:
 
 ```python
 from transformers import AutoModelForSequenceClassification
@@ -65,6 +64,17 @@ model = AutoModelForSequenceClassification.from_pretrained("path/of/this/folder"
 {_weights(coefficients, num_shared)}
 """
     return "\n".join(header) + "\n" + text + (f"\n{notes.strip()}\n" if notes.strip() else "")
+
+
+def base_model_text(base_model: str | None) -> str:
+    """How a card names the dense model: a folder of some machine by its last part alone."""
+    if not base_model:
+        return "a dense reward model"
+    return f"`{Path(base_model).name if _is_local(base_model) else base_model}`"
+
+
+def _is_local(base_model: str) -> bool:
+    return os.path.isabs(base_model) or base_model.startswith(".") or os.path.isdir(base_model)
 
 
 def write(folder: str | os.PathLike, text: str, previous: str | os.PathLike) -> None:

@@ -47,6 +47,7 @@ class UmmTrainer(RewardTrainer):
     def __init__(self, model, args=None, *rest, log_layers: bool = True, **kwargs) -> None:
         self.log_layers = log_layers
         self.long_pairs: dict[str, Dropped] = {}  # data set name to what was too long
+        self._filtered: set[str] = set()
         self._streams: dict[str, LengthFilter] = {}
         self._metric_prefix = "eval"
         self._spread = {"train": RewardSpread(), "eval": RewardSpread()}
@@ -66,9 +67,8 @@ class UmmTrainer(RewardTrainer):
         unlimited = copy.copy(args)
         unlimited.max_length = None  # tokenise everything, so that what is too long can be counted
         prepared = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
-        if args.max_length is None:
+        if args.max_length is None or getattr(dataset, "_fingerprint", None) in self._filtered:
             return prepared
-        # Idempotent as TRL's own: pairs that came tokenised, or were prepared before, are left alone.
         tokenised = {"chosen_ids", "rejected_ids"} <= set(_columns(dataset))
         tokenised = tokenised or {"chosen_input_ids", "rejected_input_ids"} <= set(_columns(dataset))
         if not isinstance(prepared, Dataset):
@@ -77,13 +77,11 @@ class UmmTrainer(RewardTrainer):
             self._streams[dataset_name] = LengthFilter(args.max_length, stream=dataset_name)
             return prepared.filter(self._streams[dataset_name])
         fits = prepared.filter(LengthFilter(args.max_length), num_proc=args.dataset_num_proc)
-        dropped = Dropped(len(prepared) - len(fits), len(prepared), kept=tokenised)
-        if tokenised and self.long_pairs.get(dataset_name, Dropped(0, 0)).total == len(prepared):
-            return prepared  # said already
-        self.long_pairs[dataset_name] = dropped
-        if args.process_index == 0:
-            report(dataset_name, dropped, args.max_length)
-        return prepared if tokenised else fits
+        self.long_pairs[dataset_name] = Dropped(len(prepared) - len(fits), len(prepared), kept=tokenised)
+        report(dataset_name, self.long_pairs[dataset_name], args.max_length, warn=args.process_index == 0)
+        ready = prepared if tokenised else fits
+        self._filtered.add(ready._fingerprint)  # TRL hands data that is ready in again at every evaluation
+        return ready
 
     # ---- loss and metrics --------------------------------------------------------------------------------------
 
@@ -178,8 +176,8 @@ class UmmTrainer(RewardTrainer):
             path = Path(self.args.output_dir) / card.FILE
             text = path.read_text(encoding="utf-8")
             # TRL names a local base model "None"
-            base = getattr(self.model.config, "umm_base_model", None)
-            text = text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a dense reward model")
+            base = card.base_model_text(getattr(self.model.config, "umm_base_model", None))
+            text = text.replace("[None](https://huggingface.co/None)", base)
             text = text.replace('pipeline(model="None"', 'pipeline(model="path/of/this/folder"')
             path.write_text(f"{text}\n\n{self.training_notes()}", encoding="utf-8")
 

@@ -42,13 +42,26 @@ class LengthFilter:
         return fits
 
 
-def report(name: str, dropped: Dropped, max_length: int) -> None:
+def report(name: str, dropped: Dropped, max_length: int, warn: bool) -> None:
     """Warns about the over-long pairs of a data set of known size, if there are any.
+
+    Args:
+        name: of the data set.
+        dropped: what was counted.
+        max_length: the limit.
+        warn: False on processes that leave the warning to the first.
 
     Raises:
         ValueError: no pair is left.
     """
     if not dropped.long:
+        return
+    if dropped.long == dropped.total and not dropped.kept:
+        raise ValueError(
+            f"`max_length` must leave some pairs, and all {dropped.total} pairs of the {name} set are longer than "
+            f"{max_length} tokens. {REMEDY}."
+        )
+    if not warn:
         return
     which = f"{dropped.long} of {dropped.total} pairs ({dropped.long / dropped.total:.1%}) of the {name} set"
     if dropped.kept:
@@ -56,11 +69,6 @@ def report(name: str, dropped: Dropped, max_length: int) -> None:
             f"{which} are longer than max_length={max_length} tokens and stay in: the set came tokenised, and TRL "
             "filters such a set not at all. Filter it beforehand if they should go.",
             stacklevel=4,
-        )
-    elif dropped.long == dropped.total:
-        raise ValueError(
-            f"`max_length` must leave some pairs, and all {dropped.total} pairs of the {name} set are longer than "
-            f"{max_length} tokens. {REMEDY}."
         )
     else:
         warnings.warn(

@@ -44,8 +44,8 @@ class UmmMergeTrainer(UmmTrainer):
 
     Raises:
         TypeError: the model is dense or wrapped by PEFT.
-        ValueError: `merge_config` differs from that of a model already in its merge phase, `peft_config` is given, or
-            `usage` is given without `alpha_init="usage"`.
+        ValueError: `merge_config` differs from that of a model already in its merge phase; `peft_config` is given; an
+            optimizer is given before alpha exists; `usage` is given without `alpha_init="usage"`.
     """
 
     _name = "UMM-RM merge"
@@ -80,6 +80,12 @@ class UmmMergeTrainer(UmmTrainer):
             args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE, use_cpu=on_cpu)
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
         if phase_of(self.model) == "training":
+            if self.optimizer is not None:
+                raise ValueError(
+                    "`optimizers` must not be given with a model of the training phase, which has no alpha yet; "
+                    "call ummrm.prepare_merge(model, merge_config) first and build the optimizer on what requires a "
+                    "gradient, or set `optim` in RewardConfig."
+                )
             if measured and usage is None:
                 usage = self._measured_usage(usage_batches)
             prepare_merge(self.model, merge_config, usage)
