@@ -5,6 +5,7 @@ The method is UMM-RM (arXiv 2512.00724). `upcycle`, `prepare_merge` and `merge` 
 transformers' Auto classes.
 """
 
+from . import experts_interface as _experts_interface
 from ._library import check
 from .backends import use_backend
 from .config import MergeConfig, UpcycleConfig
@@ -14,9 +15,19 @@ from .layers import MergedFFN, UpcycledFFN
 from .losses import auxiliary_loss, preference_loss
 from .merge import merge, merge_coefficients, prepare_merge
 from .modeling import register_family
+from .normalization import (
+    RewardNormalization,
+    fold_reward_normalization,
+    measure_rewards,
+    reward_normalization,
+    score,
+    set_reward_normalization,
+)
 from .saving import save_pretrained
 from .upcycle import upcycle
 from .usage import record_usage
+
+_experts_interface.register()
 
 __version__ = "0.1.0"
 
@@ -25,17 +36,45 @@ __all__ = [
     "Family",
     "MergeConfig",
     "MergedFFN",
+    "RewardNormalization",
     "UpcycleConfig",
     "UpcycledFFN",
     "auxiliary_loss",
     "check",
+    "fold_reward_normalization",
+    "measure_rewards",
     "merge",
     "merge_coefficients",
     "prepare_merge",
     "preference_loss",
     "record_usage",
     "register_family",
+    "reward_normalization",
     "save_pretrained",
+    "score",
+    "set_reward_normalization",
     "upcycle",
     "use_backend",
 ]
+
+# Not in __all__: a star import must not need TRL.
+_TRAINERS = ("UmmMergeTrainer", "UmmRewardTrainer")
+_TRAINER_NEEDS = ("trl", "datasets", "accelerate", "peft")
+
+
+def __getattr__(name: str):
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import trainer
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _TRAINER_NEEDS:
+            raise
+        raise ModuleNotFoundError(
+            f"ummrm.{name} needs {error.name}, which is not installed; run: pip install 'ummrm[trl]'", name=error.name
+        ) from error
+    return getattr(trainer, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINERS})

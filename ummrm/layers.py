@@ -23,6 +23,9 @@ from .router import Router, RouterStatistics, in_backward
 class Experts(nn.Module):
     """The stacked parameters of n experts of one layer; they are run by `ops.moe_ffn` and `ops.merged_ffn`.
 
+    Its forward hands out the parameters. The layers read them that way, never by attribute, since adapters on
+    parameters (PEFT's `target_parameters`) and sharding put the effective tensors in place for a forward only.
+
     Parameters: `gate_up_proj` [n, 2I, H] (gate rows first) for a gated FFN or `up_proj` [n, I, H] for a plain one,
     `down_proj` [n, H, I], and `<name>_bias` [n, rows] where the dense FFN had biases.
     """
@@ -45,6 +48,10 @@ class Experts(nn.Module):
         self.down_proj = parameter(spec.hidden_size, spec.intermediate_size)
         self.register_parameter(f"{self.up_name}_bias", parameter(spec.up_rows) if spec.up_bias else None)
         self.register_parameter("down_proj_bias", parameter(spec.hidden_size) if spec.down_bias else None)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; x is for wrappers of a forward."""
+        return {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
 
     def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
         """Random experts: normal weights, zero biases. Upcycling fills them with copies instead."""
@@ -87,17 +94,9 @@ class Experts(nn.Module):
         )
 
 
-def _expert_arguments(shared: Experts, routed: Experts) -> dict[str, torch.Tensor | None]:
-    return {
-        "shared_up": shared.up,
-        "routed_up": routed.up,
-        "shared_down": shared.down_proj,
-        "routed_down": routed.down_proj,
-        "shared_up_bias": shared.up_bias,
-        "routed_up_bias": routed.up_bias,
-        "shared_down_bias": shared.down_proj_bias,
-        "routed_down_bias": routed.down_proj_bias,
-    }
+def _expert_arguments(shared: Experts, routed: Experts, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    groups = {"shared": shared(x), "routed": routed(x)}
+    return {f"{group}_{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 class UpcycledFFN(nn.Module):
@@ -182,14 +181,18 @@ class UpcycledFFN(nn.Module):
         routing = self.router(flat, mask)
         if not in_backward():
             self.statistics = RouterStatistics(
-                routing.tokens_per_expert, routing.mean_prob, routing.mean_z, self.config.num_experts_per_tok
+                routing.tokens_per_expert,
+                routing.mean_prob,
+                routing.mean_z,
+                self.config.num_experts_per_tok,
+                routing.shared_weight.detach(),
             )
         out = ops.moe_ffn(
             flat,
             routing.shared_weight,
             routing.routed_weights,
             routing.expert_indices,
-            **_expert_arguments(self.shared_experts, self.experts),
+            **_expert_arguments(self.shared_experts, self.experts, flat),
             activation=self.spec.activation,
             glu=self.spec.glu,
         )
@@ -289,10 +292,11 @@ class MergedFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., H] through the merged dense FFN. `token_mask` is accepted and has no effect: padding is computed."""
+        flat = _flatten(x, self.spec.hidden_size)
         out = ops.merged_ffn(
-            _flatten(x, self.spec.hidden_size),
+            flat,
             self.coefficients(),
-            **_expert_arguments(self.shared_experts, self.experts),
+            **_expert_arguments(self.shared_experts, self.experts, flat),
             activation=self.spec.activation,
             glu=self.spec.glu,
         )

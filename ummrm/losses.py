@@ -6,6 +6,8 @@ they are means over layers of quantities over live tokens, taken over all data-p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import nn
 
 from .layers import UpcycledFFN, merged_ffns, upcycled_ffns
 from .parallel import sum_over_processes
+from .router import RouterStatistics
 
 
 def preference_loss(
@@ -77,6 +80,27 @@ def cv_squared_loss(mean_prob: torch.Tensor) -> torch.Tensor:
     return variance / mean.square().clamp_min(torch.finfo(mean_prob.dtype).tiny)
 
 
+@dataclass(frozen=True)
+class RoutingReport:
+    """What one layer's last forward says about routing, over live tokens and all data-parallel processes.
+
+    Attributes:
+        loss: [], the weighted auxiliary loss, with the router's gradient.
+        load_balancing: [], the configured balancing loss without its coefficient, detached.
+        z: [], the router z-loss without its coefficient, detached.
+        fractions: [E], each expert's share of the slots (zeros if no token is live).
+        shared_weight: [], mean gate weight of the shared experts (0 if no token is live).
+        live_tokens: [].
+    """
+
+    loss: torch.Tensor
+    load_balancing: torch.Tensor
+    z: torch.Tensor
+    fractions: torch.Tensor
+    shared_weight: torch.Tensor
+    live_tokens: torch.Tensor
+
+
 def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The weighted auxiliary losses of a network's last forward: add it to the preference loss.
 
@@ -94,15 +118,34 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         TypeError: the network holds no upcycled FFN.
         RuntimeError: no forward has been run, or it kept no gradient for the router (reentrant checkpointing).
     """
+    reports = routing_reports(model, group)
+    if not reports:
+        return next(iter(merged_ffns(model).values())).alpha.new_zeros(())
+    return torch.stack([report.loss for report in reports.values()]).mean()
+
+
+def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, RoutingReport]:
+    """`auxiliary_loss` layer by layer, with what goes into it; one collective for all layers.
+
+    Args:
+        model: as in `auxiliary_loss`.
+        group: as in `auxiliary_loss`.
+
+    Returns:
+        FFN name to report, on the first layer's device; empty for a network in its merge phase.
+
+    Raises:
+        TypeError: the network holds no upcycled FFN.
+        RuntimeError: no forward has been run, or it kept no gradient for the router (reentrant checkpointing).
+    """
     ffns = upcycled_ffns(model)
     if not ffns:
-        merged = merged_ffns(model)
-        if not merged:
+        if not merged_ffns(model):
             raise TypeError(
                 f"`model` must hold UpcycledFFN modules, got a {type(model).__name__} with none; "
                 "call ummrm.upcycle(model, config) first."
             )
-        return next(iter(merged.values())).alpha.new_zeros(())
+        return {}
     missing = [name for name, ffn in ffns.items() if ffn.statistics is None]
     if missing:
         raise RuntimeError(
@@ -111,9 +154,10 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         )
     for name, ffn in ffns.items():
         _check_gradient(name, ffn)
-    device = next(iter(ffns.values())).statistics.mean_prob.device
-    losses = [loss.to(device) for loss in _layer_losses(list(ffns.values()), group)]
-    return torch.stack(losses).mean()
+    packed = [_packed(ffn.statistics) for ffn in ffns.values()]
+    device = packed[0].device
+    summed = sum_over_processes(torch.cat([p.to(device) for p in packed]), group).split([len(p) for p in packed])
+    return {name: _report(ffn, total) for (name, ffn), total in zip(ffns.items(), summed, strict=True)}
 
 
 def _check_gradient(name: str, ffn: UpcycledFFN) -> None:
@@ -126,25 +170,29 @@ def _check_gradient(name: str, ffn: UpcycledFFN) -> None:
         )
 
 
-def _layer_losses(ffns: list[UpcycledFFN], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """Each layer's weighted loss; one collective for all layers."""
-    packed = []
-    for ffn in ffns:
-        s = ffn.statistics
-        counts = s.tokens_per_expert.to(s.mean_prob.dtype)
-        live = counts.sum() / s.top_k
-        packed.append(torch.cat([counts, s.mean_prob * live, (s.mean_z * live)[None], live[None]]))
-    device = packed[0].device
-    summed = sum_over_processes(torch.cat([p.to(device) for p in packed]), group).split([len(p) for p in packed])
-    losses = []
-    for ffn, total in zip(ffns, summed, strict=True):
-        config, num_experts = ffn.config, ffn.config.num_experts
-        counts, prob_sum, z_sum, live = total.split([num_experts, num_experts, 1, 1])
-        live = live.clamp_min(1)
-        mean_prob = prob_sum / live
-        if config.balancing_loss == "switch":
-            balancing = load_balancing_loss(counts, mean_prob)
-        else:
-            balancing = cv_squared_loss(mean_prob)
-        losses.append(config.balancing_loss_coef * balancing + config.z_loss_coef * (z_sum / live).squeeze(0))
-    return losses
+def _packed(s: RouterStatistics) -> torch.Tensor:
+    """A layer's statistics as sums over live tokens, which processes can add up: [E] + [E] + 3 numbers."""
+    counts = s.tokens_per_expert.to(s.mean_prob.dtype)
+    live = counts.sum() / s.top_k
+    shared = s.shared_weight.sum().to(counts.dtype) - (s.shared_weight.numel() - live)  # a masked token's weight is 1
+    return torch.cat([counts, s.mean_prob * live, torch.stack([s.mean_z * live, shared, live])])
+
+
+def _report(ffn: UpcycledFFN, total: torch.Tensor) -> RoutingReport:
+    config, num_experts = ffn.config, ffn.config.num_experts
+    counts, prob_sum, rest = total.split([num_experts, num_experts, 3])
+    z_sum, shared_sum, live_tokens = rest.unbind()
+    live = live_tokens.clamp_min(1)
+    mean_prob, z = prob_sum / live, z_sum / live
+    if config.balancing_loss == "switch":
+        balancing = load_balancing_loss(counts, mean_prob)
+    else:
+        balancing = cv_squared_loss(mean_prob)
+    return RoutingReport(
+        config.balancing_loss_coef * balancing + config.z_loss_coef * z,
+        balancing.detach(),
+        z.detach(),
+        (counts / counts.sum().clamp_min(1)).detach(),
+        (shared_sum / live).detach(),
+        live_tokens.detach(),
+    )

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
 
-from . import saving
+from . import card, saving
 from .config import MergeConfig
-from .layers import MergedFFN, MergeShare, UpcycledFFN, merged_ffns, upcycled_ffns
+from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN, merged_ffns, upcycled_ffns
 from .modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
 from .upcycle import transplant
 from .usage import GateUsage
@@ -37,8 +38,8 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
 
     Raises:
         TypeError: `moe` holds no `UpcycledFFN`, or `config` is of another type.
-        ValueError: `alpha_init="usage"` without a fitting `usage`, or `moe` is an `UpcycledFFN` alone. `moe` is then
-            unchanged.
+        ValueError: `alpha_init="usage"` without a fitting `usage`, `moe` is an `UpcycledFFN` alone, or it holds
+            adapters. `moe` is then unchanged.
     """
     config = MergeConfig() if config is None else config
     if not isinstance(config, MergeConfig):
@@ -53,6 +54,13 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
         raise ValueError(
             "`moe` must hold its UpcycledFFN modules, got one alone, which can't be exchanged in place; wrap it: "
             "torch.nn.Sequential(ffn)."
+        )
+    if hasattr(moe, "peft_config") or not all(
+        isinstance(part, Experts) for ffn in ffns.values() for part in (ffn.experts, ffn.shared_experts)
+    ):
+        raise ValueError(
+            f"`moe` must hold no adapters, got a {type(moe).__name__} whose experts are wrapped; fold them into the "
+            "experts first: `moe = peft_model.merge_and_unload()`."
         )
     shares = _usage_shares(ffns, usage) if config.alpha_init == "usage" else {}
     share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
@@ -76,17 +84,18 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
     return moe
 
 
-def merge(moe: nn.Module) -> nn.Module:
+def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
     """Folds the experts of a network in its merge phase into one dense network of the original architecture.
 
     Args:
         moe: a network after `prepare_merge` (and, normally, after alpha was trained). It is left as it is.
+        card_notes: Markdown about training data and metrics for the model card.
 
     Returns:
         For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
-        `save_pretrained` saving whole or not at all. For any other network: a copy with each `MergedFFN` replaced by a
-        module of the class that `UpcycledFFN.from_dense` was given. Merged weights are bit for bit those that the
-        merge phase's forward used.
+        `save_pretrained` saving whole or not at all, with a model card (README.md) that says how it was made. For any
+        other network: a copy with each `MergedFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
+        given. Merged weights are bit for bit those that the merge phase's forward used.
 
     Raises:
         TypeError: `moe` is not in its merge phase.
@@ -106,8 +115,18 @@ def merge(moe: nn.Module) -> nn.Module:
     for index, site in ffn_sites(moe).items():
         moe.family.dense_ffn(layers[index], dense.config).write(moe.get_submodule(site).merged_tensors())
     transplant(moe, dense, clone=True)
+    config = moe.config
+    text = card.merged_card(
+        type(dense).__name__,
+        config.umm_base_model,
+        config.umm,
+        config.umm_merge,
+        merge_coefficients(moe),
+        config.upcycle_config.num_shared_experts,
+        card_notes,
+    )
     # an instance attribute, so that the class stays the stock one: saving it must be as safe as saving the experts
-    dense.save_pretrained = saving.save_pretrained.__get__(dense)
+    dense.save_pretrained = functools.partial(saving.save_pretrained, dense, model_card=text)
     return dense.requires_grad_(True).eval()
 
 

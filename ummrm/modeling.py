@@ -42,11 +42,13 @@ class UmmConfigMixin:
         umm: `UpcycleConfig.to_dict()`.
         umm_phase: `"training"` (mixture of experts) or `"merging"` (frozen experts, learnable merge).
         umm_merge: `MergeConfig.to_dict()` in the merge phase.
+        umm_base_model: name or path of the dense model that was upcycled, where it had one.
     """
 
     umm = None
     umm_phase = "training"
     umm_merge = None
+    umm_base_model = None
 
     @property
     def upcycle_config(self) -> UpcycleConfig:
@@ -350,6 +352,7 @@ def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig) -> PreTraine
     new.__class__ = umm_config_class(FAMILIES[stock.model_type])
     new.umm = config.to_dict()
     new.umm_phase = "training"
+    new.umm_base_model = stock._name_or_path or None
     return new
 
 
@@ -358,7 +361,7 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     family = next(f for f in FAMILIES.values() if isinstance(config, umm_config_class(f)))
     new = copy.deepcopy(config)
     new.__class__ = family.config_class
-    for key in ("umm", "umm_phase", "umm_merge"):
+    for key in ("umm", "umm_phase", "umm_merge", "umm_base_model"):
         new.__dict__.pop(key, None)
     write_legacy_rope(new, family)
     return new

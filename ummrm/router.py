@@ -23,12 +23,14 @@ class RouterStatistics:
         mean_prob: [E], mean clean router probability; carries the router's gradient.
         mean_z: [], mean squared logsumexp of the clean logits; carries the router's gradient.
         top_k: K.
+        shared_weight: [T], the shared experts' gate weights, without gradient: 1 for a masked token.
     """
 
     tokens_per_expert: torch.Tensor
     mean_prob: torch.Tensor
     mean_z: torch.Tensor
     top_k: int
+    shared_weight: torch.Tensor
 
 
 def in_backward() -> bool:

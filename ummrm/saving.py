@@ -21,6 +21,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from . import card
+
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
 _ASIDE_SUFFIX = ".old"
@@ -29,19 +31,28 @@ _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.
 _INDEX_FILE = re.compile(r"(model|pytorch_model)\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
 
 
-def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, **kwargs) -> None:
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | os.PathLike, *, model_card: str | None = None, **kwargs
+) -> None:
     """Saves any Hugging Face model like its own `save_pretrained`, but whole or not at all.
 
     Args:
         model: the model.
         save_directory: the folder; an existing one is replaced at once, when everything is on disk.
+        model_card: text of its README.md; a card in the folder that ummrm did not write stays.
         kwargs: passed to the model class's `save_pretrained`.
 
     Raises:
         NotADirectoryError: a file stands at `save_directory`.
         ValueError: it is the current folder or a mount point, which can't be exchanged.
     """
-    save_atomically(lambda path, **kw: type(model).save_pretrained(model, path, **kw), save_directory, **kwargs)
+
+    def save(path: str | os.PathLike, **kw) -> None:
+        type(model).save_pretrained(model, path, **kw)
+        if model_card is not None and kw.get("is_main_process", True):
+            card.write(path, model_card, previous=save_directory)
+
+    save_atomically(save, save_directory, **kwargs)
 
 
 def save_atomically(save: Callable[..., None], save_directory: str | os.PathLike, **kwargs) -> None:

@@ -1,0 +1,223 @@
+"""What both trainers add to TRL's RewardTrainer: counted over-long pairs, complete metrics, safe resuming, a card.
+
+TRL's arguments, data formats and losses (margins, centred rewards) are its own business and stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import RewardTrainer
+
+from .. import card
+from ..layers import merged_ffns, upcycled_ffns
+from ..normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
+from .lengths import Dropped, LengthFilter, report
+from .metrics import RewardSpread
+
+PAPER = {
+    "title": "UMM-RM: An Upcycle-and-Merge MoE Reward Model for Mitigating Reward Hacking",
+    "id": "2512.00724",
+}
+_UNINTERESTING = re.compile(r"runtime|per_second|flos|grad_norm|learning_rate|^(epoch|step)$|/")
+
+
+class UmmTrainer(RewardTrainer):
+    """The part that `UmmRewardTrainer` and `UmmMergeTrainer` share; use one of those.
+
+    Args:
+        model: as in `RewardTrainer`.
+        args: as in `RewardTrainer`.
+        rest: further positional arguments of `RewardTrainer`.
+        log_layers: log per-layer metrics too, not only their means over layers.
+        kwargs: keyword arguments of `RewardTrainer`.
+    """
+
+    _tag_names = ["trl", "reward-trainer", "ummrm"]
+    _paper = PAPER
+
+    def __init__(self, model, args=None, *rest, log_layers: bool = True, **kwargs) -> None:
+        self.log_layers = log_layers
+        self.long_pairs: dict[str, Dropped] = {}  # data set name to what was too long
+        self._filtered: set[str] = set()
+        self._streams: dict[str, LengthFilter] = {}
+        self._metric_prefix = "eval"
+        self._spread = {"train": RewardSpread(), "eval": RewardSpread()}
+        if not isinstance(model, str):
+            self._check_model(model)
+        super().__init__(model, args, *rest, **kwargs)
+        if isinstance(model, str):
+            self._check_model(self.model)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raises TypeError unless the trainer can train `model`."""
+        raise NotImplementedError
+
+    # ---- data --------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        unlimited = copy.copy(args)
+        unlimited.max_length = None  # tokenise everything, so that what is too long can be counted
+        prepared = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
+        if args.max_length is None or getattr(dataset, "_fingerprint", None) in self._filtered:
+            return prepared
+        tokenised = {"chosen_ids", "rejected_ids"} <= set(_columns(dataset))
+        tokenised = tokenised or {"chosen_input_ids", "rejected_input_ids"} <= set(_columns(dataset))
+        if not isinstance(prepared, Dataset):
+            if tokenised:
+                return prepared
+            self._streams[dataset_name] = LengthFilter(args.max_length, stream=dataset_name)
+            return prepared.filter(self._streams[dataset_name])
+        fits = prepared.filter(LengthFilter(args.max_length), num_proc=args.dataset_num_proc)
+        self.long_pairs[dataset_name] = Dropped(len(prepared) - len(fits), len(prepared), kept=tokenised)
+        report(dataset_name, self.long_pairs[dataset_name], args.max_length, warn=args.process_index == 0)
+        ready = prepared if tokenised else fits
+        self._filtered.add(ready._fingerprint)  # TRL hands data that is ready in again at every evaluation
+        return ready
+
+    # ---- loss and metrics --------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        self._spread[mode].add(outputs.logits)
+        loss = self._extra_loss(model, loss, mode)
+        return (loss, outputs) if return_outputs else loss
+
+    def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
+        """The loss with whatever the phase adds to TRL's."""
+        return loss
+
+    def _phase_metrics(self, mode: str) -> dict[str, float]:
+        """What the phase logs, beyond TRL's metrics, since the last call."""
+        return {}
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        on_device = tensor.float() if self.accelerator.device.type == "mps" else tensor
+        return self.accelerator.reduce(on_device.to(self.accelerator.device), "sum").cpu()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._metric_prefix = metric_key_prefix
+        self._metrics["eval"].clear()
+        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        extra = self._spread[mode].flush(self._sum_over_processes) | self._phase_metrics(mode)
+        if mode == "eval":
+            # TRL calls every evaluation set's metrics eval_accuracy, ..., so that of several sets the last one wins.
+            means = {key: sum(values) / len(values) for key, values in self._metrics["eval"].items()}
+            logs.update({f"{self._metric_prefix}_{key}": value for key, value in (means | extra).items()})
+            self._metrics["eval"].clear()
+        else:
+            extra |= {f"long_pairs/{name}": f.long for name, f in self._streams.items() if f.long}
+            logs.update(extra if self._metrics["train"] else {})
+        super().log(logs, start_time)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        if reward_normalization(self.model) is not None:
+            warnings.warn(
+                "the model's reward normalisation describes it before this training and is dropped; measure it again "
+                "afterwards: trainer.normalize_rewards().",
+                stacklevel=2,
+            )
+            set_reward_normalization(self.model, None)
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        path = Path(resume_from_checkpoint) / "config.json"
+        if path.is_file():
+            _check_same(json.loads(path.read_text()), self.model.config, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @torch.no_grad()
+    def normalize_rewards(self, dataset=None) -> RewardNormalization:
+        """Measures mean and standard deviation of the rewards over a data set and keeps them in the model.
+
+        Args:
+            dataset: preference pairs in any format that TRL takes; None is the training set.
+
+        Returns:
+            What `model.config` now holds (`ummrm.reward_normalization`); it is saved and merged with the model.
+        """
+        if dataset is None:
+            dataset = self.train_dataset
+        else:
+            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
+        training, rewards = self.model.training, []
+        self.model.eval()
+        for batch in self.get_eval_dataloader(dataset):
+            batch = self._prepare_inputs(batch)
+            batch.pop("margin", None)
+            pairs = torch.stack(score(self.model, batch).chunk(2), dim=1)  # by pair, as the loader counts
+            rewards.append(self.accelerator.gather_for_metrics(pairs).double().cpu().flatten())
+        self.model.train(training)
+        normalization = of_rewards(torch.cat(rewards))
+        set_reward_normalization(self.model, normalization)
+        return normalization
+
+    # ---- the card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / card.FILE
+            text = path.read_text(encoding="utf-8")
+            # TRL names a local base model "None"
+            base = card.base_model_text(getattr(self.model.config, "umm_base_model", None))
+            text = text.replace("[None](https://huggingface.co/None)", base)
+            text = text.replace('pipeline(model="None"', 'pipeline(model="path/of/this/folder"')
+            path.write_text(f"{text}\n\n{self.training_notes()}", encoding="utf-8")
+
+    def training_notes(self) -> str:
+        """Markdown on what this trainer did: data, settings, and the last logged metrics."""
+        names = {f"{type(self).__name__} data": _dataset_name(self.train_dataset)}
+        if hasattr(self.train_dataset, "__len__"):
+            names["pairs"] = len(self.train_dataset)
+        names |= {f"over-long pairs, {name}": f"{d.long} of {d.total}" for name, d in self.long_pairs.items()}
+        names |= {"steps": self.state.global_step, "learning rate": self.args.learning_rate}
+        names |= {"pairs per step": self.args.train_batch_size * self.args.gradient_accumulation_steps}
+        metrics: dict[str, float] = {}
+        for entry in self.state.log_history:
+            metrics |= {k: v for k, v in entry.items() if not _UNINTERESTING.search(k) and isinstance(v, (int, float))}
+        text = f"## {self._name} training\n\n" + card.settings_table(names)
+        return text + (f"\n\n{card.metrics_table(metrics)}\n" if metrics else "\n")
+
+
+def _columns(dataset) -> list[str]:
+    return list(dataset.column_names or next(iter(dataset)).keys())
+
+
+def _dataset_name(dataset) -> str:
+    info = getattr(dataset, "info", None)
+    return getattr(info, "dataset_name", None) or "given in memory"
+
+
+def _check_same(saved: Mapping[str, object], config, path: str) -> None:
+    """A checkpoint of another phase or configuration would load with holes, which transformers only logs."""
+    for key in ("umm", "umm_phase", "umm_merge"):
+        theirs, ours = saved.get(key), getattr(config, key, None)
+        if key == "umm_phase":
+            theirs = theirs or ("training" if "umm" in saved else "none: a dense model")
+        if theirs != ours:
+            raise ValueError(
+                f"`resume_from_checkpoint` must be of the model that is trained, and {path} has {key}={theirs!r} where "
+                f"the model has {ours!r}; resume with the trainer and the configuration that wrote it."
+            )
+
+
+def phase_of(model: nn.Module) -> str | None:
+    """`"training"`, `"merging"`, or None for a model without experts."""
+    return "training" if upcycled_ffns(model) else "merging" if merged_ffns(model) else None

@@ -1,0 +1,156 @@
+"""Learning the merge weights: TRL's RewardTrainer on a model whose alpha (and lambda) alone is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from trl import RewardConfig
+
+from ..config import MergeConfig
+from ..layers import merged_ffns
+from ..merge import merge, prepare_merge
+from ..usage import GateUsage, record_usage
+from .base import UmmTrainer, phase_of
+from .metrics import averaged, layer_label, normalized_entropy
+
+LEARNING_RATE = 5e-2  # of alpha where no RewardConfig is given; its default, 1e-4, would leave alpha where it starts
+_PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
+
+
+class UmmMergeTrainer(UmmTrainer):
+    """`trl.RewardTrainer` for the merge phase: everything but alpha (and lambda, if learned) is frozen.
+
+    Takes every argument and data format of `RewardTrainer` but `peft_config`. A model in its training phase is put
+    into its merge phase, in place (`ummrm.prepare_merge`); one that is there already (a checkpoint of this trainer)
+    goes on as it is. With `alpha_init="usage"` gate usage is measured on the first batches of the training set, unless
+    it is given. Neither alpha nor lambda is decayed.
+
+    Logged beside TRL's metrics: `lambda`, `merge_entropy` and `max_merge_share` (of softmax(alpha): how far the merge
+    has left uniform), each also as `<metric>/layer_<i>`, and every `alpha/layer_<i>/expert_<e>` (with the projection in
+    between under `alpha_per="projection"`).
+
+    Args:
+        model: an upcycled model, the path of one, in either phase.
+        args: `RewardConfig`; by default one with a learning rate of 0.05 that saves to `<model>-Merge`.
+        rest: further positional arguments of `RewardTrainer`.
+        merge_config: lambda, start and granularity of alpha; the default is `MergeConfig()`.
+        usage: measured gate usage for `alpha_init="usage"`.
+        usage_batches: how many batches of `per_device_train_batch_size` pairs to measure it on otherwise.
+        log_layers: False leaves out the per-layer entries of the log.
+        kwargs: keyword arguments of `RewardTrainer`.
+
+    Raises:
+        TypeError: the model is dense or wrapped by PEFT.
+        ValueError: `merge_config` differs from that of a model already in its merge phase; `peft_config` is given; an
+            optimizer is given before alpha exists; `usage` is given without `alpha_init="usage"`.
+    """
+
+    _name = "UMM-RM merge"
+
+    def __init__(
+        self,
+        model,
+        args: RewardConfig | None = None,
+        *rest,
+        merge_config: MergeConfig | None = None,
+        usage: GateUsage | None = None,
+        usage_batches: int = 32,
+        log_layers: bool = True,
+        **kwargs,
+    ) -> None:
+        if kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "`peft_config` must be None: the merge phase trains alpha alone. Train adapters before, with "
+                "UmmRewardTrainer, and fold them into the experts with merge_and_unload()."
+            )
+        if merge_config is not None and not isinstance(merge_config, MergeConfig):
+            raise TypeError(f"`merge_config` must be a MergeConfig, got {type(merge_config).__name__}.")
+        measured = (merge_config or MergeConfig()).alpha_init == "usage"
+        if usage is not None and not measured:
+            raise ValueError('`usage` must be None unless merge_config has alpha_init="usage"; drop it or set that.')
+        if measured and usage is None and (not isinstance(usage_batches, int) or usage_batches < 1):
+            raise ValueError(f"`usage_batches` must be an integer of at least 1, got {usage_batches!r}.")
+        self._merge_config = merge_config
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            on_cpu = not torch.accelerator.is_available()  # TRL's default, bf16, is refused there unless asked for
+            args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE, use_cpu=on_cpu)
+        super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
+        if phase_of(self.model) == "training":
+            if self.optimizer is not None:
+                raise ValueError(
+                    "`optimizers` must not be given with a model of the training phase, which has no alpha yet; "
+                    "call ummrm.prepare_merge(model, merge_config) first and build the optimizer on what requires a "
+                    "gradient, or set `optim` in RewardConfig."
+                )
+            if measured and usage is None:
+                usage = self._measured_usage(usage_batches)
+            prepare_merge(self.model, merge_config, usage)
+        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merged_ffns(self.model).items())}
+
+    def _check_model(self, model: nn.Module) -> None:
+        phase = phase_of(model)
+        if phase is None or hasattr(model, "peft_config"):
+            remedy = "upcycle it first: ummrm.upcycle(model, UpcycleConfig())"
+            if phase is not None:
+                remedy = "fold its adapters first: model.merge_and_unload()"
+            raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
+        if phase == "merging" and self._merge_config not in (None, model.config.merge_config):
+            raise ValueError(
+                f"`merge_config` must be that of the model, which is in its merge phase already with "
+                f"{model.config.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
+                "the model of the training phase."
+            )
+
+    @torch.no_grad()
+    def _measured_usage(self, batches: int) -> GateUsage:
+        size = self.args.per_device_train_batch_size
+        data = self.train_dataset
+        if hasattr(data, "__len__"):
+            data = Subset(data, range(min(len(data), batches * size)))
+        loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
+        training = self.model.training
+        self.model.eval()
+        with record_usage(self.model) as usage:
+            for _, batch in zip(range(batches), loader, strict=False):
+                batch = self._prepare_inputs(batch)
+                batch.pop("margin", None)
+                self.model(**batch)
+        self.model.train(training)
+        return usage
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """None: a decayed alpha would be pulled to the uniform merge, and lambda to one half."""
+        return []
+
+    def _phase_metrics(self, mode: str) -> dict[str, float]:
+        layers, metrics, first = {}, {}, None
+        with torch.no_grad():
+            for label, ffn in self._alpha.items():
+                first = ffn.coefficients() if first is None else first
+                alpha = ffn.alpha.detach().float().cpu()
+                rows = alpha if alpha.dim() == 2 else alpha[None]
+                names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
+                shares = rows.softmax(-1)
+                layers[label] = {
+                    "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
+                    "max_merge_share": shares.max().item(),
+                }
+                if self.log_layers and mode == "train":
+                    for name, row in zip(names, rows.tolist(), strict=True):
+                        metrics |= {f"alpha/{label}/{name}expert_{e}": value for e, value in enumerate(row)}
+            shared = next(iter(self._alpha.values())).config.num_shared_experts
+            return {"lambda": first[0, :shared].sum().item()} | averaged(layers, self.log_layers) | metrics
+
+    def merge(self):
+        """The merged, stock model with the weights learned so far; its card says how this training went."""
+        return merge(self.accelerator.unwrap_model(self.model), card_notes=self.training_notes())
+
+    def save_merged(self, save_directory: str) -> None:
+        """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
+        if self.is_world_process_zero():
+            self.merge().save_pretrained(save_directory)
+            self.processing_class.save_pretrained(save_directory)

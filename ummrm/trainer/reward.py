@@ -1,0 +1,92 @@
+"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses and the experts' usage."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..losses import routing_reports
+from .base import UmmTrainer, phase_of
+from .metrics import RoutingMetrics
+
+
+class UmmRewardTrainer(UmmTrainer):
+    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, gate usage logged.
+
+    Takes every argument and data format of `RewardTrainer` (prompts implicit or explicit, conversations, tokenised
+    pairs, `margin`, `center_rewards_coefficient`, `peft_config`, ...). The loss is TRL's plus the weighted auxiliary
+    losses of the model's `UpcycleConfig`; `loss` in the logs is the sum, `preference_loss` TRL's part. Evaluation loss
+    is TRL's alone.
+
+    Under gradient accumulation a batch's auxiliary loss counts by its share of the step's live tokens, over all
+    processes: the z-loss and the routers' mean probabilities are then exactly those of the whole step. The balancing
+    loss is a product of two means; each batch uses its own slot fractions, so it is the token-weighted mean of the
+    batches' losses, and equals the unaccumulated one where the batches route alike.
+
+    Logged beside TRL's metrics: `aux_loss` (weighted), `load_balancing_loss`, `z_loss`, `shared_weight`,
+    `max_expert_share`, `expert_entropy`, as means over layers and as `<metric>/layer_<i>`; `std_reward`; over-long
+    pairs as a warning and in `trainer.long_pairs`.
+
+    Args:
+        model: an upcycled model (`ummrm.upcycle`), the path of one, or a `PeftModel` around one.
+        args: `RewardConfig`.
+        rest: further positional arguments of `RewardTrainer`.
+        log_layers: False leaves out the per-layer entries of the log.
+        kwargs: keyword arguments of `RewardTrainer`.
+
+    Raises:
+        TypeError: the model is dense, or in its merge phase.
+    """
+
+    _name = "UMM-RM mixture"
+
+    def __init__(self, model, args=None, *rest, log_layers: bool = True, **kwargs) -> None:
+        self._routing = {"train": RoutingMetrics(), "eval": RoutingMetrics()}
+        self._preference: list[torch.Tensor] = []
+        self._step_tokens: torch.Tensor | None = None
+        super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
+
+    def _check_model(self, model: nn.Module) -> None:
+        phase = phase_of(model)
+        if phase != "training":
+            remedy = (
+                "it is in its merge phase: use UmmMergeTrainer"
+                if phase == "merging"
+                else "upcycle it first: ummrm.upcycle(model, UpcycleConfig()), or train it dense with trl.RewardTrainer"
+            )
+            raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_tokens = None
+        if len(batches) > 1:
+            counts = sum(_tokens(batch).to(device) for batch in batches)
+            self._step_tokens = self.accelerator.reduce(counts.float(), "sum")
+        return batches, num_items
+
+    def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
+        reports = routing_reports(model)
+        self._routing[mode].add(reports)
+        if mode == "eval":
+            return loss
+        self._preference.append(loss.detach())
+        auxiliary = torch.stack([r.loss for r in reports.values()]).mean()
+        if self._step_tokens is not None:
+            # The trainer divides by the number of batches in the step, which is right for means over equally many
+            # pairs; means over tokens count by tokens.
+            live = next(iter(reports.values())).live_tokens
+            auxiliary = auxiliary * self.current_gradient_accumulation_steps * live / self._step_tokens.clamp_min(1)
+        return loss + auxiliary.to(loss)
+
+    def _phase_metrics(self, mode: str) -> dict[str, float]:
+        metrics = self._routing[mode].flush(self.log_layers)
+        if mode == "train" and self._preference:
+            mean = torch.stack(self._preference).mean()  # every process has seen equally many batches
+            metrics["preference_loss"] = self._sum_over_processes(mean).item() / self.accelerator.num_processes
+            self._preference.clear()
+        return metrics
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
