@@ -61,7 +61,7 @@ test-cpp: $(VENV)/.test
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
 
 test-python: $(VENV)/.test
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal --timeout 600 $(PYTEST_ARGS)
 
 test-full: test
 	$(RUN) tools/test_full.py

@@ -26,7 +26,14 @@ def pytest_configure(config):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the purpose
             torch.ops.load_library(library)
+    seed = getattr(config, "workerinput", {}).get("ummrm_seed", seed)
     config.ummrm_seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Gives every process of pytest-xdist the session's seed."""
+    node.workerinput["ummrm_seed"] = node.config.ummrm_seed
 
 
 def pytest_report_header(config):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_path  # noqa: F401  (for `bench`)
 import pytest
 
 from bench import tune
