@@ -2,15 +2,21 @@
 
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
 The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over
-them. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the
-switch.
+them. Where the extension has no CUDA kernel for an operator, Triton's serves it, if Triton is installed; it is imported
+when the first of them runs. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher
+and so follow the switch.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -54,6 +60,74 @@ _REFERENCE_KERNELS = {
 }
 
 
+# Triton's kernels. Their sources are kernels/triton, which an installed package has as ummrm/triton_kernels; a source
+# tree has no such folder, installed editable or on sys.path, and its own kernels/triton is taken: finders of editable
+# installs are asked last, and could find another tree's.
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def load_triton() -> ModuleType:
+    """Imports `ummrm.triton_kernels`.
+
+    Raises:
+        ImportError: Triton is not installed, or too old.
+    """
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        raise ImportError(f"ummrm: Triton must be 3.6 or newer, got {triton.__version__}; pip install -U triton.")
+    name, here = f"{__package__}.triton_kernels", Path(__file__).parent
+    packaged = here / "triton_kernels"
+    folder = packaged if packaged.is_dir() else here.parent / "kernels" / "triton"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    module.checks.index_values_wanted = _library.checking
+    return module
+
+
+def _triton_kernel(op: str) -> Callable:
+    def kernel(*args):
+        return load_triton().KERNELS[op](*args)
+
+    return kernel
+
+
+def _interprets() -> bool:
+    """Whether Triton runs kernels on the CPU in this process: TRITON_INTERPRET=1, which Triton reads."""
+    if not _installed("triton"):
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _triton_obstacle() -> str | None:
+    if not _installed("triton"):
+        return "Triton is not installed; on Linux: pip install 'ummrm[triton]'."
+    try:
+        interprets = _interprets()
+        load_triton()
+    except ImportError as error:
+        return str(error)
+    if not interprets and not torch.cuda.is_available():
+        return "there is no GPU; to interpret its kernels on the CPU, start Python with TRITON_INTERPRET=1."
+    return None
+
+
+_TRITON_KERNELS = {op: _triton_kernel(op) for op in _REFERENCE_KERNELS}
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table.
@@ -62,46 +136,57 @@ class Backend:
         devices: device types it can serve.
         kernels: operator name to Python kernel; empty for the compiled ones, which register themselves.
         obstacle: why it cannot run in this process, or None.
+        interprets: whether in this process its kernels are interpreted, and so serve the CPU as well.
     """
 
     devices: tuple[str, ...]
     kernels: dict[str, Callable]
     obstacle: Callable[[], str | None] = lambda: None
+    interprets: Callable[[], bool] = lambda: False
+
+    def served(self) -> tuple[str, ...]:
+        """The device types that it serves in this process."""
+        return (*self.devices, "cpu") if self.interprets() else self.devices
 
 
 BACKENDS = {
     "compiled": Backend(("cpu", "cuda") if _library.no_cuda_kernels is None else ("cpu",), {}),
     "reference": Backend(("cpu", "cuda"), _REFERENCE_KERNELS),
+    "triton": Backend(("cuda",), _TRITON_KERNELS, _triton_obstacle, _interprets),  # ROCm's key is CUDA too
 }
 
 # Where no row of the table serves a device, the dispatcher's own message lists dispatch keys; this one says what to do.
-_REFUSED_DEVICES = ("cuda", "mps", "xpu")
+_GAPS = ("cuda", "mps", "xpu")
 
 
 def _refusal(op: str, device: str) -> Callable:
+    or_triton = ", install Triton ('ummrm[triton]')" if device == "cuda" else ""
+
     def refuse(*args, **kwargs):
         reason = ""
         if device == "cuda" and _library.no_cuda_kernels is not None:
             reason = f" (this build has no CUDA kernels: {_library.no_cuda_kernels})"
         raise ValueError(
             f"ummrm.{op}: `device` must be of a type that this build has kernels for, got {device!r}{reason}; move the "
-            "model and its inputs to 'cpu', or install a build of ummrm with kernels for it."
+            f"model and its inputs to 'cpu'{or_triton}, or install a build of ummrm with kernels for it."
         )
 
     return refuse
 
 
-def _refuse(devices: Iterable[str]) -> torch.library.Library:
-    """Registers refusals on those of `devices` that have no kernels. They end when what is returned is destroyed."""
+def _fill_gaps() -> torch.library.Library:
+    """Registers Triton's kernels, else refusals, where there is no kernel. They end with what is returned."""
     library = torch.library.Library("ummrm", "IMPL")
+    triton = BACKENDS["triton"].devices if _installed("triton") else ()
     for op in _REFERENCE_KERNELS:
-        for device in devices:
+        for device in _GAPS:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{op}", device.upper()):
-                library.impl(op, _refusal(op, device), device.upper())
+                kernel = _TRITON_KERNELS[op] if device in triton else _refusal(op, device)
+                library.impl(op, kernel, device.upper())
     return library
 
 
-_refusals = _refuse(_REFUSED_DEVICES)
+_filler = _fill_gaps()
 _overriding: tuple[str, torch.library.Library] | None = None
 
 
@@ -111,13 +196,14 @@ def use_backend(name: str) -> None:
     Call it before the first operator runs: a graph that `torch.compile` made before may keep what it was traced with.
 
     Args:
-        name: `"compiled"` (the extension's C++ and CUDA kernels, the default) or `"reference"` (plain torch, slow).
+        name: `"compiled"` (the extension's C++ and CUDA kernels, the default), `"reference"` (plain torch, slow), or
+            `"triton"` (GPUs; also the CPU in a process started with TRITON_INTERPRET=1, slower still).
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: it cannot run in this process; nothing has changed then.
     """
-    global _overriding, _refusals
+    global _overriding, _filler
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
     backend = BACKENDS[name]
@@ -126,16 +212,16 @@ def use_backend(name: str) -> None:
     if _overriding is not None:
         _overriding[1]._destroy()  # the kernels below come back
         _overriding = None
-    _refusals._destroy()  # torch 2.11 lets no Python kernel replace another
+    _filler._destroy()  # torch 2.11 lets no Python kernel replace another
     if backend.kernels:
         library = torch.library.Library("ummrm", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the purpose
             for op, kernel in backend.kernels.items():
-                for device in backend.devices:
+                for device in backend.served():
                     library.impl(op, kernel, device.upper())
         _overriding = name, library
-    _refusals = _refuse(_REFUSED_DEVICES)
+    _filler = _fill_gaps()
 
 
 def backend_for(device: torch.device | str) -> str:
@@ -145,11 +231,13 @@ def backend_for(device: torch.device | str) -> str:
         ValueError: no backend serves that device type.
     """
     kind = torch.device(device).type
-    if _overriding is not None and kind in BACKENDS[_overriding[0]].devices:
+    if _overriding is not None and kind in BACKENDS[_overriding[0]].served():
         return _overriding[0]
     for name, backend in BACKENDS.items():
         if kind in backend.devices and not backend.kernels:
             return name
+    if kind in BACKENDS["triton"].devices and _installed("triton"):
+        return "triton"
     served = sorted({d for backend in BACKENDS.values() for d in backend.devices})
     raise ValueError(
         f"`device` must be of a type that a backend serves, got {kind!r}; move the tensors to {' or '.join(served)}"
