@@ -119,7 +119,7 @@ def _width(check: Checker, pre_activation: Tensor, kind: str, glu: bool) -> int:
 def activation(pre_activation: Tensor, kind: str, glu: bool) -> Tensor:
     width, rows = _width(Checker("activation"), pre_activation, kind, glu), pre_activation.shape[0]
     out = pre_activation.new_empty(rows, width)
-    each, columns = tile(width, _TILE)
+    each, columns = tile(width, _TILE, out.dtype)
     launch(
         _activation,
         (blocks(rows, each), blocks(width, columns)),
@@ -151,7 +151,7 @@ def activation_backward(
         row_weights = row_weights.contiguous()
         weighted, dots = like.new_empty(rows, width), dots.new_empty(rows)
     grad_pre = torch.empty_like(pre_activation, memory_format=torch.contiguous_format)
-    each, columns = tile(width, _TILE // 2)
+    each, columns = tile(width, _TILE // 2, like.dtype)
     launch(
         _activation_backward,
         (blocks(rows, each),),

@@ -73,6 +73,7 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 def launch(kernel, grid: tuple[int, ...], like: torch.Tensor, *arguments, **options) -> None:
     """Runs `kernel` on the device of `like`, on its current stream; an empty grid is no launch."""
+    options["enable_fp_fusion"] = True  # its default changes with Triton 3.10, and with it the last bits
     if _recorder is not None:
         _recorder[1].append(Launch(kernel, arguments, options))
     elif 0 in grid:
@@ -106,7 +107,9 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tile(width: int, elements: int, widest: int = 512) -> tuple[int, int]:
-    """(rows, columns) of a block of about `elements` for rows `width` wide."""
+def tile(width: int, elements: int, dtype: torch.dtype, widest: int = 512) -> tuple[int, int]:
+    """(rows, columns) of a block of about `elements` for rows `width` wide; a quarter as many in fp64, whose elementary
+    functions are calls that spill beside more."""
+    elements //= 4 if dtype == torch.float64 else 1
     columns = min(power_of_2(width), widest, elements)
     return elements // columns, columns

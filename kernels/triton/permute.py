@@ -144,7 +144,7 @@ def permute(x: Tensor, sorted_to_slot: Tensor, expert_offsets: Tensor, top_k: in
     check.offsets(expert_offsets, slots)
     check.values("sorted_to_slot", sorted_to_slot, 0, slots, "take it from ummrm.ops.sort_slots")
     out = x.new_empty(slots, width)
-    rows, columns = tile(width, _COPY)
+    rows, columns = tile(width, _COPY, x.dtype)
     launch(
         _permute,
         (blocks(slots, rows), blocks(width, columns)),
@@ -207,7 +207,7 @@ def unpermute(
     if num_shared_experts == 0:
         shared_weight = None
     out = rows.new_empty(tokens, width)
-    each, columns = tile(width, _SUM)
+    each, columns = tile(width, _SUM, rows.dtype)
     launch(
         _unpermute,
         (blocks(tokens, each), blocks(width, columns)),
@@ -251,7 +251,7 @@ def unpermute_backward(
     if num_shared_experts == 0 and shared_weight is not None:
         shared_weight = None
         grad_shared.zero_()
-    each, columns = tile(width, _SUM)
+    each, columns = tile(width, _SUM, rows.dtype)
     launch(
         _unpermute_backward,
         (blocks(tokens, each), top_k + (num_shared_experts > 0)),

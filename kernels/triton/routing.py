@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import GATES, MAX_SLOTS, Checker
 from .launch import accumulator, blocks, launch, power_of_2, wide
 
-_TILE = 2048  # elements of a program's tile of logits, or of its table of slots by expert
+_TILE = 1024  # elements of a program's tile of logits; a quarter of its table of slots by expert
 
 
 @triton.jit
@@ -304,9 +304,10 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _token_tile(experts: int) -> dict[str, int]:
-    held = power_of_2(experts)
-    return {"TOKENS": max(_TILE // held, 1), "EXPERTS": held}
+def _token_tile(logits: Tensor) -> dict[str, int]:
+    held = power_of_2(logits.shape[1])
+    elements = _TILE // max(logits.element_size() // 4, 1)
+    return {"TOKENS": max(elements // held, 1), "EXPERTS": held}
 
 
 def route(
@@ -321,7 +322,7 @@ def route(
     _check_logits(check, logits, mask, clean_logits, top_k)
     fixed = _fixed(check, gate, fixed_shared_weight)
     logits, clean = logits.contiguous(), None if clean_logits is None else clean_logits.contiguous()
-    (tokens, experts), acc, tile = logits.shape, accumulator(logits), _token_tile(logits.shape[1])
+    (tokens, experts), acc, tile = logits.shape, accumulator(logits), _token_tile(logits)
     shared, routed = logits.new_empty(tokens, dtype=acc), logits.new_empty((tokens, top_k), dtype=acc)
     indices = logits.new_empty((tokens, top_k), dtype=torch.int32)
     counts = logits.new_empty(experts, dtype=torch.int32)
@@ -382,8 +383,7 @@ def route_backward(
     logits, clean = logits.contiguous(), None if clean_logits is None else clean_logits.contiguous()
     grad_logits = torch.empty_like(logits)
     grad_clean = None if clean is None else torch.empty_like(clean)
-    tile = _token_tile(experts)
-    tile["TOKENS"] = max(tile["TOKENS"] // 2, 1)  # it keeps twice as many tiles as route
+    tile = _token_tile(logits)
     launch(
         _route_backward,
         (blocks(tokens, tile["TOKENS"]),),
@@ -416,13 +416,13 @@ def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     )
     indices = expert_indices.contiguous()
     groups = power_of_2(num_experts + 1)
-    tile = {"SLOTS": max(2 * _TILE // groups, 1), "GROUPS": groups}
+    tile = {"SLOTS": max(4 * _TILE // groups, 1), "GROUPS": groups}
     n = blocks(slots, tile["SLOTS"])
     slot_to_sorted, sorted_to_slot = indices.new_empty(slots), indices.new_empty(slots)
     offsets = indices.new_empty(num_experts + 1)
     counts, starts = indices.new_empty((n, num_experts + 1)), indices.new_empty((n, num_experts + 1))
     launch(_sort_count, (n,), indices, indices, counts, slots, num_experts, **tile)
-    scan = {"BLOCKS": max(2 * _TILE // groups, 1), "GROUPS": groups}
+    scan = {"BLOCKS": max(4 * _TILE // groups, 1), "GROUPS": groups}
     launch(_sort_scan, (1,), indices, counts, starts, offsets, n, num_experts, **scan)
     maps = slot_to_sorted, sorted_to_slot
     launch(_sort_scatter, (n,), indices, indices, starts, *maps, slots, num_experts, **tile)

@@ -1,0 +1,124 @@
+"""Every Triton kernel compiles for every GPU family without one: nothing spills, shared memory fits, and products run on
+the matrix units. The fast tier compiles each kernel once for each family, in bf16; the slow one every configuration of the
+table, every element type, and sizes that divide nothing.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from ummrm import backends
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+import triton_compile  # noqa: E402
+from triton_compile import CASES, TARGETS  # noqa: E402
+
+kernels = backends.load_triton()
+from ummrm.triton_kernels import configurations, launch  # noqa: E402
+
+gemm = importlib.import_module("ummrm.triton_kernels.expert_gemm")
+
+PRODUCTS = ("_expert_gemm", "_wgrad")
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path):
+    """Nothing is taken from, or left in, the user's cache."""
+    import triton
+
+    assert not launch.INTERPRETED
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield
+
+
+def launches(arch, case, dtype, h=1024, i=2048):
+    """What `case` launches on `arch`, each kernel with each set of constants once."""
+    with launch.recording(launch.Target(arch, TARGETS[arch][2])) as recorded:
+        CASES[case](kernels.KERNELS, dtype, h, i)
+    unlike = {}
+    for one in recorded:
+        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in one.arguments)
+        unlike.setdefault((one.kernel.__name__, kinds, tuple(one.options.items())), one)
+    return list(unlike.values())
+
+
+def check(arch, dtype, one):
+    report = triton_compile.compile_launch(one, arch)
+    what = f"{one.kernel.__name__} in {dtype} for {arch}, {one.options}: {report}"
+    assert report.spilled == 0, what
+    assert report.shared <= TARGETS[arch][1], what
+    if one.kernel.__name__ in PRODUCTS and dtype in SIXTEEN_BITS:
+        assert report.matrix, what
+    return report
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_kernel(arch, case):
+    once = {}
+    for one in launches(arch, case, torch.bfloat16):
+        once.setdefault((one.kernel.__name__, one.options.get("TRANSPOSE")), one)
+    for one in once.values():
+        check(arch, torch.bfloat16, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(1024, 2048), (1001, 2047)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_kernel_type_and_size(arch, case, dtype, sizes):
+    for one in launches(arch, case, dtype, *sizes):
+        check(arch, dtype, one)
+
+
+def configured(monkeypatch, arch, dtype, configuration):
+    monkeypatch.setattr(gemm, "choose", lambda *arguments: configuration)
+    return [one for one in launches(arch, "expert_gemm", dtype) if one.kernel.__name__ in PRODUCTS]
+
+
+TABLE = [
+    pytest.param(arch, dtype, c, id=f"{arch}-{dtype}-{c.block_m}x{c.block_n}x{c.block_k}-{c.warps}-{c.stages}")
+    for arch in TARGETS
+    for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    for c in configurations.candidates(arch, dtype)
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("arch", "dtype", "configuration"), TABLE)
+def test_every_configuration(monkeypatch, arch, dtype, configuration):
+    for one in configured(monkeypatch, arch, dtype, configuration):
+        check(arch, dtype, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("configuration", configurations.candidates("sm_86", torch.bfloat16), ids=str)
+def test_configurations_of_small_shared_memory(monkeypatch, configuration):
+    """sm_86, sm_89 and sm_120 have 99 KB; they run what sm_80's instructions give."""
+    for one in configured(monkeypatch, "sm_80", torch.bfloat16, configuration):
+        assert check("sm_80", torch.bfloat16, one).shared <= 101376
+
+
+def test_a_spill_is_found(monkeypatch):
+    """What the table leaves out for that reason."""
+    configuration = configurations.Configuration(256, 256, 32, 4, 3)
+    one = configured(monkeypatch, "sm_80", torch.bfloat16, configuration)[0]
+    assert triton_compile.compile_launch(one, "sm_80").spilled > 0
+
+
+def test_exact_products_are_not_on_nvidias_tensor_cores(monkeypatch):
+    """fp32 is fp32 unless torch is asked for less."""
+    (one, *_) = configured(
+        monkeypatch, "sm_80", torch.float32, configurations.candidates("sm_80", torch.float32)[-1]
+    )
+    assert one.options["PRECISION"] == "ieee" and not triton_compile.compile_launch(one, "sm_80").matrix
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launches("sm_80", "expert_gemm", torch.float32)[0].options["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
