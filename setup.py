@@ -129,4 +129,11 @@ except ModuleNotFoundError as error:
         raise
     ext_modules, cmdclass = [], {}
 
-setup(packages=find_packages(include=["ummrm", "ummrm.*"]), ext_modules=ext_modules, cmdclass=cmdclass)
+setup(
+    packages=[*find_packages(include=["ummrm", "ummrm.*"]), "ummrm.triton_kernels"],
+    # Under the package's own name: a top-level `kernels` would shadow Hugging Face's.
+    package_dir={"ummrm.triton_kernels": "kernels/triton"},
+    package_data={"ummrm.triton_kernels": ["tuned.json"]},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)

@@ -15,6 +15,8 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="where tests/gpu runs: cuda, or cpu to rehearse it")
     parser.addoption("--library", help="operators to load over the extension's, as emulated_extension.py builds them")
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs; by default a fresh one")
+    parser.addoption("--backend", default=None, help="run every test on this backend, and each once")
+    parser.addoption("--at-most", type=int, default=None, help="so many of a test function's parameter sets (of each dtype) alone")
 
 
 def pytest_configure(config):
@@ -61,10 +63,11 @@ def pytest_runtest_call(item):
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that ask for `backend` run once on every backend that can run in this process."""
+    """Tests that ask for `backend` run once on every backend that can serve the CPU in this process."""
     if "backend" in metafunc.fixturenames:
-        names = [name for name, backend in backends.BACKENDS.items() if backend.obstacle() is None]
-        chosen = names[:1] if metafunc.config.getoption("--library") else names
+        rows, only = backends.BACKENDS.items(), metafunc.config.getoption("--backend")
+        names = [name for name, backend in rows if "cpu" in backend.served() and backend.obstacle() is None]
+        chosen = names[:1] if metafunc.config.getoption("--library") else [only] if only else names
         metafunc.parametrize("backend", chosen, indirect=True)
 
 
@@ -73,7 +76,29 @@ def backend(request):
     """The backend's name, in use for the test."""
     backends.use_backend(request.param)
     yield request.param
-    backends.use_backend(next(iter(backends.BACKENDS)))
+    backends.use_backend(_usual_backend(request.config))
+
+
+def _usual_backend(config):
+    return config.getoption("--backend") or next(iter(backends.BACKENDS))
+
+
+def pytest_sessionstart(session):
+    backends.use_backend(_usual_backend(session.config))
+
+
+def pytest_collection_modifyitems(config, items):
+    """--at-most takes an arbitrary choice of each function's parameter sets, for each dtype, the same in every run."""
+    most = config.getoption("--at-most")
+    if most is None:
+        return
+    groups = {}
+    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
+        dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+        groups.setdefault((item.function, dtype), []).append(item)
+    chosen = {item for group in groups.values() for item in group[:most]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 _M_PERTURB = -6  # mallopt's parameter, malloc.h of glibc

@@ -49,6 +49,7 @@ ALLOWED = {
 CORE = {"torch", "transformers"}
 EXTRAS = {
     "trainer": {"trl", "datasets"},
+    "backends": {"triton"},
     "recipe": {"rich", "yaml", "safetensors"},
     "plots": {"matplotlib", "numpy"},
     "cli": {"typer", "rich", "yaml"},
@@ -102,13 +103,11 @@ def test_a_module_imports_only_what_it_may(path):
 
 
 def test_only_the_library_loads_the_extension_and_only_backends_load_triton():
-    users = {"_C": set(), "triton_kernels": set()}
+    users = {owner(path) for path in package_files() if "_C" in own_imports(path)}
+    assert users == {"_library"}
     for path in package_files():
-        for name in own_imports(path):
-            if name in users:
-                users[name].add(owner(path))
-    assert users["_C"] == {"_library"}
-    assert users["triton_kernels"] <= {"backends"}
+        triton = "triton" in {module.split(".")[0] for level, module, _ in imports(path) if level == 0}
+        assert (triton or "triton_kernels" in path.read_text()) == (path.name == "backends.py"), path.name
     others = [p for folder in ("bench", "tests") for p in (ROOT / folder).rglob("*.py")]
     assert [p.name for p in others if re.search(r"^\s*(from|import)\s.*\b_C\b", p.read_text(), re.M)] == []
 
@@ -133,6 +132,17 @@ def test_kernels_know_neither_torch_nor_the_extension():
             else:
                 assert "/" not in name or name.split("/")[0] in {"cute", "cutlass", "cuda", "sys"}, (path, include)
                 assert not re.match(r"(torch|ATen|c10|pybind11|Python)", name), (path, include)
+
+
+def test_triton_kernels_know_torch_and_triton_alone():
+    """And each other, by relative imports: they are installed as a part of the package whose name they do not use."""
+    files = sorted((ROOT / "kernels/triton").glob("*.py"))
+    assert {f"{stem}.py" for stem in STEMS} < {path.name for path in files}
+    for path in files:
+        outside = {module.split(".")[0] for level, module, _ in imports(path) if level == 0}
+        allowed = {"torch", "triton"} | ({"numpy"} if path.name == "interpreter.py" else set())
+        assert outside - sys.stdlib_module_names <= allowed, path.name
+        assert {level for level, _, _ in imports(path)} <= {0, 1}, path.name
 
 
 def test_the_extension_knows_kernels_by_their_headers_and_torch():
@@ -160,6 +170,7 @@ def test_one_stem_an_operator_everywhere(stem):
     places = [f"csrc/{stem}.cpp", f"tests/test_{stem}.py", f"bench/bench_{benchmark}.py"]
     if stem in STEMS:
         places += [f"kernels/include/ummrm/{stem}.h", f"kernels/cpu/{stem}.cpp", f"tests/cpp/test_{stem}.cpp"]
+        places += [f"kernels/triton/{stem}.py"]
         places += [f"kernels/cuda/{stem}.cu", f"tests/emulator/test_{stem}.cpp"]
     missing = [place for place in places if not (ROOT / place).is_file()]
     assert not missing
@@ -201,9 +212,9 @@ def test_every_file_opens_with_its_purpose():
 
 
 def test_no_switch_is_read_from_the_environment_at_run_time():
-    for path in package_files():
+    for path in [*package_files(), *(ROOT / "kernels/triton").glob("*.py")]:
         reads = re.findall(r"os\.environ(?:\.get\(|\[)|os\.getenv\(", path.read_text())
-        assert not reads or owner(path) == "recipe", path.name  # recipe passes the environment on to a child process
+        assert not reads or "recipe" in path.parts, path.name  # recipe passes the environment on to a child process
     for path in cpp_files("csrc") + cpp_files("kernels"):
         assert "getenv" not in path.read_text(), path.name
 
@@ -211,7 +222,7 @@ def test_no_switch_is_read_from_the_environment_at_run_time():
 def test_importing_the_core_needs_no_extra():
     script = (
         "import sys\n"
-        "for name in ('matplotlib', 'trl', 'peft', 'datasets'): sys.modules[name] = None\n"
+        "for name in ('matplotlib', 'trl', 'peft', 'datasets', 'triton'): sys.modules[name] = None\n"
         "import ummrm\n"
         "assert 'ummrm.recipe' not in sys.modules and 'ummrm.cli' not in sys.modules\n"
     )

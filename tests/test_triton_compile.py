@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for every GPU family without one: nothing spills, shared memory fits, and products run on
-the matrix units. The fast tier compiles each kernel once for each family, in bf16; the slow one every configuration of the
-table, every element type, and sizes that divide nothing.
+"""Every Triton kernel compiles for every GPU family without one: nothing spills, shared memory fits, and products run
+on the matrix units. The fast tier compiles each kernel once for each family, in bf16; the slow one every configuration
+of the table, every element type, and sizes that divide nothing.
 """
 
 import importlib
@@ -11,8 +11,8 @@ import torch
 from ummrm import backends
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
-import triton_compile  # noqa: E402
-from triton_compile import CASES, TARGETS  # noqa: E402
+import triton_compile
+from triton_compile import CASES, TARGETS
 
 kernels = backends.load_triton()
 from ummrm.triton_kernels import configurations, launch  # noqa: E402
@@ -112,9 +112,7 @@ def test_a_spill_is_found(monkeypatch):
 
 def test_exact_products_are_not_on_nvidias_tensor_cores(monkeypatch):
     """fp32 is fp32 unless torch is asked for less."""
-    (one, *_) = configured(
-        monkeypatch, "sm_80", torch.float32, configurations.candidates("sm_80", torch.float32)[-1]
-    )
+    (one, *_) = configured(monkeypatch, "sm_80", torch.float32, configurations.candidates("sm_80", torch.float32)[-1])
     assert one.options["PRECISION"] == "ieee" and not triton_compile.compile_launch(one, "sm_80").matrix
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""The operators in Triton, for GPUs without nvcc and for AMD: one file an operator, installed as `ummrm.triton_kernels`.
+"""The operators in Triton, for GPUs without nvcc and for AMD: one file an operator; installed as ummrm.triton_kernels.
 
 KERNELS has the functions that `ummrm.backends` registers; they take the arguments of the operators' schemas, check
 them, allocate and launch. Nothing here knows the dispatcher, autograd or the compiled extension.

@@ -1,13 +1,14 @@
 """Triton kernels of the expert's nonlinearity: act(gate) * up on rows (gate | up), or act(z), and the backward, which
-also yields the gate-weighted activation and <grad, A> of each row. Computed in fp32 (fp64), rounded once; bound by memory.
+also yields the gate-weighted activation and <grad, A> of each row. Computed in fp32 (fp64), rounded once; memory bound.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .checks import ACTIVATIONS, Checker
 from .launch import accumulator, blocks, launch, tile, wide
@@ -91,9 +92,7 @@ def _activation_backward(
         weighted = g * weight[:, None]
         if GLU:
             up = tl.load(pre_activation + row * pre_width + width + column, mask=inside, other=0.0).to(ACC)
-            tl.store(
-                grad_pre_activation + row * pre_width + width + column, (weighted * act).to(OUT), mask=inside
-            )
+            tl.store(grad_pre_activation + row * pre_width + width + column, (weighted * act).to(OUT), mask=inside)
             act *= up
             slope *= up
         tl.store(grad_pre_activation + row * pre_width + column, (weighted * slope).to(OUT), mask=inside)

@@ -1,5 +1,5 @@
-"""Which tile a grouped GEMM runs with: a table that depends on shapes, dtype and architecture alone, so that the same call
-always sums in the same order.
+"""Which tile a grouped GEMM runs with: a table that depends on shapes, dtype and architecture alone, so that the same
+call always sums in the same order.
 
 `candidates` is the pruned list that a tuning program measures; `choose` takes what such a program has written to
 TUNED, the file beside this one that is read on import, and else a rule of thumb. The rule has been checked to compile
@@ -33,8 +33,8 @@ class Configuration:
 
 
 # By family of architectures and size of the element in bytes, the largest tile first. 128 x 256 spills on sm_80 (its
-# transposed form) and on sm_100 (8 warps, the other form). A tile of fp32 without TF32 is all registers on NVIDIA, whose
-# tensor cores have no such product.
+# transposed form) and on sm_100 (8 warps, the other form). A tile of fp32 without TF32 is all registers on NVIDIA,
+# whose tensor cores have no such product.
 _SMALL = (Configuration(16, 64, 64, 4, 3), Configuration(32, 64, 64, 4, 3), Configuration(64, 64, 64, 4, 3))
 _TABLE = {
     ("sm_80", 2): (
@@ -66,7 +66,7 @@ _TABLE = {
         Configuration(64, 64, 64, 4, 1),
     ),
     ("nvidia", 4): (
-        Configuration(64, 64, 32, 8, 3),
+        Configuration(64, 64, 16, 8, 3),
         Configuration(32, 64, 32, 4, 3),
         Configuration(16, 64, 32, 4, 3),
     ),
@@ -78,6 +78,12 @@ _TABLE = {
     ("interpreter", 4): (Configuration(32, 32, 32, 1, 1, 2),),
     ("interpreter", 8): (Configuration(32, 32, 32, 1, 1, 2),),
 }
+# Sizes that are no multiple of 16 are read element by element, each with its address in registers.
+_UNALIGNED = {
+    2: Configuration(64, 64, 32, 8, 3),
+    4: Configuration(64, 64, 16, 8, 3),
+    8: Configuration(16, 32, 16, 4, 2),
+}
 KINDS = ("rows", "transposed_rows", "wgrad")
 
 
@@ -88,6 +94,12 @@ def _family(arch: str) -> str:
             return arch
         return "sm_100" if 100 <= number < 120 else "sm_86"  # 86, 89 and 120 have 99 KB of shared memory
     return "gfx9" if arch.startswith("gfx") else arch
+
+
+def _unaligned(arch: str, dtype: torch.dtype) -> Configuration:
+    if arch.startswith("sm_"):
+        return _UNALIGNED[dtype.itemsize]
+    return min(candidates(arch, dtype), key=lambda c: (c.block_m, c.block_n))
 
 
 def candidates(arch: str, dtype: torch.dtype) -> tuple[Configuration, ...]:
@@ -132,5 +144,7 @@ def choose(kind: str, target: Target, dtype: torch.dtype, rows: int, m: int, n: 
         return tuned
     table = candidates(target.arch, dtype)
     height = power_of_2(m or rows)
+    if any(size % 16 for size in (m, n, k)):
+        return _unaligned(target.arch, dtype)
     fitting = [c for c in table if c.block_m <= height and c.block_n <= power_of_2(n)]
     return fitting[0] if fitting else min(table, key=lambda c: (c.block_m, c.block_n))

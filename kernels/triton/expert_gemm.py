@@ -1,14 +1,15 @@
-"""Triton kernels of the grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside the
-routed ones, in one launch. Group sizes are read on the device: programs walk over all groups' tiles, and nothing waits.
-fp32 products are exact (no TF32) unless torch.set_float32_matmul_precision asks for less.
+"""Triton kernels of the grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside
+the routed ones, in one launch. Group sizes are read on the device: programs walk over all groups' tiles, and nothing
+waits. fp32 products are exact (no TF32) unless torch.set_float32_matmul_precision asks for less.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .checks import Checker
 from .configurations import choose
@@ -196,7 +197,7 @@ def _bias_grad(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """partial [splits, groups, width]: program (columns, group, split) sums every splits-th block of the group's rows."""
+    """partial [splits, groups, width]: program (columns, group, split) sums each splits-th block of the group's rows."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     g, split = tl.program_id(1), tl.program_id(2)
     inside = n < width
@@ -243,9 +244,7 @@ def _check_rows(
     check.shape(shared_name, shared, shape, "[T, width] or [S*T, width]", remedy)
 
 
-def _check_groups(
-    check: Checker, offsets: Tensor, rows: Tensor, slots: int, num_tokens: int, num_shared: int
-) -> int:
+def _check_groups(check: Checker, offsets: Tensor, rows: Tensor, slots: int, num_tokens: int, num_shared: int) -> int:
     """The number of routed experts."""
     check.at_least("num_tokens", num_tokens, 0)
     check.at_least("num_shared_experts", num_shared, 0)

@@ -9,6 +9,7 @@ It is also made faster where it does more than a GPU would.
 import dataclasses
 
 import numpy as np
+
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -27,7 +28,7 @@ def widened(handle):
 
 
 def rounded(values) -> np.ndarray:
-    """fp32 values to the bits of the nearest bf16, ties to even; a NaN stays one (its payload could round to infinity)."""
+    """fp32 to the bits of the nearest bf16, ties to even; a NaN stays one (its payload could round to infinity)."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
@@ -78,6 +79,7 @@ def install() -> None:
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     interpreter._patch_lang = _once_a_function(interpreter._patch_lang)
+    _keep_where_they_are()
 
 
 def _guarded(apply):
@@ -86,6 +88,26 @@ def _guarded(apply):
         return apply(self, inputs)
 
     return honest_apply
+
+
+def _keep_where_they_are() -> None:
+    """Arguments are copied to the host and back, each with all the memory that it is a view of, though they are there."""
+    executor = interpreter.GridExecutor
+    copied, back = executor._init_args_hst, executor._restore_args_dev
+
+    def here(arguments) -> bool:
+        return all(t.device.type == "cpu" for t in arguments if hasattr(t, "data_ptr"))
+
+    def init(self, arguments, options):
+        if here(arguments) and here(options.values()):
+            return list(arguments), dict(options)
+        return copied(self, arguments, options)
+
+    def restore(self, arguments, on_host, options, options_on_host):
+        if any(a is not b for a, b in zip(arguments, on_host, strict=True)):
+            back(self, arguments, on_host, options, options_on_host)
+
+    executor._init_args_hst, executor._restore_args_dev = init, restore
 
 
 def _once_a_function(patch):

@@ -1,17 +1,22 @@
-"""Triton kernels of the merge: the weighted sum of experts, and the dot products with them that are its backward; bound by
-memory. A launch serves one tensor of the list. Dots are summed by block, then over blocks in order.
+"""Triton kernels of the merge: the weighted sum of experts, and the dot products with them that are its backward; bound
+by memory. A launch serves one tensor of the list. Dots are summed by block, then over blocks in order.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .checks import Checker
 from .launch import accumulator, blocks, launch, wide
 
-_MERGE, _DOT = 2048, 4096  # elements of a program
+
+def _elements(dtype: torch.dtype) -> int:
+    """Of a program; in fp64 as many bytes as would not spill."""
+    return 512 if dtype == torch.float64 else 2048
 
 
 @triton.jit
@@ -124,8 +129,8 @@ def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tens
     coefficients, merged = coefficients.contiguous(), []
     for i, (s, r) in enumerate(zip(shared, routed, strict=True)):
         out, sizes = r.new_empty(r.shape[1:]), _sizes(s, r)
-        grid = (blocks(sizes[0], _MERGE),)
-        launch(_merge, grid, r, s, r, coefficients[i], out, *sizes, ACC=wide(r), ELEMENTS=_MERGE)
+        each = _elements(r.dtype)
+        launch(_merge, (blocks(sizes[0], each),), r, s, r, coefficients[i], out, *sizes, ACC=wide(r), ELEMENTS=each)
         merged.append(out)
     return merged
 
@@ -143,8 +148,9 @@ def merge_experts_dots(grads: list[Tensor], shared: list[Tensor], routed: list[T
     dots = like.new_empty((n, experts), dtype=accumulator(like))
     for i, (grad, s, r) in enumerate(zip(grads, shared, routed, strict=True)):
         sizes = _sizes(s, r)
-        count = blocks(sizes[0], _DOT)
+        each = 2 * _elements(r.dtype)
+        count = blocks(sizes[0], each)
         partial = dots.new_empty(count, experts)
-        launch(_dots, (count,), r, grad.contiguous(), s, r, partial, *sizes, ACC=wide(r), ELEMENTS=_DOT)
+        launch(_dots, (count,), r, grad.contiguous(), s, r, partial, *sizes, ACC=wide(r), ELEMENTS=each)
         launch(_dots_sum, (experts,), r, partial, dots[i], count, experts, ACC=wide(r), BLOCKS=1024)
     return dots

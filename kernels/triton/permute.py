@@ -4,9 +4,10 @@ each token's expert rows, and its backward. How many sorted rows are live is rea
 
 from __future__ import annotations
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .checks import Checker
 from .launch import accumulator, blocks, launch, tile, wide
@@ -138,7 +139,7 @@ def permute(x: Tensor, sorted_to_slot: Tensor, expert_offsets: Tensor, top_k: in
     check.floating("x", x)
     check.at_least("top_k", top_k, 1)
     check.shape("x", x, (-1, -1), "[T, H]", "flatten batch and sequence into tokens first")
-    (tokens, width), slots = x.shape, x.shape[0] * top_k
+    width, slots = x.shape[1], x.shape[0] * top_k
     check.index("sorted_to_slot", sorted_to_slot, slots, "[T*K]", x, "x")
     check.index("expert_offsets", expert_offsets, -1, "[E + 1]", x, "x")
     check.offsets(expert_offsets, slots)

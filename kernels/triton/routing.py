@@ -6,9 +6,10 @@ block and then, in one more launch, over blocks in order: the cut into blocks de
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .checks import GATES, MAX_SLOTS, Checker
 from .launch import accumulator, blocks, launch, power_of_2, wide

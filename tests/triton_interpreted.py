@@ -1,0 +1,127 @@
+"""What only a process started with TRITON_INTERPRET=1 can show; run by test_triton.py, which starts it. The interpreter's
+bf16 is torch's, and a model is upcycled, trained and merged with every operator of the FFN on Triton's kernels.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from op_inputs import floats
+from tiny_models import outputs_of, padded_batch, perturb_experts, tiny_model
+from triton.runtime.errors import InterpreterError
+
+import ummrm
+from ummrm import MergeConfig, UpcycleConfig, auxiliary_loss, backends, preference_loss
+
+kernels = backends.load_triton()
+
+
+@triton.jit
+def _cast(source, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.load(source + i).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _double(source, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(source + i)
+    tl.store(source + i, x + x)
+
+
+@triton.jit
+def _product(a, b, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    at = i[:, None] * SIZE + i[None, :]
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+def run(kernel, *arguments, size):
+    kernel[(1,)](*arguments, SIZE=size)
+
+
+def test_bf16_rounds_to_nearest_even_and_widens_exactly():
+    assert kernels.INTERPRETED
+    special = [float("nan"), float("inf"), -float("inf"), -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40]
+    x = torch.cat([torch.tensor(special), torch.randn(1024 - len(special)) * 100])
+    narrow, wide = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024)
+    run(_cast, x, narrow, size=1024)
+    assert torch.equal(narrow.view(torch.int16)[1:], x.bfloat16().view(torch.int16)[1:]) and narrow[0].isnan()
+    run(_cast, narrow, wide, size=1024)
+    assert torch.equal(wide[1:], narrow.float()[1:]) and wide[0].isnan()
+
+
+def test_bf16_products_are_of_values():
+    a, b, out = floats(32, 32, dtype=torch.bfloat16), floats(32, 32, dtype=torch.bfloat16), torch.empty(32, 32)
+    run(_product, a, b, out, size=32)
+    torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_other_arithmetic_on_bf16_is_an_error():
+    with pytest.raises(InterpreterError, match="arithmetic on bfloat16"):
+        run(_double, torch.ones(16, dtype=torch.bfloat16), size=16)
+
+
+def launched(monkeypatch):
+    """The names of the kernels that run from here on."""
+    names, executor = set(), triton.runtime.interpreter.GridExecutor
+    call = executor.__call__
+
+    def noted(self, *arguments, **options):
+        names.add(self.fn.__name__)
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(executor, "__call__", noted)
+    return names
+
+
+def test_upcycle_train_merge(monkeypatch):
+    """Under bf16 autocast, as trainers run; every kernel takes part. The merged model is the one that was trained."""
+    names = launched(monkeypatch)
+    assert backends.backend_for("cpu") == "triton"
+    config = UpcycleConfig(
+        num_experts=3, num_experts_per_tok=2, router_init_std=0.5, balancing_loss_coef=0.1, z_loss_coef=0.1
+    )
+    moe = perturb_experts(ummrm.upcycle(tiny_model("gpt_neox"), config)).train()
+    chosen, rejected = padded_batch(lengths=(5, 3)), padded_batch(lengths=(4, 2), side="left")
+
+    def step(model, optimizer, extra):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = preference_loss(model(**chosen).logits, model(**rejected).logits) + extra(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    router = moe.gpt_neox.layers[0].mlp.router.weight
+    before = router.detach().clone()
+    optimizer = torch.optim.SGD([p for p in moe.parameters() if p.requires_grad], lr=0.02)
+    losses = [step(moe, optimizer, auxiliary_loss) for _ in range(3)]
+    assert losses[-1] < losses[0] and not torch.equal(router, before)
+
+    moe = ummrm.prepare_merge(moe, MergeConfig())
+    alphas = [p for p in moe.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(alphas, lr=0.1)
+    losses = [step(moe, optimizer, lambda model: 0.0) for _ in range(3)]
+    assert losses[-1] < losses[0] and all(a.detach().abs().max() > 0 for a in alphas)
+    moe.eval()
+    want = outputs_of(moe, chosen)
+    torch.testing.assert_close(outputs_of(ummrm.merge(moe), chosen), want, rtol=1e-4, atol=1e-5)
+    assert names == {
+        "_route",
+        "_route_statistics",
+        "_route_backward",
+        "_sort_count",
+        "_sort_scan",
+        "_sort_scatter",
+        "_permute",
+        "_unpermute",
+        "_expert_gemm",
+        "_wgrad",
+        "_bias_grad",
+        "_activation",
+        "_activation_backward",
+        "_merge",
+        "_dots",
+        "_dots_sum",
+    }
