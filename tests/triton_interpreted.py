@@ -1,5 +1,5 @@
-"""What only a process started with TRITON_INTERPRET=1 can show; run by test_triton.py, which starts it. The interpreter's
-bf16 is torch's, and a model is upcycled, trained and merged with every operator of the FFN on Triton's kernels.
+"""What only a process started with TRITON_INTERPRET=1 can show; test_triton.py starts it. The interpreter's bf16 is
+torch's, and a model is upcycled, trained and merged with every operator of the FFN on Triton's kernels.
 """
 
 import pytest

@@ -197,7 +197,7 @@ def _bias_grad(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """partial [splits, groups, width]: program (columns, group, split) sums each splits-th block of the group's rows."""
+    """partial [splits, groups, width]: program (columns, group, split) sums each splits-th block of its group."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     g, split = tl.program_id(1), tl.program_id(2)
     inside = n < width

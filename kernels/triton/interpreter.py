@@ -91,7 +91,7 @@ def _guarded(apply):
 
 
 def _keep_where_they_are() -> None:
-    """Arguments are copied to the host and back, each with all the memory that it is a view of, though they are there."""
+    """Arguments are copied to the host and back, with all the memory that they are views of, though they are there."""
     executor = interpreter.GridExecutor
     copied, back = executor._init_args_hst, executor._restore_args_dev
 

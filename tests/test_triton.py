@@ -1,0 +1,140 @@
+"""The Triton backend on a machine without a GPU: its kernels through Triton's interpreter, in a process of their own, as
+TRITON_INTERPRET must be set before Triton is imported; and how the backend is chosen, refused and packaged.
+
+The fast tier takes a few parameter sets of each test function, the slow one all. The grid runs serially there: races
+between programs and speed are not shown.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ummrm
+from ummrm import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
+HUGE = (  # 2^31 elements take hours to interpret; strides beyond that are tested there too
+    "tests/test_permute.py::test_beyond_two_to_the_31_elements",
+    "tests/test_activation.py::test_beyond_two_to_the_31_elements",
+)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed; its wheels are for Linux alone"
+)
+
+
+def interpreted(*arguments):
+    """pytest with `arguments` where Triton interprets and serves every operator."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-m", "pytest", "-q", "--backend=triton"]
+    command += ["-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def operator_suite():
+    return [f"tests/test_{name}.py" for name in OPERATORS] + [f"--deselect={name}" for name in HUGE]
+
+
+@needs_triton
+def test_interpreted(request):
+    """A gradcheck is hundreds of calls, and the serial grid is deterministic by itself: the slow tier has them."""
+    seed = f"--seed={request.config.ummrm_seed}"
+    fast = ["--at-most=1", "-k", "not gradcheck and not deterministic"]
+    out = interpreted("tests/triton_interpreted.py", *operator_suite(), *fast, seed)
+    assert " passed" in out and "failed" not in out
+
+
+@needs_triton
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*OPERATORS, "library"])
+def test_interpreted_in_full(request, name):
+    deselected = [f"--deselect={huge}" for huge in HUGE]
+    interpreted(f"tests/test_{name}.py", *deselected, f"--seed={request.config.ummrm_seed}")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: Triton can run here")
+def test_without_a_gpu_it_is_refused_with_a_remedy():
+    with pytest.raises(RuntimeError, match="'triton' cannot run here: there is no GPU; .*TRITON_INTERPRET=1"):
+        ummrm.use_backend("triton")
+    assert backends.backend_for("cpu") == "cpu" and backends.backend_for("cuda") == "triton"
+
+
+@needs_triton
+def test_it_serves_cuda_where_the_extension_does_not():
+    """By default, on the dispatch key, without importing Triton: that takes place when a kernel runs first."""
+    program = """
+import sys, torch, ummrm
+from ummrm import backends
+for op in backends.BACKENDS["triton"].kernels:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{op}", "CUDA"), op
+print("ummrm.triton_kernels" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"]
+
+
+def test_without_triton_nothing_else_breaks():
+    """A machine without it, as the import system sees one: CUDA's refusal says what to install."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, ummrm
+from ummrm import backends
+print(ummrm.ops.activation(torch.ones(1, 2), "relu").item())
+for call in (lambda: ummrm.use_backend("triton"), lambda: backends.BACKENDS["triton"].kernels["activation"]()):
+    try:
+        call()
+    except (RuntimeError, ImportError) as error:
+        print(type(error).__name__, error)
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.ummrm.activation.default.redispatch(key, torch.ones(2, 4), "silu", True)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    value, refused, missing, cuda = done.stdout.strip().splitlines()
+    assert float(value) == 1
+    assert refused == (
+        "RuntimeError Backend 'triton' cannot run here: Triton is not installed; on Linux: pip install 'ummrm[triton]'."
+    )
+    assert missing.startswith("ModuleNotFoundError")
+    if torch.version.cuda is None:
+        assert "got 'cuda'" in cuda and "ummrm[triton]" in cuda
+
+
+@needs_triton
+def test_one_entry_for_each_operator_of_the_table():
+    kernels = backends.load_triton()
+    assert (
+        set(kernels.KERNELS) == set(backends.BACKENDS["reference"].kernels) == set(backends.BACKENDS["triton"].kernels)
+    )
+    assert kernels.__name__ == "ummrm.triton_kernels" and sys.modules[kernels.__name__] is kernels
+
+
+@needs_triton
+def test_configurations_depend_on_shapes_alone_and_come_from_a_file(tmp_path):
+    backends.load_triton()
+    from ummrm.triton_kernels import configurations
+    from ummrm.triton_kernels.launch import Target
+
+    few, many = Target("sm_90", 1), Target("sm_90", 132)
+    shape = torch.bfloat16, 4096, 0, 4096, 1024
+    chosen = configurations.choose("rows", many, *shape)
+    assert chosen == configurations.choose("rows", few, *shape) in configurations.candidates("sm_90", torch.bfloat16)
+    assert configurations.choose("rows", many, torch.bfloat16, 8, 0, 4096, 1024).block_m == 16
+    path = tmp_path / "tuned.json"
+    assert configurations.read_tuned(path) == {}
+    table = {configurations.key("rows", "sm_90", *shape): chosen}
+    configurations.write_tuned(table, path)
+    assert configurations.read_tuned(path) == table
