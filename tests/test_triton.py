@@ -1,8 +1,8 @@
-"""The Triton backend on a machine without a GPU: its kernels through Triton's interpreter, in a process of their own, as
-TRITON_INTERPRET must be set before Triton is imported; and how the backend is chosen, refused and packaged.
+"""The Triton backend on a machine without a GPU: its kernels through Triton's interpreter, in a process of their own:
+it is chosen before Triton is imported; and how the backend is chosen, refused and packaged.
 
-The fast tier takes a few parameter sets of each test function, the slow one all. The grid runs serially there: races
-between programs and speed are not shown.
+The fast tier takes a parameter set of each test function and dtype, the slow one all. The grid runs serially there:
+races between programs, and speed, are not shown.
 """
 
 import importlib.util

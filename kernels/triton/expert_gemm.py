@@ -133,7 +133,7 @@ def _wgrad(
     num_tokens,
     grad_width,
     width,
-    grad_block,  # rows from one shared expert's gradients to the next, and of its rows: T or 0
+    grad_block,  # as above, of the gradients and of the rows
     shared_block,
     first_group,
     NUM_SHARED: tl.constexpr,
@@ -245,7 +245,6 @@ def _check_rows(
 
 
 def _check_groups(check: Checker, offsets: Tensor, rows: Tensor, slots: int, num_tokens: int, num_shared: int) -> int:
-    """The number of routed experts."""
     check.at_least("num_tokens", num_tokens, 0)
     check.at_least("num_shared_experts", num_shared, 0)
     check.index("expert_offsets", offsets, -1, "[E + 1]", rows, "routed_rows")
@@ -317,8 +316,7 @@ def expert_gemm(
         _expert_gemm,
         (min(tiles, target.processors) if out.numel() else 0,),
         out,
-        shared_rows.contiguous(),
-        routed_rows.contiguous(),
+        *(rows.contiguous() for rows in (shared_rows, routed_rows)),
         shared_proj,
         routed_proj,
         None if shared_bias is None else shared_bias.contiguous(),
@@ -379,11 +377,7 @@ def expert_gemm_wgrad(
         _wgrad,
         (blocks(grad_width, c.block_m) * blocks(width, c.block_n), groups),
         routed_rows,
-        grad_shared_rows.contiguous(),
-        grad_routed_rows.contiguous(),
-        shared_rows.contiguous(),
-        routed_rows.contiguous(),
-        expert_offsets.contiguous(),
+        *(t.contiguous() for t in (grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets)),
         shared,
         routed,
         num_tokens,
