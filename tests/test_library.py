@@ -214,7 +214,7 @@ def profiled(function):
 def test_use_backend_switches_and_switches_back():
     z, arguments = floats(3, 4), moe_arguments(torch.float32)
     assert backends.backend_for("cpu") == "compiled"
-    for name in ("reference", "cpu", "reference", "reference", "cpu"):
+    for name in ("reference", "compiled", "reference", "reference", "compiled"):
         ummrm.use_backend(name)
         plain = name == "reference"
         assert backends.backend_for("cpu") == name
@@ -236,7 +236,9 @@ def test_a_backend_that_cannot_run_raises_and_changes_nothing(monkeypatch):
     with pytest.raises(RuntimeError, match="'absent' cannot run here: it needs a device that is not here"):
         ummrm.use_backend("absent")
     assert backends.backend_for("cpu") == "compiled"
-    with pytest.raises(ValueError, match="`name` must be one of 'cpu', 'reference', 'absent', got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="`name` must be one of 'compiled', 'reference', 'triton', 'absent', got 'gpu'"
+    ):
         ummrm.use_backend("gpu")
     with pytest.raises(ValueError, match="`device` must be of a type that a backend serves, got 'meta'"):
         backends.backend_for("meta")

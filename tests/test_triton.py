@@ -64,7 +64,7 @@ def test_interpreted_in_full(request, name):
 def test_without_a_gpu_it_is_refused_with_a_remedy():
     with pytest.raises(RuntimeError, match="'triton' cannot run here: there is no GPU; .*TRITON_INTERPRET=1"):
         ummrm.use_backend("triton")
-    assert backends.backend_for("cpu") == "cpu" and backends.backend_for("cuda") == "triton"
+    assert backends.backend_for("cpu") == "compiled"
 
 
 @needs_triton
