@@ -16,7 +16,9 @@ def pytest_addoption(parser):
     parser.addoption("--library", help="operators to load over the extension's, as emulated_extension.py builds them")
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs; by default a fresh one")
     parser.addoption("--backend", default=None, help="run every test on this backend, and each once")
-    parser.addoption("--at-most", type=int, default=None, help="so many of a test function's parameter sets (of each dtype) alone")
+    parser.addoption(
+        "--at-most", type=int, default=None, help="so many of a test function's parameter sets (of each dtype) alone"
+    )
 
 
 def pytest_configure(config):
