@@ -133,6 +133,7 @@ def test_wheel_from_clean_sources(tmp_path, isolated):
     (wheel,) = wheels.glob("ummrm-*.whl")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel)
     assert {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")} <= {"ummrm", "bin"}
+    assert (target / "ummrm/triton_kernels/routing.py").is_file()
     assert json.loads((target / "ummrm/_build_record.json").read_text())["torch_version"] == torch.__version__
     program = (
         "import ummrm, torch; print(ummrm.__file__); "

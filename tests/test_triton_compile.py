@@ -4,6 +4,7 @@ of the table, every element type, and sizes that divide nothing.
 """
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_every_kernel(arch, case):
 def test_every_kernel_type_and_size(arch, case, dtype, sizes):
     for one in launches(arch, case, dtype, *sizes):
         check(arch, dtype, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_of_one(case):
+    """One token, one shared expert: Triton makes a constant of every integer argument that is 1."""
+    for one in launches("sm_90", case, torch.bfloat16):
+        arguments = tuple(1 if isinstance(value, int) else value for value in one.arguments)
+        triton_compile.compile_launch(replace(one, arguments=arguments), "sm_90")
 
 
 def configured(monkeypatch, arch, dtype, configuration):
