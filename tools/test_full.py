@@ -44,8 +44,10 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    # torch 2.11 cannot import newer setuptools
-    "python3.12-torch2.11": Environment("python3.12", ("torch==2.11.0", "setuptools<82"), 12 * GIB),
+    # torch 2.11 cannot import newer setuptools; its Triton is 3.6, whose interpreter needs an older numpy
+    "python3.12-torch2.11": Environment(
+        "python3.12", ("torch==2.11.0", "setuptools<82", "triton==3.6.0", "numpy<2.4"), 12 * GIB
+    ),
     # PyPI's Linux wheel of torch is built with CUDA: the extension must build and pass against it without a GPU
     "torch2.14": Environment(None, ("torch==2.14.1", "setuptools"), 12 * GIB, cuda=True),
     # what RewardBench pins; merged models must load there
@@ -113,6 +115,12 @@ def emulated():
     run(sys.executable, "-P", "-m", "pytest", "-q", *library, "--device=cpu", "-m", "sanitize", ROOT / "tests/gpu")
 
 
+def triton36():
+    """The compile check of the Triton kernels, whole, under the oldest Triton that is supported."""
+    python = make_environment("python3.12-torch2.11")
+    run(python, "-P", "-m", "pytest", "-q", "-m", "full", ROOT / "tests/test_triton_compile.py")
+
+
 def interpreter(name):
     """`name` from PATH, or an installed one that pyenv keeps off it."""
     kept = sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}"))
@@ -164,6 +172,7 @@ STEPS = {
     "emulated": emulated,
     "full": full_tests,
     **{name: lambda name=name: test_environment(name) for name, row in ENVIRONMENTS.items() if row.ummrm},
+    "triton3.6": triton36,
 }
 
 
