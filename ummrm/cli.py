@@ -137,8 +137,8 @@ def merge(
 
 @app.command()
 def info() -> None:
-    """Prints what the compiled extension was built with and which kernels it uses."""
-    record = {"ummrm": __version__, **_library.build_info()}
+    """Prints what the compiled extension was built with, which kernels it uses, and why it has none for CUDA."""
+    record = {"ummrm": __version__, **_library.build_info(), "no_cuda_kernels": _library.no_cuda_kernels}
     print(json.dumps(record, indent=2, default=str))
 
 
