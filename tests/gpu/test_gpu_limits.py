@@ -26,7 +26,7 @@ def refused(error, function, **arguments):
 def test_the_build_has_kernels(device):
     info = _library.build_info()
     assert info["cuda_archs"], info
-    assert isinstance(_library.tile_table(), dict)
+    assert {row["arch"] for row in _library.tile_table()} >= {"any"}
     assert ops.activation(floats(4, 8).to(device)).device.type == "cuda"
 
 
