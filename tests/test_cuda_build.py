@@ -4,6 +4,7 @@ launches in csrc/ compile. The kernels are compiled by `make test-cpp`, the whol
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,43 @@ def test_what_is_missing_is_said_and_is_an_error_only_where_asked_for(machine, m
         cuda_build.choose_toolkit("13.0", "0")
     with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
         cuda_build.choose_toolkit("13.0", "yes")
+
+
+def test_an_old_cmake_is_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cmake", None)  # the environment's own, which would come first
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    oldest = (ROOT / "CMakeLists.txt").read_text().split("cmake_minimum_required(VERSION ")[1].split(")")[0]
+    for version, found in (("3.22.1", False), (f"{oldest}.0", True), ("3.100.2", True), ("4.0.0-rc1", True)):
+        write_program(tmp_path / "cmake", f'echo "cmake version {version}"')
+        assert cuda_build.find_cmake() == (str(tmp_path / "cmake") if found else None), version
+
+
+def test_an_earlier_build_leaves_no_settings(tmp_path, monkeypatch):
+    """Real CMake on a project that prints what it was told, in one build folder."""
+    if cuda_build.find_cmake() is None:
+        pytest.skip("no cmake on this machine that CMakeLists.txt accepts")
+    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS", "UMMRM_TENSOR_CORES"):
+        monkeypatch.delenv(variable, raising=False)
+    project, folder = tmp_path / "project", tmp_path / "build"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(told LANGUAGES NONE)\n"
+        'set(UMMRM_CUDA_ARCHS "80" CACHE STRING "")\noption(UMMRM_TENSOR_CORES "" ON)\n'
+        'message(STATUS "told ${UMMRM_CUDA_ARCHS} ${UMMRM_TENSOR_CORES} ${UMMRM_REFUSE_SPILLS}")\n'
+    )
+    monkeypatch.setattr(cuda_build, "ROOT", project)
+    toolkit = cuda_build.Toolkit(Path("/usr/local/cuda"), (13, 0))
+
+    def told():
+        done = subprocess.run(cuda_build.configure_command(toolkit, folder), capture_output=True, text=True, check=True)
+        return re.search(r"told (.*)", done.stdout)[1]
+
+    assert told() == "80 ON OFF"
+    with monkeypatch.context() as patch:
+        patch.setenv("UMMRM_TENSOR_CORES", "0")
+        patch.setenv("UMMRM_CUDA_ARCHS", "90a-real")
+        assert told() == "90a-real 0 OFF"
+    assert told() == "80 ON OFF"
 
 
 def test_a_broken_nvcc_is_none(machine, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from importlib import metadata
 
+from cuda_build import OLDEST_CMAKE, find_cmake
+
 # The isolated build runs the target interpreter with a sitecustomize on PYTHONPATH; -I looks past it.
 _HOST_PATH = json.loads(
     subprocess.check_output([sys.executable, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"])
@@ -39,8 +41,8 @@ def _missing():
         need.append("ninja")
     # CMake compiles the CUDA kernels (tools/cuda_build.py), where there may be a compiler for them.
     nvcc = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.path.exists("/usr/local/cuda/bin/nvcc")
-    if nvcc and os.environ.get("UMMRM_CUDA") != "0" and _version("cmake") is None and shutil.which("cmake") is None:
-        need.append("cmake>=3.24")
+    if nvcc and os.environ.get("UMMRM_CUDA") != "0" and find_cmake() is None:
+        need.append(f"cmake>={'.'.join(map(str, OLDEST_CMAKE))}")
     return need
 
 

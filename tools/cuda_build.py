@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST_CMAKE = (3, 24)  # as CMakeLists.txt says
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def choose_toolkit(torch_cuda, wish=None):
             found = ".".join(map(str, toolkit.version))
             raise Missing(f"it was built for a torch with CUDA {torch_cuda}, and the nvcc found is {found}")
         if find_cmake() is None:
-            raise Missing("no cmake was found when it was built")
+            raise Missing(f"no cmake {'.'.join(map(str, OLDEST_CMAKE))} or newer was found when it was built")
     except Missing as reason:
         if wish == "1":
             sys.exit(f"UMMRM_CUDA=1 asks for the CUDA kernels, which cannot be compiled: {reason}.")
@@ -85,13 +86,40 @@ def choose_toolkit(torch_cuda, wish=None):
 
 
 def find_cmake():
-    """The cmake of the running environment, or of PATH."""
+    """The cmake of the running environment, else of PATH, whichever CMakeLists.txt accepts; None if there is none.
+
+    Distributions in use have older ones on PATH, which would end the build with an error.
+    """
+    candidates = [shutil.which("cmake")]
     try:
         import cmake
 
-        return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+        candidates.insert(0, str(Path(cmake.CMAKE_BIN_DIR) / "cmake"))
     except (ModuleNotFoundError, AttributeError):
-        return shutil.which("cmake")
+        pass
+    for candidate in filter(None, candidates):
+        said = subprocess.run([candidate, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"version (\d+)\.(\d+)", said)
+        if version and (int(version[1]), int(version[2])) >= OLDEST_CMAKE:
+            return candidate
+    return None
+
+
+def configure_command(toolkit, folder):
+    """CMake's command line for a build folder that earlier builds may have left.
+
+    What the environment does not name is taken out of the folder's cache: a build without tensor cores must not make
+    the next one such. A spill, which a compiler that nobody has tried may have, slows a kernel and does not end a
+    user's build.
+    """
+    ninja = shutil.which("ninja")
+    command = [find_cmake(), "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DUMMRM_REFUSE_SPILLS=OFF"]
+    command += [f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
+    command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS", "UMMRM_TENSOR_CORES"):
+        set_here = variable in os.environ
+        command.append(f"-D{variable}={os.environ[variable]}" if set_here else f"-U{variable}")
+    return [str(part) for part in command]
 
 
 def compile_kernels(toolkit, folder, jobs):
@@ -99,13 +127,7 @@ def compile_kernels(toolkit, folder, jobs):
 
     Only what has changed since the last time is compiled.
     """
-    cmake, ninja = find_cmake(), shutil.which("ninja")
-    configure = [cmake, "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
-    configure += [f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
-    configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS", "UMMRM_TENSOR_CORES"):
-        if variable in os.environ:
-            configure.append(f"-D{variable}={os.environ[variable]}")
-    subprocess.run([str(part) for part in configure], check=True)
-    subprocess.run([cmake, "--build", str(folder), "--target", "ummrm_cuda", "-j", str(jobs)], check=True)
+    configure = configure_command(toolkit, folder)
+    subprocess.run(configure, check=True)
+    subprocess.run([configure[0], "--build", str(folder), "--target", "ummrm_cuda", "-j", str(jobs)], check=True)
     return folder / "libummrm_cuda.a"
