@@ -99,6 +99,17 @@ def test_an_old_cmake_is_none(tmp_path, monkeypatch):
         assert cuda_build.find_cmake() == (str(tmp_path / "cmake") if found else None), version
 
 
+def test_heavy_compilers_fit_into_memory(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(cuda_build, "CONTAINER_LIMITS", (limit, tmp_path / "absent"))
+    for gigabytes, limited, want in ((8, "max", 2), (128, "max", 10), (128, str(16 * 2**30), 2), (64, None, 5)):
+        monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.get)
+        limit.unlink(missing_ok=True)
+        if limited is not None:
+            limit.write_text(limited + "\n")
+        assert cuda_build.heavy_compilers() == want, (gigabytes, limited)
+
+
 def test_an_earlier_build_leaves_no_settings(tmp_path, monkeypatch):
     """Real CMake on a project that prints what it was told, in one build folder."""
     if cuda_build.find_cmake() is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_CMAKE = (3, 24)  # as CMakeLists.txt says
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,15 @@ def find_cmake():
     return None
 
 
+def heavy_compilers():
+    """How many compilers of tensor-core kernels run at once: each takes up to 6 GB, and half the memory is others'."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in CONTAINER_LIMITS:
+        text = limit.read_text().strip() if limit.is_file() else ""
+        sizes += [int(text)] if text.isdigit() else []  # "max" is no limit
+    return max(2, min(sizes) // (12 * 2**30))
+
+
 def configure_command(toolkit, folder):
     """CMake's command line for a build folder that earlier builds may have left.
 
@@ -116,6 +126,7 @@ def configure_command(toolkit, folder):
     command = [find_cmake(), "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DUMMRM_REFUSE_SPILLS=OFF"]
     command += [f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
     command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    command.append(f"-DUMMRM_HEAVY_COMPILERS={heavy_compilers()}")
     for variable in ("UMMRM_CUDA_ARCHS", "UMMRM_CUTLASS", "UMMRM_TENSOR_CORES"):
         set_here = variable in os.environ
         command.append(f"-D{variable}={os.environ[variable]}" if set_here else f"-U{variable}")
