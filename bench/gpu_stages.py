@@ -39,6 +39,8 @@ def build(context):
     if others:
         context.must([*PIP, "--target", context.site, *others], "build-wheels")
     environment = {"UMMRM_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count()))}
+    if "UMMRM_HEAVY_COMPILERS" not in os.environ:  # not by what such machines say of their memory: it may grow with use
+        environment["UMMRM_HEAVY_COMPILERS"] = str(max(2, os.cpu_count() // 3))
     if cutlass and "UMMRM_CUTLASS" not in os.environ:
         environment["UMMRM_CUTLASS"] = str(cutlass[0])
     install = [*PIP, "-v", "--no-build-isolation", "--target", context.site, ROOT]

@@ -102,12 +102,15 @@ def test_an_old_cmake_is_none(tmp_path, monkeypatch):
 def test_heavy_compilers_fit_into_memory(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(cuda_build, "CONTAINER_LIMITS", (limit, tmp_path / "absent"))
+    monkeypatch.delenv("UMMRM_HEAVY_COMPILERS", raising=False)
     for gigabytes, limited, want in ((8, "max", 2), (128, "max", 10), (128, str(16 * 2**30), 2), (64, None, 5)):
         monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.get)
         limit.unlink(missing_ok=True)
         if limited is not None:
             limit.write_text(limited + "\n")
         assert cuda_build.heavy_compilers() == want, (gigabytes, limited)
+    monkeypatch.setenv("UMMRM_HEAVY_COMPILERS", "7")
+    assert cuda_build.heavy_compilers() == 7
 
 
 def test_an_earlier_build_leaves_no_settings(tmp_path, monkeypatch):

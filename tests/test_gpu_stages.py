@@ -138,7 +138,8 @@ def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees
         target = pathlib.Path(sys.argv[sys.argv.index("--target") + 1])
         (target / "ummrm").mkdir(parents=True, exist_ok=True)
         (target / "ummrm" / "_C.x.so").touch()
-        chosen = {{name: os.environ.get(name) for name in ("UMMRM_CUDA", "UMMRM_CUTLASS")}}
+        names = "UMMRM_CUDA", "UMMRM_CUTLASS", "UMMRM_HEAVY_COMPILERS"
+        chosen = {{name: os.environ.get(name) for name in names}}
         with open({str(asked)!r}, "a") as file:
             file.write(json.dumps([sys.argv[1:], chosen]) + "\\n")
         """,
@@ -152,13 +153,16 @@ def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees
     monkeypatch.setattr(gpu_stages, "PIP", [pip])
     monkeypatch.setattr(gpu_stages, "PYTHON", [shown])
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: tool)
-    monkeypatch.delenv("UMMRM_CUTLASS", raising=False)
+    for variable in ("UMMRM_CUTLASS", "UMMRM_HEAVY_COMPILERS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(gpu_stages.os, "cpu_count", lambda: 16)
     kept, _ = gpu_runner.run_stage("build", Stage(gpu_stages.build), FACTS, tmp_path / "r", work, wheels)
     assert kept["outcome"] == outcome
     (first, chosen), (second, for_package) = [json.loads(line) for line in asked.read_text().splitlines()]
     assert first[-1].endswith("pytest-9-py3-none-any.whl") and not any("cutlass" in word for word in first)
     assert chosen["UMMRM_CUDA"] is None and second[-1] == str(ROOT)
-    assert for_package == {"UMMRM_CUDA": "1", "UMMRM_CUTLASS": str(wheels / "nvidia_cutlass-4.2.0.0-py3-none-any.whl")}
+    cutlass = str(wheels / "nvidia_cutlass-4.2.0.0-py3-none-any.whl")
+    assert for_package == {"UMMRM_CUDA": "1", "UMMRM_CUTLASS": cutlass, "UMMRM_HEAVY_COMPILERS": "5"}
     assert str(work / "site") in first and str(work / "site") in second
     if outcome == "passed":
         assert kept["counts"] == {"kernels": 1} and kept["numbers"]["kernels"]["sm_90a"]["most_registers"] == 20

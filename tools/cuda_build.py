@@ -2,8 +2,8 @@
 
 UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and
 says why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them,
-`;` between them), UMMRM_CUTLASS and UMMRM_TENSOR_CORES (third_party/README.md) go to CMake. The standard library alone
-is used here.
+`;` between them), UMMRM_CUTLASS and UMMRM_TENSOR_CORES (third_party/README.md) go to CMake, and UMMRM_HEAVY_COMPILERS
+(compilers of tensor-core kernels at once; by default as many as memory takes). The standard library alone is used here.
 """
 
 import os
@@ -107,7 +107,12 @@ def find_cmake():
 
 
 def heavy_compilers():
-    """How many compilers of tensor-core kernels run at once: each takes up to 6 GB, and half the memory is others'."""
+    """How many compilers of tensor-core kernels run at once: each takes up to 6 GB, and half the memory is others'.
+
+    UMMRM_HEAVY_COMPILERS says it for machines that tell less memory than they have, as some virtual ones do.
+    """
+    if given := os.environ.get("UMMRM_HEAVY_COMPILERS"):
+        return int(given)
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in CONTAINER_LIMITS:
         text = limit.read_text().strip() if limit.is_file() else ""
