@@ -117,10 +117,14 @@ class Stage:
 
 
 def _commit():
+    unknown = {"commit": None, "dirty": None}
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:  # a bare machine may have no git
+        return unknown
     if head.returncode:  # no repository here, or not ours: the hash of the sources says what was checked
-        return {"commit": None, "dirty": None}
+        return unknown
     status = subprocess.run([*git, "status", "--porcelain", "--", *gpu_record.SOURCES], capture_output=True, text=True)
     return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
 

@@ -216,12 +216,17 @@ def no_native_gemm(dtype, device):
     return f"torch.mm in {name_of(dtype)} reaches {rate / 1e9:.1f} GFLOP/s here, less than a tenth of fp32's"
 
 
+def _git(*words):
+    """What git says of this checkout; nothing where it is not installed or this is no repository."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return ""
+
+
 def _commit():
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
-    dirty = subprocess.run(status, capture_output=True, text=True).stdout
-    return (commit or "unknown") + ("+changes" if dirty.strip() else "")
+    dirty = _git("status", "--porcelain", "--untracked-files=no").strip()
+    return (_git("rev-parse", "HEAD").strip() or "unknown") + ("+changes" if dirty else "")
 
 
 def _cpu():

@@ -307,6 +307,11 @@ def test_output_gradients_are_the_same_for_all_and_random():
     assert torch.equal(first._grads[0], second._grads[0]) and first._grads[0].std() > 0.3
 
 
+def test_the_commit_is_unknown_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness._commit() == "unknown"
+
+
 def test_a_record_survives_a_cut(tmp_path):
     path = tmp_path / "run.jsonl"
     recorder = record.Recorder(path)

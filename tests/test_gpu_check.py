@@ -317,6 +317,13 @@ def test_a_stage_that_takes_the_program_down_leaves_a_trace(tmp_path):
     assert stages["build"]["outcome"] == "passed" and stages["test"]["outcome"] == "began and did not end"
 
 
+def test_a_machine_without_git_is_checked_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    entry, path = gpu_runner.run_stage("build", Stage(lambda context: None), FACTS, tmp_path / "r", tmp_path / "work")
+    assert entry["outcome"] == "passed" and entry["commit"] is None
+    assert gpu_record.read(path)["stages"]["build"]["dirty"] is None
+
+
 def test_without_a_gpu_nothing_is_run_or_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "device_facts", lambda: None)
     monkeypatch.setattr(gpu_check, "check", lambda *_: pytest.fail("a stage ran"))
