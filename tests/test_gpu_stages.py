@@ -255,10 +255,12 @@ def test_what_the_sanitizers_will_see_passes_on_the_cpu():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has wheels for Linux alone")
 @pytest.mark.parametrize("part", gpu_stages.TRITON_TESTS)
 def test_what_triton_will_run_passes_in_its_interpreter(part):
-    options, _ = gpu_stages.TRITON_TESTS[part]
+    """A whole training takes minutes there; triton_interpreted.py has a smaller one."""
+    options = [*gpu_stages.TRITON_TESTS[part][0], f"--ignore={ROOT / 'tests/gpu/test_gpu_training.py'}"]
     assert rehearse("--backend=triton", *options, TRITON_INTERPRET="1") > 20
 
 
+@pytest.mark.full
 def test_what_is_said_of_the_compiled_kernels_alone_is_skipped_on_another_backend():
     assert rehearse("--backend=reference", "-k", "launchers or many_elements and merge") == 1
 
