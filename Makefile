@@ -13,7 +13,7 @@
 #   make clean       removes builds and the virtual environment
 #
 # Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS.
-# Of gpu-check: STAGE (build, test, sanitize or bench alone), WHEELS (a folder), RESULTS (gets a copy of the results).
+# Of gpu-check: STAGE (build, test, sanitize, bench or triton alone), WHEELS (a folder), RESULTS (gets a copy of the results).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -1,6 +1,6 @@
 """The GPU check: builds the package, tests it, runs it under compute-sanitizer and times it, on one machine with a GPU.
 
-    python3 -m bench.gpu_check [--stage build|test|sanitize|bench]... [--wheels folder] [--results folder]
+    python3 -m bench.gpu_check [--stage build|test|sanitize|bench|triton]... [--wheels folder] [--results folder]
     python3 -m bench.gpu_check --adopt FILE...      merges records that another machine wrote
 
 Needs no network, installs nothing outside build/gpu/site: torch, nvcc, cmake and ninja are the machine's, the rest is

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-STAGES = ("build", "test", "sanitize", "bench")
+STAGES = ("build", "test", "sanitize", "bench", "triton")
 FORMAT = 1
 
 # Everything that a result on a GPU depends on, apart from what checks it. `_autograd.py` is the half of `_library.py`

@@ -1,4 +1,4 @@
-"""The four stages of the GPU check: what each runs, and how it reads the outcome. Records are gpu_runner.py's.
+"""The stages of the GPU check: what each runs, and how it reads the outcome. Records are gpu_runner.py's.
 
 Each runs in processes of its own with the package from build/gpu/site; nothing here imports torch.
 """
@@ -164,12 +164,16 @@ MARGIN = 60  # seconds that the contender begun last may take
 
 
 def bench(context):
+    run_bench(context, "bench", [])
+
+
+def run_bench(context, name, options, **environment):
     """The benchmarks on CUDA, until shortly before the time is up; what was measured is kept whatever comes after."""
-    path = context.work / "bench.jsonl"
+    path = context.work / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     limits = ["--deadline", f"{max(1.0, context.remaining - MARGIN):.0f}", "--record", path]
-    done = context.run([*PYTHON, "-m", "bench.report", "--device", "cuda", *limits], "bench")
+    done = context.run([*PYTHON, "-m", "bench.report", "--device", "cuda", *limits, *options], name, **environment)
     record = read_record(path) if path.exists() else {"about": None, "entries": []}
     entries = record["entries"]
     context.result["numbers"] = record
@@ -184,7 +188,27 @@ def bench(context):
     if done.code is None:
         raise StageFailed("the benchmarks ran past their time limit")
     if done.code != 0 or not any(e["label"] == OURS and e["outcome"] == "measured" for e in entries):
-        context.result["failures"].append({"name": "bench", "message": "\n".join(done.tail)})
+        context.result["failures"].append({"name": name, "message": "\n".join(done.tail)})
 
 
-STAGE_TABLE = {"build": Stage(build), "test": Stage(test), "sanitize": Stage(sanitize), "bench": Stage(bench)}
+# Shares of the stage's time, which are guesses: kernels are compiled as they are met, for each dtype, number of experts
+# and divisibility of sizes. So every operator has a small case in every dtype, and of the other tests one set of
+# parameters has to do.
+TRITON_TESTS = {"operators": (["-m", "sanitize"], 0.45), "others": (["-m", "not sanitize", "--at-most=1"], 0.25)}
+
+
+def triton(context):
+    """The tests and then the benchmarks once more, on Triton's kernels."""
+    whole, environment = context.remaining, {"TRITON_CACHE_DIR": str(context.work / "triton")}
+    for name, (options, share) in TRITON_TESTS.items():
+        run_tests(context, f"triton-{name}", ["--backend=triton", *options], limit=whole * share, **environment)
+    run_bench(context, "triton-bench", ["--backend", "triton"], **environment)
+
+
+STAGE_TABLE = {
+    "build": Stage(build),
+    "test": Stage(test),
+    "sanitize": Stage(sanitize),
+    "bench": Stage(bench),
+    "triton": Stage(triton),
+}

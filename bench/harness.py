@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import ummrm
-from ummrm import _library
+from ummrm import _library, backends
 
 from . import timing
 from .workload import Layer
@@ -239,6 +239,7 @@ def about(device):
     """What the figures of a run were measured on, and with what."""
     record = {
         "device": _cpu(),
+        "backend": backends.backend_for(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "commit": _commit(),

@@ -1,6 +1,7 @@
 """Runs every suite, prints the ratios, and writes the record to bench/results/.
 
-    python -m bench.report [--device cpu] [--threads n] [-k expression] [--deadline seconds] [--record file]
+    python -m bench.report [--device cpu] [--backend name] [--threads n] [-k expression] [--deadline seconds]
+                           [--record file]
 
 A ratio is the contender's time over ummrm's in the same run: above 1, ummrm is faster. "of peak" is bytes over the
 copy bandwidth, or FLOPs over the mm rate, both measured in the same run. docs/benchmarks.md says how all is measured.
@@ -24,7 +25,7 @@ from .record import OURS, read_record
 HERE = Path(__file__).parent
 
 
-def run(device, threads=None, expression="", deadline=None, record=None):
+def run(device, threads=None, expression="", deadline=None, record=None, backend=None):
     """The record of one run of the suites, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(record or Path(folder) / "record.jsonl").resolve()
@@ -34,6 +35,7 @@ def run(device, threads=None, expression="", deadline=None, record=None):
         arguments += ["--benchmark-columns=median", "--benchmark-warmup=off", "--no-header", "-rN"]
         arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what ummrm has imported
         arguments += [f"--device={device}", f"--record={output}"]
+        arguments += [] if backend is None else [f"--backend={backend}"]
         arguments += [] if threads is None else [f"--threads={threads}"]
         arguments += [] if deadline is None else [f"--deadline={deadline}"]
         code = pytest.main(arguments + (["-k", expression] if expression else []))
@@ -67,6 +69,7 @@ def table(record):
     memory = f"{'held MiB':>11}{'peak MiB':>11}" if cuda else ""
     lines = [
         f"device {about['device']}, {about['threads']} threads, load average {about['load_average'][0]:.1f}",
+        f"ummrm's operators: {about.get('backend', 'compiled')} kernels",
         f"commit {about['commit']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
         f"allocator: {about['allocator']}",
         f"measured rates: {rates}",
@@ -102,16 +105,19 @@ def text(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", help="what serves ummrm's operators, as ummrm.use_backend takes it")
     parser.add_argument("--threads", type=int, help="CPU threads; fewer than cores where other work shares the machine")
     parser.add_argument("-k", dest="expression", default="", help="only suites that match, as in pytest")
     parser.add_argument("--deadline", type=float, help="seconds after which no further contender is begun")
     parser.add_argument("--record", type=Path, help="write entries here as they come, and nothing to bench/results")
     options = parser.parse_args()
-    record, code = run(options.device, options.threads, options.expression, options.deadline, options.record)
+    limits = options.threads, options.expression, options.deadline, options.record
+    record, code = run(options.device, *limits, options.backend)
     print(text(record))
     if not options.expression and options.record is None and code == 0:
         threads = f"-{options.threads}threads" if options.threads else ""
-        name = f"{options.device}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"
+        backend = f"-{options.backend}" if options.backend else ""
+        name = f"{options.device}{backend}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"
         (HERE / "results").mkdir(exist_ok=True)
         (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         (HERE / "results" / f"{name}.txt").write_text(text(record) + "\n")

@@ -1,4 +1,4 @@
-"""What the CUDA kernels are held to, in one table, and whether the entries of a run meet it.
+"""What the CUDA kernels are held to, and Triton's, a table each, and whether the entries of a run meet it.
 
 Stated for an NVIDIA H200; a target is judged from entries of one run alone. What was not measured is not met.
 """
@@ -93,6 +93,10 @@ def _dense_share(sizes):
     return 0.85 if sizes["t"] >= 16384 else 0.70
 
 
+def _triton_dense_share(sizes):
+    return 0.75 if sizes["t"] >= 16384 else None
+
+
 def _over_transformers(sizes):
     return 1.3 if sizes["h"] <= 1024 else 1.1 if sizes["h"] <= 2048 else 1.0
 
@@ -134,6 +138,25 @@ TARGETS = (
 )  # fmt: skip
 
 
+TRITON_TARGETS = (
+    Target("fraction of copy bandwidth", _BANDWIDTH, _always(0.85), _peak),
+    Target("of the dense FFN at equal FLOPs", _LAYER, _triton_dense_share, _speedup, DENSE, direction=_TRAINING),
+    Target(
+        "times as fast as transformers' grouped_mm",
+        _LAYER,
+        _always(1.0),
+        _speedup,
+        TRANSFORMERS_GROUPED,
+        direction=_TRAINING,
+    ),
+)
+
+
+def targets_of(record) -> tuple[Target, ...]:
+    """What the kernels that served the run are held to; records of old do not name them."""
+    return TRITON_TARGETS if record["about"].get("backend") == "triton" else TARGETS
+
+
 class Verdict(NamedTuple):
     """A target at one case; `met` is None where something was not measured, and `why` says what."""
 
@@ -148,7 +171,7 @@ class Verdict(NamedTuple):
 def verdicts(record) -> Iterator[Verdict]:
     """Every target at every case that the run has an entry for; one without a case where it has none at all."""
     run = Entries(record)
-    for target in TARGETS:
+    for target in targets_of(record):
         found = False
         for ours in run.entries:
             wanted = ours["suite"] in target.suites and target.direction in (None, ours["direction"])

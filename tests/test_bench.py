@@ -369,14 +369,18 @@ def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
 
 def test_a_real_run_on_the_cpu(tmp_path, capsys):
     """A record line by line, the table, and no verdict on targets that are not the CPU's."""
+    import ummrm
+
     output = tmp_path / "run.jsonl"
     threads = torch.get_num_threads()
-    kept, code = report.run("cpu", threads, "sort_slots", deadline=200, record=output)
+    kept, code = report.run("cpu", threads, "sort_slots", deadline=200, record=output, backend="reference")
+    ummrm.use_backend("compiled")  # pytest ran in this process
     assert code == 0, capsys.readouterr().out
     assert kept == record.read_record(output)
     assert {(e["suite"], e["label"], e["outcome"]) for e in kept["entries"]} == {
         ("sort_slots", label, "measured") for label in ("ummrm", "torch sort")
     }
+    assert kept["about"]["backend"] == "reference" and "reference kernels" in report.text(kept)
     assert kept["about"]["rates"]["copy_bytes"] > 0 and kept["about"]["threads"] == threads
     text = report.text(kept)
     assert "over ummrm" in text and "targets" not in text

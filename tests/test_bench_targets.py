@@ -21,9 +21,12 @@ def entry(suite, label, median, direction="forward+backward", held=100, **sizes)
     }
 
 
-def run_of(*entries):
+def run_of(*entries, backend="compiled"):
     about = {"device": "none", "threads": 1, "load_average": [0.0], "commit": "c", "versions": {}, "allocator": {}}
-    return {"about": about | {"rates": {"copy_bytes": 4e12, "mm_flops_bfloat16": 8e14}}, "entries": list(entries)}
+    return {
+        "about": about | {"backend": backend} | {"rates": {"copy_bytes": 4e12, "mm_flops_bfloat16": 8e14}},
+        "entries": list(entries),
+    }
 
 
 def verdict(run, what, **sizes):
@@ -73,6 +76,24 @@ def test_activation_memory_must_be_below_each_rival():
         assert verdict(run, f"activation memory over that of {record.LOOP}").met is met
 
 
+@pytest.mark.parametrize(
+    ("what", "rival", "sizes", "bound"),
+    [
+        ("of the dense FFN at equal FLOPs", record.DENSE, {"t": 16384}, 0.75),
+        ("of the dense FFN at equal FLOPs", record.DENSE, {"t": 65536}, 0.75),
+        ("times as fast as transformers' grouped_mm", record.TRANSFORMERS_GROUPED, {"t": 4096, "h": 896}, 1.0),
+    ],
+)
+def test_triton_has_targets_of_its_own(what, rival, sizes, bound):
+    for share, met in ((bound + 0.01, True), (bound - 0.01, False)):
+        entries = entry("moe_ffn", "ummrm", 1.0, **sizes), entry("moe_ffn", rival, share, **sizes)
+        found = verdict(run_of(*entries, backend="triton"), what, **sizes)
+        assert found.met is met and found.bound == bound
+    short = entry("moe_ffn", "ummrm", 1.0, t=4096), entry("moe_ffn", record.DENSE, 0.1, t=4096)
+    met = [v.target.what for v in targets.verdicts(run_of(*short, backend="triton")) if v.met is not None]
+    assert met == []  # nothing is asked of a short batch beside the dense FFN
+
+
 def test_what_was_not_measured_is_not_met():
     late = entry("moe_ffn", record.DENSE, 1.0) | {"outcome": "out of memory"}
     run = run_of(entry("moe_ffn", "ummrm", 1.0), late, entry("moe_ffn", record.DENSE, 0.1, t=4096))
@@ -102,9 +123,9 @@ def test_every_target_has_a_case_on_cuda():
         assert (w.t, w.h, w.i, w.e, w.k) == (16384, 4096, 14336, 8, 2)
     assert [w.t for w in on_cuda["route_and_sort"]] == [65536] * 3 and {w.e for w in on_cuda["route"]} == {7, 8, 16}
     labels = set(rivals.contenders("cuda"))
-    assert {t.rival for t in targets.TARGETS if t.suites == ("moe_ffn",)} <= labels
+    assert {t.rival for t in targets.TARGETS + targets.TRITON_TARGETS if t.suites == ("moe_ffn",)} <= labels
     source = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("bench_*.py")))
-    for target in targets.TARGETS:
+    for target in targets.TARGETS + targets.TRITON_TARGETS:
         for suite in target.suites:
             assert f'Case("{suite.split()[0]}' in source or 'Case(f"expert_gemm {piece}"' in source, suite
 

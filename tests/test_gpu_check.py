@@ -192,7 +192,7 @@ def test_status_fresh_stale_failed_and_never(tmp_path, sources, capsys):
     good, lines = lines_of(results, sources)
     assert not good and all("stale: passed on" in line for line in lines.values())
     assert gpu_status.main(["--results", str(tmp_path / "nothing")]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == len(gpu_record.STAGES)
 
 
 def test_status_wants_every_stage_on_one_gpu(tmp_path, sources):
@@ -245,6 +245,7 @@ def test_a_failing_stage_leaves_its_result_and_the_next_ones_run(tmp_path, capsy
         "test": Stage(raising),
         "sanitize": Stage(hanging, limit=0.7),
         "bench": Stage(passing),
+        "triton": Stage(passing),
     }
     results, copies = tmp_path / "results", tmp_path / "copies"
     began = time.monotonic()

@@ -1,7 +1,9 @@
 """The stages of the GPU check: how they read pytest, compute-sanitizer, cuobjdump and benchmarks, each with a stand-in;
 and the GPU tests themselves, rehearsed on the CPU."""
 
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -110,6 +112,42 @@ def test_benchmarks_that_are_killed_leave_what_was_measured(tmp_path, monkeypatc
     assert "differs" in kept["failures"][0]["message"]
 
 
+@pytest.mark.parametrize("broken", [None, "pytest", "bench.report"])
+def test_tests_and_benchmarks_run_once_more_on_triton(tmp_path, monkeypatch, broken):
+    """A stand-in for Python that notes what it is asked for; what breaks in either is a failure of the stage."""
+    asked, entry = tmp_path / "asked", {"suite": "permute", "direction": "forward", "dtype": "bfloat16", "bytes": 8}
+    entry |= {"sizes": {"t": 1, "h": 1, "i": 1, "e": 1, "k": 1, "s": 1, "routing": "balanced"}, "timing": "events"}
+    entry |= {"label": "ummrm", "flops": 0, "outcome": "measured", "best": 1.0, "median": 1.0}
+    about = {"rates": {"copy_bytes": 8.0}, "backend": "triton"}
+    program = f"""
+        import json, os, sys
+        module, rest = sys.argv[2], sys.argv[3:]
+        with open({str(asked)!r}, "a") as file:
+            file.write(json.dumps([module, rest, os.environ["TRITON_CACHE_DIR"]]) + "\\n")
+        if module == "pytest":
+            report = next(a.split("=", 1)[1] for a in rest if a.startswith("--junitxml"))
+            open(report, "w").write('<t><testcase classname="a" name="b"/></t>')
+        else:
+            with open(rest[rest.index("--record") + 1], "w") as file:
+                for line in {[{"about": about}, {"entry": entry}]!r}:
+                    file.write(json.dumps(line) + "\\n")
+        sys.exit(module == {broken!r})
+        """
+    monkeypatch.setattr(gpu_stages, "PYTHON", [script(tmp_path / "python", program)])
+    stage = gpu_stages.STAGE_TABLE["triton"]
+    kept, _ = gpu_runner.run_stage("triton", stage, FACTS, tmp_path / "r", tmp_path / "work")
+    calls = [json.loads(line) for line in asked.read_text().splitlines()]
+    assert [module for module, *_ in calls] == ["pytest", "pytest", "bench.report"]
+    for module, rest, cache in calls:
+        assert rest[rest.index("--backend") + 1] == "triton" if module != "pytest" else "--backend=triton" in rest
+        assert cache == str(tmp_path / "work" / "triton")
+    assert kept["counts"]["triton-operators passed"] == kept["counts"]["triton-others passed"] == 1
+    assert kept["numbers"]["targets"]["met"] == 1 and kept["counts"]["measured"] == 1
+    names = {None: [], "pytest": ["triton-operators", "triton-others"], "bench.report": ["triton-bench"]}[broken]
+    assert [failure["name"] for failure in kept["failures"]] == names
+    assert kept["outcome"] == ("failed" if names else "passed")
+
+
 def script(path, text):
     path.write_text(f"#!{PYTHON}\n" + textwrap.dedent(text))
     path.chmod(0o755)
@@ -201,19 +239,35 @@ def test_every_stage_fits_eight_minutes():
     assert list(gpu_stages.STAGE_TABLE) == list(gpu_record.STAGES)
     assert all(stage.limit < 480 for stage in gpu_stages.STAGE_TABLE.values())
     assert sum(gpu_stages.SANITIZERS.values()) == pytest.approx(1)
+    assert sum(share for _, share in gpu_stages.TRITON_TESTS.values()) < 0.8  # the benchmarks have the rest
 
 
-def rehearse(*options):
+def rehearse(*options, **environment):
     """Runs tests/gpu on the CPU in a process of its own, and returns how many tests passed."""
     command = [PYTHON, "-P" if sys.version_info >= (3, 11) else "-I", "-m", "pytest", str(ROOT / "tests/gpu")]
     command += ["--device=cpu", "-q", "-p", "no:cacheprovider", "-rN", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
 def test_what_the_sanitizers_will_see_passes_on_the_cpu():
     assert rehearse("-m", "sanitize") > 50
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has wheels for Linux alone")
+@pytest.mark.parametrize("part", gpu_stages.TRITON_TESTS)
+def test_what_triton_will_run_passes_in_its_interpreter(part):
+    """Thousands of rows, and a whole training, take minutes there; triton_interpreted.py has a smaller one."""
+    options = [*gpu_stages.TRITON_TESTS[part][0], f"--ignore={ROOT / 'tests/gpu/test_gpu_training.py'}"]
+    options += ["-k", "not several and not moe_ffn_of_many"]
+    assert rehearse("--backend=triton", *options, TRITON_INTERPRET="1") > 20
+
+
+@pytest.mark.full
+def test_what_is_said_of_the_compiled_kernels_alone_is_skipped_on_another_backend():
+    assert rehearse("--backend=reference", "-k", "launchers or many_elements and merge") == 1
 
 
 @pytest.mark.full

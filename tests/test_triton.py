@@ -123,6 +123,17 @@ def test_one_entry_for_each_operator_of_the_table():
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_first_configuration_that_fits_is_the_largest(arch, dtype):
+    backends.load_triton()
+    from ummrm.triton_kernels import configurations
+
+    sizes = [c.block_m * c.block_n for c in configurations.candidates(arch, dtype)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@needs_triton
 def test_configurations_depend_on_shapes_alone_and_come_from_a_file(tmp_path):
     backends.load_triton()
     from ummrm.triton_kernels import configurations
@@ -133,6 +144,8 @@ def test_configurations_depend_on_shapes_alone_and_come_from_a_file(tmp_path):
     chosen = configurations.choose("rows", many, *shape)
     assert chosen == configurations.choose("rows", few, *shape) in configurations.candidates("sm_90", torch.bfloat16)
     assert configurations.choose("rows", many, torch.bfloat16, 8, 0, 4096, 1024).block_m == 16
+    assert configurations.choose("rows", many, torch.bfloat16, 32, 0, 4096, 1024).block_m == 32
+    assert configurations.choose("rows", many, torch.bfloat16, 4096, 0, 64, 1024).block_m == 64
     path = tmp_path / "tuned.json"
     assert configurations.read_tuned(path) == {}
     table = {configurations.key("rows", "sm_90", *shape): chosen}

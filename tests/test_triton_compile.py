@@ -124,9 +124,18 @@ def test_exact_products_are_not_on_nvidias_tensor_cores(monkeypatch):
     """fp32 is fp32 unless torch is asked for less."""
     (one, *_) = configured(monkeypatch, "sm_80", torch.float32, configurations.candidates("sm_80", torch.float32)[-1])
     assert one.options["PRECISION"] == "ieee" and not triton_compile.compile_launch(one, "sm_80").matrix
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+
+
+def asked_by_its_new_name():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.set_float32_matmul_precision("high"), asked_by_its_new_name])
+def test_less_than_exact_products_are_asked_for_in_either_way_of_torchs(ask):
+    ask()
     try:
-        assert launches("sm_80", "expert_gemm", torch.float32)[0].options["PRECISION"] == "tf32"
+        for dtype, precision in ((torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+            assert launches("sm_80", "expert_gemm", dtype)[0].options["PRECISION"] == precision
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"

@@ -9,7 +9,7 @@ without spills for every architecture named here, and its speed has not been mea
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,8 +34,9 @@ class Configuration:
 
 # By family of architectures and size of the element in bytes, the largest tile first. What is missing spills: on sm_80
 # and sm_100 128 x 256 with 8 warps and 128 x 128 with 4. A tile of fp32 without TF32 is all registers on NVIDIA,
-# whose tensor cores have no such product.
-_SMALL = (Configuration(16, 64, 64, 4, 3), Configuration(32, 64, 64, 4, 3), Configuration(64, 64, 64, 4, 3))
+# whose tensor cores have no such product. On AMD 2 stages are the fewest that load ahead, and take no more
+# shared memory than 1.
+_SMALL = (Configuration(64, 64, 64, 4, 3), Configuration(32, 64, 64, 4, 3), Configuration(16, 64, 64, 4, 3))
 _TABLE = {
     ("sm_80", 2): (
         Configuration(128, 128, 64, 8, 3),
@@ -56,26 +57,27 @@ _TABLE = {
         *_SMALL,
     ),
     ("gfx9", 2): (
-        Configuration(128, 256, 64, 8, 1),
-        Configuration(128, 128, 64, 4, 1),
-        Configuration(64, 128, 64, 4, 1),
-        Configuration(16, 64, 64, 4, 1),
-        Configuration(32, 64, 64, 4, 1),
-        Configuration(64, 64, 64, 4, 1),
+        Configuration(128, 256, 64, 8, 2),
+        Configuration(128, 128, 64, 4, 2),
+        Configuration(64, 128, 64, 4, 2),
+        Configuration(64, 64, 64, 4, 2),
+        Configuration(32, 64, 64, 4, 2),
+        Configuration(16, 64, 64, 4, 2),
     ),
     ("nvidia", 4): (
         Configuration(64, 64, 16, 8, 3),
         Configuration(16, 64, 32, 4, 3),
     ),
-    ("gfx9", 4): (Configuration(64, 64, 32, 4, 1), Configuration(32, 64, 32, 4, 1), Configuration(16, 64, 32, 4, 1)),
+    ("gfx9", 4): (Configuration(64, 64, 32, 4, 2), Configuration(32, 64, 32, 4, 2), Configuration(16, 64, 32, 4, 2)),
     ("nvidia", 8): (Configuration(32, 32, 16, 4, 2), Configuration(16, 32, 16, 4, 2)),
-    ("gfx9", 8): (Configuration(32, 32, 16, 4, 1), Configuration(16, 32, 16, 4, 1)),
+    ("gfx9", 8): (Configuration(32, 32, 16, 4, 2), Configuration(16, 32, 16, 4, 2)),
     # Few large numpy products instead of many small ones; masks still meet sizes that divide nothing.
     ("interpreter", 2): (Configuration(32, 32, 32, 1, 1, 2),),
     ("interpreter", 4): (Configuration(32, 32, 32, 1, 1, 2),),
     ("interpreter", 8): (Configuration(32, 32, 32, 1, 1, 2),),
 }
-# Sizes that are no multiple of 16 are read element by element, each with its address in registers.
+# Sizes that are no multiple of 16 are read element by element, each with its address in registers. On AMD the smallest
+# tile serves them, with nothing loaded ahead: in fp32 that spills.
 _UNALIGNED = {
     2: Configuration(64, 64, 32, 8, 3),
     4: Configuration(64, 64, 16, 8, 3),
@@ -96,7 +98,7 @@ def _family(arch: str) -> str:
 def _unaligned(arch: str, dtype: torch.dtype) -> Configuration:
     if arch.startswith("sm_"):
         return _UNALIGNED[dtype.itemsize]
-    return min(candidates(arch, dtype), key=lambda c: (c.block_m, c.block_n))
+    return replace(min(candidates(arch, dtype), key=lambda c: (c.block_m, c.block_n)), stages=1)
 
 
 def candidates(arch: str, dtype: torch.dtype) -> tuple[Configuration, ...]:

@@ -1,6 +1,6 @@
 """Triton kernels of the grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside
 the routed ones, in one launch. Group sizes are read on the device: programs walk over all groups' tiles, and nothing
-waits. fp32 products are exact (no TF32) unless torch.set_float32_matmul_precision asks for less.
+waits. fp32 products are exact (no TF32) unless torch is asked for less, by either of its ways.
 """
 
 from __future__ import annotations
@@ -262,9 +262,10 @@ def _block(rows: Tensor, num_tokens: int, num_shared: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of fp32 products; AMD's have no other."""
-    exact = torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None
-    return "ieee" if exact or dtype != torch.float32 else "tf32"
+    """Of fp32 products; AMD's have no other. torch.get_float32_matmul_precision raises where any program has set the
+    precision by torch's newer names, which this one knows beside the older."""
+    asked = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if asked and dtype == torch.float32 else "ieee"
 
 
 def _dense_slices(proj: Tensor) -> Tensor:

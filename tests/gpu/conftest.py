@@ -1,7 +1,8 @@
-"""The tests that need a GPU: `pytest tests/gpu`. `--device cpu` rehearses their bodies where there is none.
+"""The tests that need a GPU: `pytest tests/gpu`. `--device cpu` rehearses their bodies where there is none, and
+`--backend triton` runs them on Triton's kernels instead of the extension's.
 
-Without a CUDA device, or with an extension that has no CUDA kernels, the whole folder is skipped and says why; whoever
-needs it to have run (bench/gpu_stages.py) counts what passed.
+Without a CUDA device, or with an extension that has no CUDA kernels to test, the whole folder is skipped and says why;
+whoever needs it to have run (bench/gpu_stages.py) counts what passed.
 """
 
 import os
@@ -15,14 +16,14 @@ from ummrm import _library
 HERE = Path(__file__).parent
 
 
-def obstacle(device):
-    """Why the tests cannot run on `device`, or None."""
-    if device.type == "cpu":
+def obstacle(config):
+    """Why the tests cannot run on the device that was asked for, or None."""
+    if torch.device(config.getoption("--device")).type == "cpu":
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here; `--device cpu` rehearses these tests"
-    if not _library.build_info()["cuda_archs"]:
-        return "the extension was built without CUDA kernels"
+    if config.getoption("--backend") in (None, "compiled") and not _library.build_info()["cuda_archs"]:
+        return "the extension was built without CUDA kernels; `--backend triton` tests Triton's"
     return None
 
 
@@ -30,20 +31,23 @@ class Skipped(pytest.Module):
     """A file none of whose tests can run: one skip that says why, instead of one for each test."""
 
     def collect(self):
-        pytest.skip(obstacle(torch.device(self.config.getoption("--device"))), allow_module_level=True)
+        pytest.skip(obstacle(self.config), allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path, parent):
-    if obstacle(torch.device(parent.config.getoption("--device"))):
+    if obstacle(parent.config):
         return Skipped.from_parent(parent, path=module_path)
     return None
 
 
 def pytest_collection_modifyitems(config, items):
     on_cpu = torch.device(config.getoption("--device")).type == "cpu"
-    for item in items:
-        if on_cpu and HERE in item.path.parents and item.get_closest_marker("cuda_only"):
+    compiled = config.getoption("--backend") in (None, "compiled")
+    for item in (item for item in items if HERE in item.path.parents):
+        if on_cpu and item.get_closest_marker("cuda_only"):
             item.add_marker(pytest.mark.skip(reason="says nothing of a CPU"))
+        if not compiled and item.get_closest_marker("compiled_only"):
+            item.add_marker(pytest.mark.skip(reason="says nothing of another backend"))
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ def refused(error, function, **arguments):
     return message
 
 
+@pytest.mark.compiled_only
 @pytest.mark.cuda_only
 def test_the_build_has_kernels(device):
     info = _library.build_info()
@@ -30,6 +31,7 @@ def test_the_build_has_kernels(device):
     assert ops.activation(floats(4, 8).to(device)).device.type == "cuda"
 
 
+@pytest.mark.compiled_only
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "sort_slots"])
 def test_double_precision_is_refused(device, name):
@@ -38,6 +40,7 @@ def test_double_precision_is_refused(device, name):
     assert "float64" in message and (".float()" in message or "CPU" in message)
 
 
+@pytest.mark.compiled_only
 @pytest.mark.cuda_only
 @pytest.mark.parametrize(
     ("function", "words"),
