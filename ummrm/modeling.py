@@ -164,7 +164,10 @@ def install(model: UmmPreTrainedMixin) -> None:
             layer.set_submodule(family.site, ffn)
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
-        layer.__class__ = _umm_layer_class(type(layer), family, backbone)
+        layer.__class__ = _umm_layer_class(type(layer), family)
+    # device_map must keep a layer whole; a head that made its backbone itself has collected the stock names alone
+    for holder in (backbone, model):
+        holder._no_split_modules = {*(holder._no_split_modules or ()), *(type(layer).__name__ for layer in layers)}
     if family.masked:
         inner = backbone.get_submodule(family.masked)
         _exchange_class(inner, _umm_inner_class(type(inner), family))
@@ -248,11 +251,8 @@ def _layer_class(stock: type[nn.Module], site: str, mixin: type[_UmmLayerMixin])
     return _new_class(f"Umm{stock.__name__}", (mixin, stock), {"forward": forward, "umm_site": site})
 
 
-def _umm_layer_class(stock: type[nn.Module], family: Family, backbone: PreTrainedModel) -> type[nn.Module]:
-    layer_class = _layer_class(stock, family.site, _UmmLayerMixin if family.passes_mask else _HandedMaskMixin)
-    if backbone._no_split_modules:
-        backbone._no_split_modules = {*backbone._no_split_modules, layer_class.__name__}
-    return layer_class
+def _umm_layer_class(stock: type[nn.Module], family: Family) -> type[nn.Module]:
+    return _layer_class(stock, family.site, _UmmLayerMixin if family.passes_mask else _HandedMaskMixin)
 
 
 @functools.cache
