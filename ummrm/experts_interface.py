@@ -15,6 +15,13 @@ from transformers.integrations import moe as hf_moe
 from . import ops
 
 NAME = "ummrm"
+_TRAITS = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +55,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         no_shared = [None if p is None else p.new_empty(0, *p.shape[1:]) for p in parameters]
         pairs = [p for pair in zip(no_shared, parameters, strict=True) for p in pair]
         shared_weight = weights.new_zeros(rows.shape[0])
-        out = ops.moe_ffn(rows, shared_weight, weights, indices, *pairs, activation=kind, glu=experts.has_gate)
+        out = ops.moe_ffn(rows, shared_weight, weights, indices, *pairs, activation=kind, glu=_trait(experts, "has_gate"))
     return out.to(hidden_states.dtype)
 
 
@@ -61,14 +68,14 @@ def _composed(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, p
 
     def project(rows: Tensor, proj: Tensor, bias: Tensor | None) -> Tensor:
         rows = rows if _autocast(proj) else rows.to(proj.dtype)
-        no_shared, transpose = proj.new_empty(0, *proj.shape[1:]), experts.is_transposed
+        no_shared, transpose = proj.new_empty(0, *proj.shape[1:]), _trait(experts, "is_transposed")
         out = ops.expert_gemm(rows[:0], rows, no_shared, proj, offsets, tokens, transpose=transpose)
         return out if bias is None else out + bias[expert_of_row].to(out.dtype)
 
     rows = project(ops.permute(x, sorted_to_slot, offsets, top_k), up, up_bias)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = experts._apply_gate(rows) if _trait(experts, "has_gate") else experts.act_fn(rows)
     rows = project(rows, down, down_bias)
-    if experts.has_post_expert_norm:
+    if _trait(experts, "has_post_expert_norm"):
         rows = experts.post_expert_norm(rows)
     return ops.unpermute(rows, slot_to_sorted, offsets, None, weights.to(_wide(rows)), 0, top_k)
 
@@ -81,20 +88,25 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _trait(experts: nn.Module, name: str) -> bool:
+    """What transformers' decorator says about a module; what its version does not say yet is as it was before."""
+    return getattr(experts, name, _TRAITS[name])
+
+
 def _names(experts: nn.Module) -> tuple[str, str, str, str]:
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    up = "gate_up_proj" if _trait(experts, "has_gate") else "up_proj"
     return up, "down_proj", f"{up}_bias", "down_proj_bias"
 
 
 def _parameters(experts: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     up, down, up_bias, down_bias = _names(experts)
-    biases = (getattr(experts, up_bias), getattr(experts, down_bias)) if experts.has_bias else (None, None)
+    biases = (getattr(experts, up_bias), getattr(experts, down_bias)) if _trait(experts, "has_bias") else (None, None)
     return getattr(experts, up), getattr(experts, down), *biases
 
 
 def _check(experts: nn.Module) -> None:
     remedy = f'load it with experts_implementation="grouped_mm" or "eager" instead of "{NAME}".'
-    for name in _names(experts)[: 4 if experts.has_bias else 2]:
+    for name in _names(experts)[: 4 if _trait(experts, "has_bias") else 2]:
         tensor = getattr(experts, name, None)
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS or tensor.dim() != 3 - name.endswith("bias"):
             found = type(tensor).__name__
@@ -117,8 +129,9 @@ _KINDS = {
 
 def _fused_activation(experts: nn.Module) -> str | None:
     """The kernels' name of the activation if the fused node computes exactly this module, else None."""
-    plain_gate = type(experts)._apply_gate is hf_moe._default_apply_gate and experts.is_concatenated
-    if experts.is_transposed or experts.has_post_expert_norm or (experts.has_gate and not plain_gate):
+    gated, plain_gate = _trait(experts, "has_gate"), _trait(experts, "is_concatenated")
+    plain_gate = plain_gate and getattr(type(experts), "_apply_gate", None) is hf_moe._default_apply_gate
+    if _trait(experts, "is_transposed") or _trait(experts, "has_post_expert_norm") or (gated and not plain_gate):
         return None
     act = experts.act_fn
     if type(act) is nn.GELU:

@@ -145,12 +145,19 @@ def install(model: UmmPreTrainedMixin) -> None:
     family, config, backbone = model.family, model.config, model.base_model
     if not isinstance(backbone, UmmPreTrainedMixin):
         _exchange_class(backbone, umm_class(type(backbone)))
-    upcycle_config, merge_config = config.upcycle_config, config.merge_config
     family.check(config)
     layers = family.layer_list(backbone)
-    chosen = upcycle_config.layer_indices(len(layers))
-    if isinstance(layers[0], _UmmLayerMixin):
-        return
+    chosen = config.upcycle_config.layer_indices(len(layers))
+    if not isinstance(layers[0], _UmmLayerMixin):
+        _exchange_layers(model, chosen)
+    # device_map must keep a layer whole; a head that made its backbone itself has collected the stock names alone
+    for holder in (backbone, model):
+        holder._no_split_modules = {*(holder._no_split_modules or ()), *(type(layer).__name__ for layer in layers)}
+
+
+def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None:
+    family, config, backbone = model.family, model.config, model.base_model
+    upcycle_config, merge_config, layers = config.upcycle_config, config.merge_config, family.layer_list(backbone)
     if merge_config is not None:
         setattr(backbone, SHARE_NAME, MergeShare(merge_config, family.dense_ffn(layers[0], config).up.weight.device))
     for index, layer in enumerate(layers):
@@ -165,9 +172,6 @@ def install(model: UmmPreTrainedMixin) -> None:
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
         layer.__class__ = _umm_layer_class(type(layer), family)
-    # device_map must keep a layer whole; a head that made its backbone itself has collected the stock names alone
-    for holder in (backbone, model):
-        holder._no_split_modules = {*(holder._no_split_modules or ()), *(type(layer).__name__ for layer in layers)}
     if family.masked:
         inner = backbone.get_submodule(family.masked)
         _exchange_class(inner, _umm_inner_class(type(inner), family))
@@ -176,7 +180,8 @@ def install(model: UmmPreTrainedMixin) -> None:
 def _exchange_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
     model.__class__ = new
     # transformers looks up what a model can record (hidden states, attentions) by class, as its __init__ left it
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    by_name = type(_CAN_RECORD_REGISTRY) is dict  # as in earlier versions of transformers 5
+    _CAN_RECORD_REGISTRY[str(new) if by_name else model] = model._can_record_outputs
 
 
 def freeze_for_merge(model: nn.Module) -> None:
