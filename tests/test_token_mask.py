@@ -117,3 +117,17 @@ def test_the_mask_reaches_opt_through_every_head():
         moe(**batch)
         assert all(int(c.sum()) == 2 * int(batch["attention_mask"].sum()) for c in slots(moe).values())
     assert reward_class("opt") in stock_classes(FAMILIES["opt"])
+
+
+def test_a_backbone_that_drops_the_mask_is_an_error():
+    """As some do in transformers 5.0: the mask is an argument that they do not pass on."""
+    moe, batch = trainable_moe("llama"), padded_batch()
+
+    def drop(layer, args, kwargs):
+        return args, {key: value for key, value in kwargs.items() if key != "token_mask"}
+
+    for layer in moe.base_model.layers:
+        layer.register_forward_pre_hook(drop, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="UmmLlamaModel .* passes it on to none; upgrade transformers, or set"):
+        moe(**batch)
+    moe(input_ids=batch["input_ids"])  # without padding there is none to lose

@@ -186,6 +186,7 @@ class UpcycledFFN(nn.Module):
                 routing.mean_z,
                 self.config.num_experts_per_tok,
                 routing.shared_weight.detach(),
+                mask is not None,
             )
         out = ops.moe_ffn(
             flat,
@@ -347,6 +348,21 @@ def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
 def merged_ffns(model: nn.Module) -> dict[str, MergedFFN]:
     """The `MergedFFN` modules of a network by name, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MergedFFN)}
+
+
+def check_masked(model: nn.Module) -> None:
+    """Raises RuntimeError if an FFN's last forward had no token mask, where a model has handed one to its layers.
+
+    Some backbones of transformers 5.0 drop arguments that they do not know, without a word; padding would be routed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    used = [m.statistics for m in model.modules() if isinstance(m, UpcycledFFN) and m.statistics is not None]
+    if not all(statistics.masked for statistics in used):
+        raise RuntimeError(
+            f"the token mask must reach every layer, and {type(model).__name__} of this version of transformers passes "
+            "it on to none; upgrade transformers, or set passes_mask=False in the family's row (ummrm/families.py)."
+        )
 
 
 def _flatten(x: torch.Tensor, hidden_size: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from . import saving
 from .config import MergeConfig, UpcycleConfig
 from .families import FAMILIES, Family
-from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN
+from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN, check_masked
 from .legacy import write_legacy_rope
 from .losses import auxiliary_loss
 from .router import Router, in_backward
@@ -288,7 +288,11 @@ def _handing_down(stock: type[nn.Module], family: Family) -> Callable:
         given = kwargs.pop("token_mask", None)
         mask = token_mask(args, kwargs) if given is None else given
         if family.passes_mask:
-            return stock_forward(self, *args, **kwargs, **({} if mask is None else {"token_mask": mask}))
+            if mask is None:
+                return stock_forward(self, *args, **kwargs)
+            outputs = stock_forward(self, *args, **kwargs, token_mask=mask)
+            check_masked(self)
+            return outputs
         layers = [module for module in self.modules() if isinstance(module, _HandedMaskMixin)]
         for layer in layers:
             layer.umm_handed = (mask,)

@@ -24,6 +24,7 @@ class RouterStatistics:
         mean_z: [], mean squared logsumexp of the clean logits; carries the router's gradient.
         top_k: K.
         shared_weight: [T], the shared experts' gate weights, without gradient: 1 for a masked token.
+        masked: whether the forward was given a token mask.
     """
 
     tokens_per_expert: torch.Tensor
@@ -31,6 +32,7 @@ class RouterStatistics:
     mean_z: torch.Tensor
     top_k: int
     shared_weight: torch.Tensor
+    masked: bool = False
 
 
 def in_backward() -> bool:
