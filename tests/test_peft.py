@@ -157,6 +157,13 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_a_normalisation_of_adapters_is_kept_by_the_folded_model(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=lora(), max_steps=1)
+    with pytest.warns(UserWarning, match="saving adapters saves no model configuration"):
+        normalization = trainer.normalize_rewards()
+    assert ummrm.reward_normalization(trainer.model.merge_and_unload()) == normalization
+
+
 def test_one_expert_of_a_kind_takes_adapters_too():
     config = ummrm.UpcycleConfig(**{**CONFIG.to_dict(), "num_experts": 1, "num_experts_per_tok": 1, "gate": "fixed"})
     wrapped, batch = get_peft_model(make_moe(config=config), lora()), padded_batch()

@@ -279,6 +279,15 @@ def test_every_evaluation_set_has_metrics_of_its_own(tmp_path):
     assert trainer.evaluate(make_dataset(3, 4))["eval_accuracy"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 
+def test_a_prediction_counts_in_no_later_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=make_dataset(5, 1), max_steps=1)
+    expected = trainer.evaluate()
+    trainer.predict(make_trainer(tmp_path, dataset=make_dataset(9, 2)).train_dataset)
+    again = trainer.evaluate()
+    for key in ("eval_std_reward", "eval_z_loss", "eval_accuracy", "eval_max_expert_share/layer_0"):
+        assert again[key] == expected[key], key
+
+
 def too_long(pairs, limit):
     return sum(max(len(p["chosen"].split()), len(p["rejected"].split())) + 4 > limit for p in pairs)
 

@@ -100,6 +100,10 @@ class UmmTrainer(RewardTrainer):
         """What the phase logs, beyond TRL's metrics, since the last call."""
         return {}
 
+    def _forget(self, mode: str) -> None:
+        """Drops what was gathered for `mode` and not logged."""
+        self._spread[mode] = RewardSpread()
+
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
             return tensor
@@ -109,6 +113,7 @@ class UmmTrainer(RewardTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_prefix = metric_key_prefix
         self._metrics["eval"].clear()
+        self._forget("eval")  # what `predict` has left
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -166,6 +171,12 @@ class UmmTrainer(RewardTrainer):
         self.model.train(training)
         normalization = of_rewards(torch.cat(rewards))
         set_reward_normalization(self.model, normalization)
+        if hasattr(self.model, "peft_config"):
+            warnings.warn(
+                "saving adapters saves no model configuration, so the reward normalisation stays in this process: fold "
+                "the adapters in (merge_and_unload) and save that model, or set_reward_normalization on it later.",
+                stacklevel=2,
+            )
         return normalization
 
     # ---- the card ----------------------------------------------------------------------------------------------

@@ -78,6 +78,10 @@ class UmmRewardTrainer(UmmTrainer):
             auxiliary = auxiliary * self.current_gradient_accumulation_steps * live / self._step_tokens.clamp_min(1)
         return loss + auxiliary.to(loss)
 
+    def _forget(self, mode: str) -> None:
+        super()._forget(mode)
+        self._routing[mode] = RoutingMetrics()
+
     def _phase_metrics(self, mode: str) -> dict[str, float]:
         metrics = self._routing[mode].flush(self.log_layers)
         if mode == "train" and self._preference:
