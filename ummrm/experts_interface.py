@@ -55,7 +55,8 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         no_shared = [None if p is None else p.new_empty(0, *p.shape[1:]) for p in parameters]
         pairs = [p for pair in zip(no_shared, parameters, strict=True) for p in pair]
         shared_weight = weights.new_zeros(rows.shape[0])
-        out = ops.moe_ffn(rows, shared_weight, weights, indices, *pairs, activation=kind, glu=_trait(experts, "has_gate"))
+        glu = _trait(experts, "has_gate")
+        out = ops.moe_ffn(rows, shared_weight, weights, indices, *pairs, activation=kind, glu=glu)
     return out.to(hidden_states.dtype)
 
 
