@@ -124,6 +124,23 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     return torch.stack([report.loss for report in reports.values()]).mean()
 
 
+def share_of_step(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, shifted: bool):
+    """How much of an optimizer step one batch is, by its labels, where the trainer says how many the step has.
+
+    transformers' Trainer then sums the batches' losses instead of averaging them, each divided by the labels of the
+    whole step; an auxiliary loss of each batch must be scaled alike, or it counts once for every accumulated batch.
+
+    Args:
+        labels: the batch's, [batch] or [batch, sequence], -100 where there is none; None counts as the whole step.
+        num_items_in_batch: labels of the whole step, over all processes; None if the trainer averages.
+        shifted: whether a sequence's first label predicts nothing, as in causal language modelling.
+    """
+    if labels is None or num_items_in_batch is None:
+        return 1
+    counted = labels[..., 1:] if shifted else labels
+    return counted.ne(-100).sum() / num_items_in_batch
+
+
 def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, RoutingReport]:
     """`auxiliary_loss` layer by layer, with what goes into it; one collective for all layers.
 

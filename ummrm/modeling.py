@@ -27,7 +27,7 @@ from .config import MergeConfig, UpcycleConfig
 from .families import FAMILIES, Family
 from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN, check_masked
 from .legacy import write_legacy_rope
-from .losses import auxiliary_loss
+from .losses import auxiliary_loss, share_of_step
 from .router import Router, in_backward
 
 PHASES = ("training", "merging")
@@ -314,7 +314,9 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
         as_tuple = kwargs.pop("return_dict", None) is False or self.config.return_dict is False
         outputs = stock_forward(self, *args, **kwargs, return_dict=True)
         if self.training and self.config.umm_phase == "training" and getattr(outputs, "loss", None) is not None:
-            outputs.loss = outputs.loss + auxiliary_loss(self).to(outputs.loss)
+            shifted = self.loss_type == "ForCausalLM"
+            share = share_of_step(kwargs.get("labels"), kwargs.get("num_items_in_batch"), shifted)
+            outputs.loss = outputs.loss + (share * auxiliary_loss(self)).to(outputs.loss)
         return outputs.to_tuple() if as_tuple else outputs
 
     return forward
