@@ -367,10 +367,11 @@ def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
     harness.assert_same(label, got, want, dtype)
 
 
-def test_a_real_run_on_the_cpu(tmp_path, capsys):
+def test_a_real_run_on_the_cpu(tmp_path, capsys, monkeypatch):
     """A record line by line, the table, and no verdict on targets that are not the CPU's."""
     import ummrm
 
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # within which pytest-benchmark times nothing
     output = tmp_path / "run.jsonl"
     threads = torch.get_num_threads()
     kept, code = report.run("cpu", threads, "sort_slots", deadline=200, record=output, backend="reference")
