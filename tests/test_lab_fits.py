@@ -1,4 +1,4 @@
-"""Over-optimisation fits against curves of known coefficients; readings at a fixed divergence; the drop from the peak."""
+"""Over-optimisation fits against known curves; readings at a fixed divergence; the drop from the peak."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The policy: its samples have its probabilities, its divergence is that of enumeration, and training learns the task."""
+"""The policy: samples have its probabilities, divergences are those of enumeration, training learns the task."""
 
 import pytest
 import torch

@@ -29,9 +29,7 @@ def token_rewards(scores: torch.Tensor, penalty: torch.Tensor, mask: torch.Tenso
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, discount: float, decay: float
-) -> torch.Tensor:
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, discount: float, decay: float) -> torch.Tensor:
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, equation 16).
 
     With delta_t = r_t + discount * V_(t+1) - V_t, where V is 0 after a row's last live position:
@@ -58,19 +56,17 @@ def gae(
     return advantages
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shifts and scales live values to mean 0 and variance 1.
+def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Shifts and scales live values to mean 0 and variance 1; equal ones become 0.
 
     Args:
         values: [N, T].
         mask: bool [N, T].
 
     Returns:
-        The whitened values, 0 outside the mask, and the scale they were multiplied by (scalar tensor): a loss beside
-        the advantages takes the same one to keep its weight. Equal values become 0.
+        [N, T], 0 outside the mask.
     """
     live = values[mask]
-    # fp32 rounding of equal values must not be blown up to variance 1
-    floor = 1e-6 * live.abs().max().clamp_min(torch.finfo(live.dtype).tiny)
-    scale = 1 / live.std(correction=0).clamp_min(floor)
-    return ((values - live.mean()) * scale).masked_fill(~mask, 0.0), scale
+    # rounding noise of values that are equal but for it must not be blown up to variance 1
+    floor = 100 * torch.finfo(live.dtype).eps * live.abs().max() + torch.finfo(live.dtype).tiny
+    return ((values - live.mean()) / live.std(correction=0).clamp_min(floor)).masked_fill(~mask, 0.0)

@@ -1,4 +1,4 @@
-"""Best-of-n as an optimiser: what the proxy's favourite among n answers is worth to the gold reward, and how far it went.
+"""Best-of-n as an optimiser: what the proxy's favourite among n answers is worth to the gold reward.
 
 A view of the recipe's estimator, which is unbiased (over all n-subsets of the samples, in closed form).
 """

@@ -1,8 +1,8 @@
-"""Over-optimisation curves: the functional forms of Gao et al., reward at a fixed divergence, and the drop from the peak.
+"""Over-optimisation curves: the forms of Gao et al., reward at a fixed divergence, the drop from the peak.
 
 Gao, Schulman and Hilton 2022 (arXiv 2210.10760) write gold reward as a function of d = sqrt(KL), counted from the
-reference's reward: d (a - b d) for best-of-n, d (a - b log d) for RL. Both are linear in a and b, so that least squares has
-one answer. Whether the form fits is for r2 to say: a curve may well have another shape.
+reference's reward: d (a - b d) for best-of-n, d (a - b log d) for RL. Both are linear in a and b, so that least squares
+has one answer. Whether the form fits is for r2 to say: a curve may well have another shape.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fit:
     Attributes:
         a: slope of the gain.
         b: weight of over-optimisation.
-        r2: share of the rewards' variance that the curve explains, about their mean; below 0 it is worse than a constant.
+        r2: share of the rewards' variance about their mean that the curve explains; below 0 a constant does better.
     """
 
     a: float
@@ -119,8 +119,8 @@ def drop_from_peak(values: Sequence[float], window: int = 1) -> float:
 
     Args:
         values: in the path's order.
-        window: points that are averaged first. The highest of many noisy points is too high by chance, and the drop with
-            it; compare paths of equal length and window.
+        window: points that are averaged first. The highest of many noisy points is too high by chance, and the drop
+            with it; compare paths of equal length and window.
 
     Raises:
         ValueError: the window does not fit.

@@ -1,8 +1,8 @@
 """How far a policy has gone from its reference: exact divergences at visited states, their sum, and its estimate.
 
-    KL(policy || reference) over whole answers = E over answers of sum over t of KL(policy(. | s_t) || reference(. | s_t))
+    KL(policy || reference) of answers = E over answers of sum over t of KL(policy(. | s_t) || reference(. | s_t))
 
-by the chain rule, s_t being the states that the policy visits. The inner divergence is summed over the whole vocabulary, so
+by the chain rule, s_t being the states that the policy visits. The inner divergence is summed over the vocabulary, so
 that only the expectation over answers is estimated: less noise than the usual log-ratio of the sampled tokens, and never
 negative (Amini, Vieira and Cotterell 2025, arXiv 2504.10637).
 """
@@ -36,10 +36,10 @@ def entropy(logprobs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A policy against its reference on the policy's own answers; each fp32 [N, L - 1] as the rollout's mask, 0 outside.
+    """A policy against its reference on the policy's own answers; each fp32 [N, L - 1], 0 outside the rollout's mask.
 
     Attributes:
-        kl: exact divergence at the visited state; summed over a row and averaged over rows it estimates the answers' KL.
+        kl: exact divergence at the visited state; its row sums' mean estimates the answers' KL.
         log_ratio: log-probability of the chosen token less its reference's; the same expectation, and noisier.
         logprobs: log-probability of the chosen token.
         entropy: of the policy at the visited state.

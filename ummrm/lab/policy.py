@@ -1,8 +1,8 @@
 """The policy: a small causal language model, its training on a task's answers, and sampling from it.
 
 What is done with the samples (best-of-n, PPO) is for other modules. Sampling is at temperature 1 from the whole
-distribution, since the divergences in `kl.py` are of exactly that distribution. A policy on a real checkpoint is the same
-`PolicyModel` around another network.
+distribution, since the divergences in `kl.py` are of exactly that distribution. A policy on a real checkpoint is the
+same `PolicyModel` around another network.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ def task_prompts(task: Task, config: PolicyConfig) -> Sequences:
         ValueError: a sequence has no separator token.
     """
     lengths = prompt_lengths(task.policy.sequences, config.separator_token)
-    rows = {
-        tuple(row[:n].tolist()) for row, n in zip(task.policy.sequences.tokens, lengths.tolist(), strict=True)
-    }
+    rows = {tuple(row[:n].tolist()) for row, n in zip(task.policy.sequences.tokens, lengths.tolist(), strict=True)}
     return Sequences.from_lists(sorted(rows), task.pad_token_id)
 
 

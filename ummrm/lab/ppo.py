@@ -1,8 +1,8 @@
 """PPO on a policy of answers: clipped objective, a value network of its own, GAE, and a KL penalty against the start.
 
 Small and exact rather than general: one process, one device, the divergence from the reference measured over the whole
-vocabulary at every step. The parts follow Schulman et al. 2017 (arXiv 1707.06347) and, for language, Stiennon et al. 2020
-(arXiv 2009.01325) and Huang et al. 2024 (arXiv 2403.17031).
+vocabulary at every step. The parts follow Schulman et al. 2017 (arXiv 1707.06347) and, for language, Stiennon et al.
+2020 (arXiv 2009.01325) and Huang et al. 2024 (arXiv 2403.17031).
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from torch import nn
 
 from ..tasks import Sequences
 from .advantages import gae, token_rewards, whiten
-from .kl import Divergence, divergence, entropy, token_kl
+from .kl import Divergence, divergence, entropy
 from .policy import PolicyModel, Rollout, Scorer, sample
-
-KL_PENALTIES = ("sampled", "exact")
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,9 @@ class PPOConfig:
         discount: gamma.
         decay: lambda of GAE.
         kl_coefficient: beta; what is maximised is E[reward] - beta * KL(policy || reference), with the reward in
-            standard deviations under the reference where `normalise_reward`.
-        kl_penalty: `"sampled"`: each token's reward loses beta times its log-ratio, as in Stiennon et al. `"exact"`: it
-            loses beta times the whole divergence at its state, and the divergence's own gradient there is added to the
-            loss; together they are the whole gradient of the answers' KL with the noise of the sampled log-ratio
-            gone (Tang and Munos 2025, arXiv 2506.09477: neither half alone is).
+            standard deviations under the reference where `normalise_reward`. Each token's reward loses beta times its
+            log-ratio, as in Stiennon et al. A divergence in the loss instead would miss what a token does to the
+            states after it, and so have another optimum (Tang and Munos 2025, arXiv 2506.09477).
         entropy_coefficient: weight of the entropy bonus, beside whitened advantages.
         normalise_reward: shift and scale the scorer's rewards by their mean and standard deviation over answers of the
             reference, so that one beta means the same to every scorer.
@@ -62,7 +58,6 @@ class PPOConfig:
     discount: float = 1.0
     decay: float = 0.95
     kl_coefficient: float = 0.05
-    kl_penalty: str = "sampled"
     entropy_coefficient: float = 0.0
     normalise_reward: bool = True
     normalisation_samples: int = 512
@@ -81,7 +76,6 @@ class PPOConfig:
         for name in ("kl_coefficient", "entropy_coefficient"):
             require(name, getattr(self, name) >= 0, "at least 0")
         require("minibatches", self.minibatches <= self.batch_size, f"at most batch_size={self.batch_size}")
-        require("kl_penalty", self.kl_penalty in KL_PENALTIES, "one of " + ", ".join(KL_PENALTIES))
         require("normalisation_samples", self.normalisation_samples >= 2, "at least 2")
 
 
@@ -237,8 +231,7 @@ class PPO:
         measured = divergence(self.policy, self.reference, rollout)
         with torch.no_grad():
             values = self.value(rollout.sequences).cpu().masked_fill(~rollout.mask, 0.0)
-        penalty = config.kl_coefficient * (measured.log_ratio if config.kl_penalty == "sampled" else measured.kl)
-        rewards = token_rewards(reward.float(), penalty, rollout.mask)
+        rewards = token_rewards(reward.float(), config.kl_coefficient * measured.log_ratio, rollout.mask)
         advantages = gae(rewards, values, rollout.mask, config.discount, config.decay)
         returns = advantages + values
         clip_fraction, value_loss = self._update(rollout, measured, advantages, returns) if update else (None, None)
@@ -269,7 +262,7 @@ class PPO:
     ) -> tuple[float, float]:
         """Several epochs of minibatches; the clip fraction and value loss over all of them."""
         config, mask = self.config, rollout.mask
-        advantages, scale = whiten(advantages, mask)
+        advantages = whiten(advantages, mask)
         # one divisor for every minibatch, so that the parts of a pass add up to the whole batch's gradient
         divisor = mask.sum().item() / config.minibatches
         clipped = squared = 0.0
@@ -286,10 +279,6 @@ class PPO:
                 logprobs = self.policy.log_probabilities(chosen)
                 new = logprobs.gather(2, tokens).squeeze(2)
                 objective, was_clipped = clipped_objective((new - old).masked_fill(~live, 0.0), gain, config.clip)
-                if config.kl_penalty == "exact":
-                    with torch.no_grad():
-                        reference = self.reference.log_probabilities(chosen)
-                    objective = objective - config.kl_coefficient * scale.item() * token_kl(logprobs, reference)
                 if config.entropy_coefficient > 0:
                     objective = objective + config.entropy_coefficient * entropy(logprobs)
                 losses = (
