@@ -1,5 +1,7 @@
 """The policy: samples have its probabilities, divergences are those of enumeration, training learns the task."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_policies import (
@@ -15,7 +17,7 @@ from tiny_policies import (
 )
 
 from ummrm.lab.kl import divergence, entropy, token_kl
-from ummrm.lab.policy import PolicyConfig, Rollout, prompt_lengths, sample, task_prompts, train_policy
+from ummrm.lab.policy import PolicyConfig, Rollout, prompt_lengths, sample, train_policy
 from ummrm.tasks import Sequences, SyntheticTaskConfig, make_synthetic_task
 
 TASK = SyntheticTaskConfig(train_pairs=40, test_pairs=20, prompts=6, samples=128, topics=3)
@@ -158,19 +160,18 @@ def test_token_kl_and_entropy_on_known_distributions():
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-def test_prompts_end_in_the_separator_whatever_stands_before_it(task):
-    found = task_prompts(task, PolicyConfig())
-    assert found.tokens.tolist() == [[4, 1], [5, 1], [6, 1]] and found.lengths.tolist() == [2, 2, 2]
-    ragged = Sequences.from_lists([[7, 8, 1, 9, 1, 2], [1, 2], [7, 1, 2]], 0)
-    assert prompt_lengths(ragged, 1).tolist() == [3, 1, 2]
-    with pytest.raises(ValueError, match="separator token 9, .* row 1 has none"):
-        prompt_lengths(ragged, 9)
+def test_a_sequence_has_the_longest_prompt_that_it_begins_with():
+    offered = Sequences.from_lists([[7, 1], [7, 8, 1], [7, 1, 9]], PAD)
+    rows = Sequences.from_lists([[7, 1, 9, 3, 2], [7, 1, 3, 2], [7, 8, 1, 2], [7, 1]], PAD)
+    assert prompt_lengths(rows, offered).tolist() == [3, 2, 3, 2]
+    with pytest.raises(ValueError, match="begin with one of `prompts`; row 1 does not"):
+        prompt_lengths(Sequences.from_lists([[7, 1], [7, 8]], PAD), offered)
 
 
 def test_training_makes_samples_that_look_like_the_tasks(task, trained):
     assert sum(trained.losses[-20:]) / 20 < trained.losses[0] - 0.1
     rows = torch.arange(600) % 3
-    rollout = sample(trained, task_prompts(task, PolicyConfig()).select(rows), generator(5))
+    rollout = sample(trained, task.prompts.select(rows), generator(5))
     tokens, real = rollout.sequences.tokens, task.policy.sequences
     said = set(tokens[:, 1:][rollout.mask].tolist())
     assert said <= {END, 3, *range(7, task.vocab_size)}, "topics, separator and padding are no part of answers"
@@ -190,8 +191,13 @@ def test_training_depends_on_its_seed_alone(task, trained):
 
 
 def test_a_task_of_another_form_is_refused(task):
-    with pytest.raises(ValueError, match="must all end in the end token 9; row 0 does not"):
-        train_policy(task, PolicyConfig(end_token=9), seed=0)
+    for change, message in (
+        ({"end_token_id": 9}, "must all end in the task's end token, 9; row 0 does not"),
+        ({"prompts": task.prompts.select(slice(1))}, "begin with one of `prompts`"),
+        ({"prompts": None}, "must have `prompts` and an `end_token_id`.*'synthetic' has not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_policy(dataclasses.replace(task, **change), PolicyConfig(), seed=0)
 
 
 @pytest.mark.parametrize(

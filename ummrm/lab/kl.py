@@ -3,8 +3,8 @@
     KL(policy || reference) of answers = E over answers of sum over t of KL(policy(. | s_t) || reference(. | s_t))
 
 by the chain rule, s_t being the states that the policy visits. The inner divergence is summed over the vocabulary, so
-that only the expectation over answers is estimated: less noise than the usual log-ratio of the sampled tokens, and never
-negative (Amini, Vieira and Cotterell 2025, arXiv 2504.10637).
+that only the expectation over answers is estimated: less noise than the usual log-ratio of the sampled tokens, and
+never negative (Amini, Vieira and Cotterell 2025, arXiv 2504.10637).
 """
 
 from __future__ import annotations

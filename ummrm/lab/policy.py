@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..tasks import Sequences, Task
-from ..tasks.synthetic import END, SEPARATOR
 
 Scorer = Callable[[Sequences], torch.Tensor]
 """Rewards [N] of N sequences, each a prompt and its answer."""
@@ -32,8 +31,6 @@ class PolicyConfig:
         num_layers: its layers.
         num_heads: attention heads.
         max_answer_tokens: longest answer, its end token included; the last position can only be the end token.
-        separator_token: last token of a prompt.
-        end_token: last token of an answer.
         steps: optimiser steps (AdamW, linear warm-up, then linear to zero).
         batch_size: answers a step.
         learning_rate: peak learning rate.
@@ -45,8 +42,6 @@ class PolicyConfig:
     num_layers: int = 2
     num_heads: int = 4
     max_answer_tokens: int = 24
-    separator_token: int = SEPARATOR
-    end_token: int = END
     steps: int = 150
     batch_size: int = 64
     learning_rate: float = 5e-3
@@ -106,6 +101,12 @@ class PolicyModel:
         # the least finite number and not -inf: 0 * log 0 in a divergence then is 0 and not NaN
         return logits.masked_fill(~self.allowed, torch.finfo(logits.dtype).min).log_softmax(-1)
 
+    def to(self, device: torch.device | str) -> PolicyModel:
+        """Moves network and mask, in place, and returns itself."""
+        self.network.to(device)
+        self.allowed = self.allowed.to(device)
+        return self
+
     def copy(self) -> PolicyModel:
         """An independent policy with equal weights."""
         return copy.deepcopy(self)
@@ -130,38 +131,11 @@ class Rollout:
         return self.sequences.lengths - 1 - self.mask.int().argmax(1)
 
 
-def task_prompts(task: Task, config: PolicyConfig) -> Sequences:
-    """The distinct prompts of the task's policy samples, in order of their tokens.
-
-    Raises:
-        ValueError: a sequence has no separator token.
-    """
-    lengths = prompt_lengths(task.policy.sequences, config.separator_token)
-    rows = {tuple(row[:n].tolist()) for row, n in zip(task.policy.sequences.tokens, lengths.tolist(), strict=True)}
-    return Sequences.from_lists(sorted(rows), task.pad_token_id)
-
-
-def prompt_lengths(sequences: Sequences, separator_token: int) -> torch.Tensor:
-    """int64 [N]: tokens up to and including the first separator.
-
-    Raises:
-        ValueError: a sequence has none.
-    """
-    separator = sequences.tokens == separator_token
-    without = (~separator.any(1)).nonzero().squeeze(1)
-    if len(without) > 0:
-        raise ValueError(
-            f"`sequences` must each hold the separator token {separator_token}, which ends the prompt; row "
-            f"{int(without[0])} has none. Give the task's own token as `separator_token`."
-        )
-    return separator.int().argmax(1) + 1
-
-
 def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
     """Trains a Llama from random weights on the answers of `task.policy`, given their prompts.
 
     Args:
-        task: any task whose sequences are prompt, separator, answer, end token.
+        task: any task with `prompts` and an `end_token_id`.
         config: sizes and training.
         seed: of the initial weights and of the data order. The global random state is left alone.
 
@@ -169,15 +143,19 @@ def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
         The policy in eval mode. It may sample the tokens that occur in the task's answers.
 
     Raises:
-        ValueError: a sequence has no separator, or does not end in the end token.
+        ValueError: the task has no prompts or end token, or an answer begins or ends with another.
     """
-    sequences = task.policy.sequences
-    starts = prompt_lengths(sequences, config.separator_token)
-    last = sequences.tokens.gather(1, sequences.lengths[:, None] - 1).squeeze(1)
-    if bool((last != config.end_token).any()):
+    if task.prompts is None or task.end_token_id is None:
         raise ValueError(
-            f"`task.policy.sequences` must all end in the end token {config.end_token}; row "
-            f"{int((last != config.end_token).nonzero()[0])} does not. Give the task's own token as `end_token`."
+            f"`task` must have `prompts` and an `end_token_id` for a policy to learn it; {task.name!r} has not."
+        )
+    sequences = task.policy.sequences
+    starts = prompt_lengths(sequences, task.prompts)
+    other = sequences.tokens.gather(1, sequences.lengths[:, None] - 1).squeeze(1) != task.end_token_id
+    if bool(other.any()):
+        raise ValueError(
+            f"`task.policy.sequences` must all end in the task's end token, {task.end_token_id}; "
+            f"row {int(other.nonzero()[0])} does not."
         )
     position = torch.arange(sequences.tokens.shape[1])
     answer = (position >= starts[:, None]) & (position < sequences.lengths[:, None])
@@ -187,7 +165,7 @@ def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LlamaForCausalLM(_llama(task, config))
-    policy = PolicyModel(network, allowed, config.end_token, task.pad_token_id, config.max_answer_tokens)
+    policy = PolicyModel(network, allowed, task.end_token_id, task.pad_token_id, config.max_answer_tokens)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     generator = torch.Generator().manual_seed(seed)
@@ -209,6 +187,24 @@ def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
     return policy
 
 
+def prompt_lengths(sequences: Sequences, prompts: Sequences) -> torch.Tensor:
+    """int64 [N]: length of the longest prompt that each sequence begins with.
+
+    Raises:
+        ValueError: a sequence begins with none.
+    """
+    lengths = torch.zeros(len(sequences), dtype=torch.int64)
+    for prompt, length in zip(prompts.tokens, prompts.lengths.tolist(), strict=True):
+        long = (sequences.lengths >= length).nonzero().squeeze(1)
+        if len(long) > 0:
+            fitting = long[(sequences.tokens[long, :length] == prompt[:length]).all(1)]
+            lengths[fitting] = lengths[fitting].clamp_min(length)
+    without = (lengths == 0).nonzero().squeeze(1)
+    if len(without) > 0:
+        raise ValueError(f"`sequences` must each begin with one of `prompts`; row {int(without[0])} does not.")
+    return lengths
+
+
 def _llama(task: Task, config: PolicyConfig) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=task.vocab_size,
@@ -220,7 +216,7 @@ def _llama(task: Task, config: PolicyConfig) -> LlamaConfig:
         max_position_embeddings=1024,
         pad_token_id=task.pad_token_id,
         bos_token_id=None,
-        eos_token_id=config.end_token,
+        eos_token_id=task.end_token_id,
         tie_word_embeddings=False,
     )
 

@@ -47,11 +47,11 @@ class PPOConfig:
         normalisation_samples: answers for that.
     """
 
-    steps: int = 50
+    steps: int = 40
     batch_size: int = 64
     epochs: int = 2
     minibatches: int = 2
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     value_learning_rate: float = 1e-3
     max_grad_norm: float = 1.0
     clip: float = 0.2
