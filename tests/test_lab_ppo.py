@@ -237,6 +237,13 @@ def test_records_are_complete_and_the_last_is_of_the_final_policy():
     assert sum(r.clip_fraction for r in records[:-1]) > 0, "at this learning rate some tokens are clipped"
 
 
+def test_smaller_forwards_change_nothing_but_rounding():
+    whole, parts = short_run(), short_run(config=dataclasses.replace(SHORT, forward_batch_size=5))
+    for one, other in zip(whole, parts, strict=True):
+        for name in ("kl", "kl_estimate", "reward", "gold", "entropy"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-3, abs=1e-4), name
+
+
 def test_gold_is_only_watched():
     first, second = short_run(), short_run(gold=lambda s: -3.0 * s.lengths)
     assert [dataclasses.replace(r, gold=0) for r in first] == [dataclasses.replace(r, gold=0) for r in second]

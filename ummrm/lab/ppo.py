@@ -45,6 +45,8 @@ class PPOConfig:
         normalise_reward: shift and scale the scorer's rewards by their mean and standard deviation over answers of the
             reference, so that one beta means the same to every scorer.
         normalisation_samples: answers for that.
+        forward_batch_size: most answers in a forward without gradient; what memory must hold of a real vocabulary is
+            this times the tokens of an answer times the vocabulary, a few times over.
     """
 
     steps: int = 40
@@ -61,13 +63,14 @@ class PPOConfig:
     entropy_coefficient: float = 0.0
     normalise_reward: bool = True
     normalisation_samples: int = 512
+    forward_batch_size: int = 256
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, expected: str) -> None:
             if not holds:
                 raise ValueError(f"PPOConfig: `{name}` must be {expected}, got {getattr(self, name)!r}.")
 
-        for name in ("steps", "batch_size", "epochs", "minibatches"):
+        for name in ("steps", "batch_size", "epochs", "minibatches", "forward_batch_size"):
             require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "value_learning_rate", "max_grad_norm", "clip"):
             require(name, getattr(self, name) > 0, "above 0")
@@ -228,9 +231,8 @@ class PPO:
         gold = _score("gold", self.gold, rollout.sequences)
         watched = {name: _score(name, f, rollout.sequences) for name, f in self.measures.items()}
         reward = (proxy - self.shift) / self.scale
-        measured = divergence(self.policy, self.reference, rollout)
-        with torch.no_grad():
-            values = self.value(rollout.sequences).cpu().masked_fill(~rollout.mask, 0.0)
+        measured = divergence(self.policy, self.reference, rollout, config.forward_batch_size)
+        values = self._values(rollout)
         rewards = token_rewards(reward.float(), config.kl_coefficient * measured.log_ratio, rollout.mask)
         advantages = gae(rewards, values, rollout.mask, config.discount, config.decay)
         returns = advantages + values
@@ -255,7 +257,17 @@ class PPO:
     def _rollout(self, count: int) -> Rollout:
         available = len(self.prompts)
         rounds = [torch.randperm(available, generator=self.generator) for _ in range(math.ceil(count / available))]
-        return sample(self.policy, self.prompts.select(torch.cat(rounds)[:count]), self.generator)
+        prompts = self.prompts.select(torch.cat(rounds)[:count])
+        return sample(self.policy, prompts, self.generator, self.config.forward_batch_size)
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> torch.Tensor:
+        """Values of the visited states [N, L - 1] on the CPU, 0 outside the mask."""
+        values = torch.zeros(rollout.mask.shape)
+        for rows in torch.arange(len(values)).split(self.config.forward_batch_size):
+            chosen = rollout.sequences.select(rows)
+            values[rows, : int(chosen.lengths.max()) - 1] = self.value(chosen).cpu()
+        return values.masked_fill(~rollout.mask, 0.0)
 
     def _update(
         self, rollout: Rollout, measured: Divergence, advantages: torch.Tensor, returns: torch.Tensor
