@@ -17,7 +17,7 @@ from tiny_policies import (
 )
 
 from ummrm.lab.kl import divergence, entropy, token_kl
-from ummrm.lab.policy import PolicyConfig, Rollout, prompt_lengths, sample, train_policy
+from ummrm.lab.policy import PolicyConfig, Rollout, _answers, prompt_lengths, sample, train_policy
 from ummrm.tasks import Sequences, SyntheticTaskConfig, make_synthetic_task
 
 TASK = SyntheticTaskConfig(train_pairs=40, test_pairs=20, prompts=6, samples=128, topics=3)
@@ -90,6 +90,13 @@ def test_tokens_that_are_not_allowed_never_come():
     rollout = sample(policy, prompts([A + 1, SEPARATOR]).select(torch.zeros(200, dtype=torch.long)), generator())
     said = rollout.sequences.tokens[:, 1:][rollout.mask]
     assert set(said.tolist()) == {END, A, A + 3}
+
+
+def test_the_least_and_the_largest_draw_choose_the_first_and_the_last_allowed_token():
+    policy = tiny_policy(max_answer_tokens=6, words=5, allowed=[END, A, A + 2])
+    for draw, token in ((0.0, END), (1 - 2**-53, A + 2)):
+        answers, *_ = _answers(policy, prompts(), torch.full((1, 5), draw, dtype=torch.float64))
+        assert answers[0, 0] == token
 
 
 def test_sampling_depends_on_its_generator_alone():

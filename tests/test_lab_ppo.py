@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from tiny_policies import END, A, all_answers, answer_log_probabilities, prompts, tiny_policy
+from transformers import AutoModelForCausalLM
 
 from ummrm.lab.advantages import gae, token_rewards, whiten
+from ummrm.lab.policy import PolicyModel, sample
 from ummrm.lab.ppo import PPO, PPOConfig, clipped_objective, explained_variance, run_ppo
 
 SHORT = PPOConfig(steps=3, batch_size=12, normalisation_samples=32, learning_rate=4e-3)
@@ -242,6 +245,24 @@ def test_smaller_forwards_change_nothing_but_rounding():
     for one, other in zip(whole, parts, strict=True):
         for name in ("kl", "kl_estimate", "reward", "gold", "entropy"):
             assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2"])
+def test_policies_of_other_families_train_on_ragged_prompts(family):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(
+            tiny_config(family, pad_token_id=0, eos_token_id=2, tie_word_embeddings=False)
+        )
+    allowed = torch.arange(network.config.vocab_size) >= 2
+    policy = PolicyModel(network.eval(), allowed, end_token=2, pad_token_id=0, max_answer_tokens=5)
+    ragged = prompts([7, 8, 1], [9, 1], [5, 6, 7, 8, 1])
+    rollout = sample(policy, ragged, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        again = policy.log_probabilities(rollout.sequences).gather(2, rollout.sequences.tokens[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(rollout.logprobs, again.masked_fill(~rollout.mask, 0.0), rtol=1e-3, atol=1e-4)
+    records = run_ppo(policy, ragged, lambda s: s.tokens.double().mean(1), letters, SHORT, seed=0)
+    assert records[0].kl == 0 < records[-1].kl and records[-1].proxy > records[0].proxy
 
 
 def test_gold_is_only_watched():

@@ -264,8 +264,8 @@ def sample(policy: PolicyModel, prompts: Sequences, generator: torch.Generator, 
 def _answers(policy: PolicyModel, prompts: Sequences, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Answers [N, max] padded, log-probabilities [N, max - 1], and which of these tokens the policy chose.
 
-    Keys and values are kept from step to step: at 128 answers of 24 tokens by the default model that is CACHED_FACTOR
-    times as fast as forwards over whole sequences.
+    Keys and values are kept from step to step: at 128 answers of up to 32 tokens by the default model that took 0.08 to
+    0.13 s, forwards over whole sequences 0.56 s (one thread of a busy two-core x86 CPU).
     """
     device, count = policy.allowed.device, len(prompts)
     longest = int(prompts.lengths.max())
@@ -285,9 +285,10 @@ def _answers(policy: PolicyModel, prompts: Sequences, uniform: torch.Tensor) -> 
         )
         cache = out.past_key_values
         distribution = policy.normalise(out.logits[:, -1])
-        # the first token whose cumulative probability exceeds the draw: never one of probability 0
+        # The first token whose cumulative probability exceeds the draw: never one of probability 0. The factor keeps
+        # the largest draw below the whole, which rounding could otherwise make it reach.
         cumulative = distribution.double().exp().cumsum(-1)
-        draw = uniform[:, t, None].to(device) * cumulative[:, -1:]
+        draw = uniform[:, t, None].to(device) * (1 - 2**-52) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, draw, right=True)
         answers[:, t] = torch.where(alive, token.squeeze(1), policy.pad_token_id)
         logprobs[:, t] = torch.where(alive, distribution.gather(1, token).squeeze(1), 0.0)
