@@ -287,6 +287,23 @@ def test_a_larger_coefficient_keeps_the_policy_closer():
     assert kls[1] < 0.3 * kls[0]
 
 
+def test_an_entropy_bonus_keeps_the_policy_broad():
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        config = dataclasses.replace(SHORT, steps=6, batch_size=64, entropy_coefficient=coefficient)
+        entropies.append(short_run(config=config)[-1].entropy)
+    assert entropies[1] > 1.2 * entropies[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_divergence_of_the_weights_stops_the_run(epochs):
+    config = dataclasses.replace(SHORT, learning_rate=1e30, epochs=epochs, minibatches=1)
+    with pytest.raises(
+        FloatingPointError, match="probabilities are NaN" if epochs == 1 else "a loss became nan at step 0"
+    ):
+        short_run(config=config)
+
+
 def test_every_prompt_comes_as_often_as_any_other():
     ppo = PPO(tiny_policy(), prompts([A, 1], [A, A, 1], [1]), letters, letters, SHORT, seed=0)
     sequences = ppo._rollout(11).sequences

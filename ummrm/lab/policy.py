@@ -239,6 +239,9 @@ def sample(policy: PolicyModel, prompts: Sequences, generator: torch.Generator, 
 
     Returns:
         The answers in the prompts' order.
+
+    Raises:
+        FloatingPointError: the policy's probabilities are NaN.
     """
     uniform = torch.rand(len(prompts), policy.max_answer_tokens - 1, generator=generator, dtype=torch.float64)
     rows = torch.arange(len(prompts))
@@ -288,6 +291,8 @@ def _answers(policy: PolicyModel, prompts: Sequences, uniform: torch.Tensor) -> 
         # The first token whose cumulative probability exceeds the draw: never one of probability 0. The factor keeps
         # the largest draw below the whole, which rounding could otherwise make it reach.
         cumulative = distribution.double().exp().cumsum(-1)
+        if not bool(cumulative[:, -1].isfinite().all()):
+            raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged.")
         draw = uniform[:, t, None].to(device) * (1 - 2**-52) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, draw, right=True)
         answers[:, t] = torch.where(alive, token.squeeze(1), policy.pad_token_id)
