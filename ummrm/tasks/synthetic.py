@@ -10,6 +10,7 @@ instruction regimes, each of which weighs the parts of the gold reward in its ow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -52,6 +53,8 @@ class SyntheticTaskConfig:
         samples: policy samples for each prompt.
         policy_filler_rate: rate of the policy's geometric distribution of filler: P(more) after each filler token.
     """
+
+    KIND: ClassVar[str] = "synthetic"
 
     train_pairs: int = 4000
     test_pairs: int = 2000
