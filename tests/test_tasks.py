@@ -47,6 +47,7 @@ def test_gold_reward_follows_its_definition():
 
 def test_gold_reward_of_whole_sequences_is_that_of_the_answers(task):
     assert torch.equal(task.gold(task.policy.sequences), task.policy.gold.flatten())
+    assert torch.equal(task.shortcut_of(task.policy.sequences), task.policy.shortcut.flatten())
     better, worse = task.gold(task.test.chosen), task.gold(task.test.rejected)
     assert (better - worse).min() >= SMALL.min_margin
 

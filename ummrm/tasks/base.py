@@ -133,6 +133,7 @@ class Task:
         end_token_id: ends an answer; None where a policy can't generate.
         regime_of: the instruction regime of each sequence, int64 [N]; None where the task has one regime.
         regimes: names of the instruction regimes.
+        shortcut_of: the amount of the shortcut in each sequence, fp64 [N]; None where it can't be read off tokens.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Task:
     end_token_id: int | None = None
     regime_of: Callable[[Sequences], torch.Tensor] | None = None
     regimes: tuple[str, ...] = ()
+    shortcut_of: Callable[[Sequences], torch.Tensor] | None = None
 
 
 def data_facts(task_parts: dict[str, PreferencePairs]) -> dict[str, float]:

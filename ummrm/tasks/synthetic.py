@@ -223,6 +223,7 @@ def make_synthetic_task(config: SyntheticTaskConfig, seed: int) -> Task:
         end_token_id=END,
         regime_of=reward.regime_of,
         regimes=tuple(REGIMES)[: config.instruction_regimes],
+        shortcut_of=lambda sequences: (sequences.tokens == FILLER).sum(1).double(),
     )
 
 
