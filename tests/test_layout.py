@@ -43,7 +43,8 @@ ALLOWED = {
     "recipe": {"config", "dense", "layers", "losses", "merge", "plots", "tasks", "upcycle", "usage"},
     "lab": {"recipe", "tasks"},
     "plots": {"recipe"},
-    "cli": {"__init__", "_library", "merge", "modeling", "recipe", "upcycle"},
+    "lab": {"config", "layers", "losses", "merge", "ops", "plots", "recipe", "tasks", "upcycle", "usage"},
+    "cli": {"__init__", "_library", "lab", "merge", "modeling", "recipe", "upcycle"},
     "__main__": {"cli"},
 }
 # What the package may import from outside. The core needs torch and transformers alone; the rest are extras.
@@ -54,6 +55,7 @@ EXTRAS = {
     "recipe": {"rich", "yaml", "safetensors"},
     "lab": {"numpy"},
     "plots": {"matplotlib", "numpy"},
+    "lab": {"rich", "matplotlib", "numpy"},
     "cli": {"typer", "rich", "yaml"},
     "tasks": set(),
 }

@@ -320,7 +320,7 @@ class Arms:
         make: Callable[[PreTrainedModel], dict],
         flops: Callable[[PreTrainedModel], float],
     ) -> Stage:
-        """A stage from memory, from its file, or made: `build` gives the model, `make` trains it and returns a record."""
+        """A stage from memory, from its file, or made: `build` gives a model, `make` trains it and returns a record."""
         plain = {key: dataclasses.asdict(value) for key, value in configs.items()}
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=list).encode()).hexdigest()[:12]
         key = f"{name}-{digest}"

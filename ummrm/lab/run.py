@@ -142,8 +142,8 @@ def _run_groups(study: StudyConfig, output: Path, groups: list[Group], total: in
     workers = min(study.processes, len(groups))
     left = sum(len(group.units) for group in groups)
     bars = Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(bar_width=12),
+        TextColumn("{task.description:<38}"),  # so that 80 columns hold a row
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),

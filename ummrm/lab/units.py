@@ -230,7 +230,8 @@ def expert_rows(record: dict) -> list[dict]:
     """Rows about experts from what an arm's training recorded: specialisation, merge weights."""
     rows = [dict(row) for row in record.get("specialisation", [])]
     for i, coefficients in enumerate(record.get("coefficients", {}).values()):
-        for projection, row in enumerate(coefficients):
+        one_alpha = all(row == coefficients[0] for row in coefficients)
+        for projection, row in enumerate(coefficients[:1] if one_alpha else coefficients):
             for expert, value in enumerate(row):
                 rows.append(
                     {
