@@ -24,7 +24,7 @@ _CAPTIONS = {
     "accuracy": "Tail: pairs of the policy's own answers of which one has more of the shortcut than training showed.",
     "shared_share": "Merged models by λ, with learned merge weights.",
     "gates": "Expert indices mean nothing across seeds, so that experts are ranked within each.",
-    "specialisation": "Above: what a token's first expert tells about the instruction regime of its pair; chance is the "
+    "specialisation": "Above: what a token's first expert tells of the instruction regime of its pair; chance is the "
     "same with regimes dealt out to sequences at random. Below: experts are left out of all layers at once.",
 }
 _STYLE = """
