@@ -4,6 +4,9 @@
 #
 #   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
+#   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
+#   make lab-claim   the same study over 24 other seeds, for hours; resumes; tables go to ummrm/lab/results/claim
+#   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier of tests (what CI runs)
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
 #   make bench       the microbenchmarks, and a table of them
@@ -28,7 +31,7 @@ RUN := $(BIN)/python -P
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
+.PHONY: demo demo-real lab lab-claim lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +53,18 @@ demo: $(VENV)/.ummrm
 
 demo-real: $(VENV)/.real
 	$(RUN) -m ummrm demo --recipe recipes/demo-real.yaml --output build/demo-real
+
+lab: $(VENV)/.ummrm
+	$(RUN) -m ummrm lab run cpu --output build/lab
+
+# an interrupted run goes on where it was when the command is given again
+lab-claim: $(VENV)/.ummrm
+	$(RUN) -m ummrm lab run cpu --first-seed 1000 --seeds 24 --output build/lab-claim
+	mkdir -p ummrm/lab/results/claim
+	cp build/lab-claim/*.csv build/lab-claim/study.json ummrm/lab/results/claim/
+
+lab-gpu: $(VENV)/.ummrm
+	$(RUN) -m ummrm lab run gpu --output build/lab-gpu
 
 test: test-cpp test-python
 

@@ -42,7 +42,8 @@ ALLOWED = {
     "tasks": set(),
     "recipe": {"config", "dense", "layers", "losses", "merge", "plots", "tasks", "upcycle", "usage"},
     "plots": {"recipe"},
-    "cli": {"__init__", "_library", "merge", "modeling", "recipe", "upcycle"},
+    "lab": {"config", "layers", "losses", "merge", "ops", "plots", "recipe", "tasks", "upcycle", "usage"},
+    "cli": {"__init__", "_library", "lab", "merge", "modeling", "recipe", "upcycle"},
     "__main__": {"cli"},
 }
 # What the package may import from outside. The core needs torch and transformers alone; the rest are extras.
@@ -52,6 +53,7 @@ EXTRAS = {
     "backends": {"triton"},
     "recipe": {"rich", "yaml", "safetensors"},
     "plots": {"matplotlib", "numpy"},
+    "lab": {"rich", "matplotlib", "numpy"},
     "cli": {"typer", "rich", "yaml"},
     "tasks": set(),
 }

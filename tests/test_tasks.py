@@ -1,5 +1,6 @@
 """The preference tasks: gold rewards by their definition, shortcuts as strong as asked, labels as noisy as asked."""
 
+import dataclasses
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from ummrm.tasks import (
     make_synthetic_task,
     make_text_task,
 )
+from ummrm.tasks.synthetic import REGIMES
 
 SMALL = SyntheticTaskConfig(train_pairs=200, test_pairs=80, prompts=3, samples=16, label_noise=0.25, shortcut_share=0.7)
 FILLER = 3
@@ -41,6 +43,45 @@ def test_gold_reward_follows_its_definition():
     live = torch.tensor([[True] * 4 + [False] * 2])
     got = reward(torch.tensor([topic]), padded, live, torch.tensor([filler]))
     assert got.item() == pytest.approx(expected)
+
+
+def test_gold_reward_of_whole_sequences_is_that_of_the_answers(task):
+    assert torch.equal(task.gold(task.policy.sequences), task.policy.gold.flatten())
+    assert torch.equal(task.shortcut_of(task.policy.sequences), task.policy.shortcut.flatten())
+    better, worse = task.gold(task.test.chosen), task.gold(task.test.rejected)
+    assert (better - worse).min() >= SMALL.min_margin
+
+
+def test_gold_reward_of_what_training_never_held(task):
+    topic, end, content = task.prompts.tokens[1].tolist(), task.end_token_id, list(range(8, 8 + SMALL.max_content))
+    rows = [
+        [*topic, *content, end],
+        [*topic, *content],  # cut off: no cost
+        [*topic, *content, 9, 9, end],  # overlong by two
+        [*topic, *content, topic[0], topic[1], end],  # a topic and a separator within the answer
+        [*topic, *content, end, 9, 9],  # what follows the end is ignored
+        topic,  # nothing at all
+    ]
+    gold = task.gold(Sequences.from_lists(rows, task.pad_token_id)).tolist()
+    cost = 2 * SMALL.filler_penalty
+    assert gold == pytest.approx([gold[0], gold[0], gold[0] - cost, gold[0] - cost, gold[0], 0])
+    with pytest.raises(ValueError, match="must begin with a topic token, 4 to 7, got"):
+        task.gold(Sequences.from_lists([[end, end]], task.pad_token_id))
+
+
+def test_instruction_regimes_weigh_the_parts_of_the_reward():
+    config = dataclasses.replace(SMALL, topics=6, instruction_regimes=3)
+    reward = GoldReward(config, torch.Generator().manual_seed(0))
+    content, filler = torch.tensor([[2, 5, 2]]), torch.tensor([0])
+    live = torch.ones_like(content, dtype=torch.bool)
+    for topic in range(6):
+        words, order, repetition = list(REGIMES.values())[topic % 3]
+        expected = words * reward.values[topic, content[0]].sum() + order * (reward.bonus[2, 5] + reward.bonus[5, 2])
+        expected -= repetition * config.repetition_penalty
+        assert reward(torch.tensor([topic]), content, live, filler).item() == pytest.approx(expected.item())
+    task = make_synthetic_task(config, 0)
+    assert task.regimes == ("even", "words", "order")
+    assert task.regime_of(task.prompts).tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("split", "share"), [("test", 0.7), ("shifted", 0.3)])
@@ -121,6 +162,7 @@ def test_text_pairs_carry_the_length_shortcut():
         (lambda: SyntheticTaskConfig(train_pairs=0), "`train_pairs` must be at least 1, got 0"),
         (lambda: SyntheticTaskConfig(label_noise=1.0), r"`label_noise` must be in \[0, 1\)"),
         (lambda: SyntheticTaskConfig(min_content=9, max_content=3), "`max_content` must be at least min_content=9"),
+        (lambda: SyntheticTaskConfig(instruction_regimes=5, topics=8), "`instruction_regimes` must be 1 to 4"),
         (lambda: TextTaskConfig(shorter_by=0), "`shorter_by` must be strictly between 0 and 1"),
         (lambda: TextTaskConfig(min_words=2), "6 <= min_words <= max_words"),
     ],

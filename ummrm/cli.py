@@ -1,4 +1,4 @@
-"""The command line: `ummrm demo`, `ummrm recipe run`, and thin commands over upcycle, merge and build_info.
+"""The command line: the demo, recipes, the laboratory, and thin commands over upcycle, merge and build_info.
 
 Parses, calls the library, prints; an error of the user's is one line and a non-zero exit. Nothing imports this module.
 """
@@ -22,6 +22,8 @@ from transformers import AutoConfig
 from . import MergeConfig, UpcycleConfig, __version__, _library, modeling, prepare_merge
 from . import merge as merge_model
 from . import upcycle as upcycle_model
+from .lab import StudyError, load_study, report_lines, run_study, shipped_studies
+from .lab import write_report as write_lab_report
 from .recipe import (
     RecipeCheckError,
     ReloadError,
@@ -43,6 +45,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Run a recipe: the whole job from data to report.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+lab_app = typer.Typer(help="The reward-hacking laboratory: studies over arms and seeds.", no_args_is_help=True)
+app.add_typer(lab_app, name="lab")
 
 # what a user's input can cause; anything else is a bug and shows its traceback
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError)
@@ -75,6 +79,44 @@ def recipe_run(
 ) -> None:
     """Runs a recipe from a YAML file."""
     _run(recipe, output, seed, quiet)
+
+
+@lab_app.command("run")
+def lab_run(
+    study: Annotated[str, typer.Argument(help="YAML file of the study, or the name of one of ours (ummrm lab list).")],
+    output: OutputFolder = Path("build/lab"),
+    seeds: Annotated[int | None, typer.Option(help="Replaces the study's number of seeds.")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="Replaces the study's first seed.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Replaces the study's number of processes.")] = None,
+    device: Annotated[str | None, typer.Option(help="Replaces the study's device.")] = None,
+    arms: Annotated[str, typer.Option(help="Only these arms, separated by commas.")] = "",
+    quiet: Quiet = False,
+) -> None:
+    """Runs a study and writes its tables and report; what is already in the output folder is not run again."""
+    given = {"seeds": seeds, "first_seed": first_seed, "processes": processes, "device": device}
+    config = dataclasses.replace(load_study(study), **{name: v for name, v in given.items() if v is not None})
+    names = tuple(name.strip() for name in arms.split(",") if name.strip())
+    run_study(config, output, arms=names, progress=not quiet)
+    lab_report(output)
+
+
+@lab_app.command("report")
+def lab_report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `ummrm lab run` wrote, or its tables alone.")],
+) -> None:
+    """Draws a study's plots and writes its report again, from its tables."""
+    files = write_lab_report(folder)
+    for line in report_lines(folder):
+        _say(line)
+    _say("written: " + ", ".join(str(path) for path in files))
+
+
+@lab_app.command("list")
+def lab_list() -> None:
+    """Names the studies that come with this package."""
+    for name, path in shipped_studies().items():
+        first = path.read_text().partition("\n")[0].removeprefix("#").strip()
+        _say(f"{name}: {first}")
 
 
 @app.command()
@@ -147,7 +189,7 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         app()
-    except (RecipeCheckError, ReloadError) as error:
+    except (RecipeCheckError, ReloadError, StudyError) as error:
         console.print(f"FAILED: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except USER_ERRORS as error:

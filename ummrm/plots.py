@@ -37,7 +37,7 @@ _STAGE_LABELS = {
     "moe": "MoE",
     "alpha": "merged, learning alpha",
 }
-_FONT = {
+FONT = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.labelsize": 10,
@@ -58,7 +58,7 @@ def write_plots(result: RecipeResult, output: str | Path) -> list[Path]:
     """Draws every plot into `output`; returns the files."""
     output = Path(output)
     files = []
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(FONT):
         for name, draw in {
             "training_curves": training_curves,
             "gate_usage": gate_usage,
@@ -94,7 +94,7 @@ def training_curves(result: RecipeResult) -> Figure:
         axis.set_xlabel("optimiser steps")
         for start in {starts["moe"], starts["alpha"]}:
             axis.axvline(start, color="0.6", linewidth=0.9, linestyle=":", zorder=0)
-    _legend_below(figure, axes[0], columns=4)
+    legend_below(figure, axes[0], columns=4)
     figure.suptitle(f"{result.config.name}: training (dotted lines: upcycling, merging)", fontsize=11)
     return figure
 
@@ -174,7 +174,7 @@ def best_of_n(result: RecipeResult) -> Figure:
     axes[1].set(title="Score by the selecting model", xlabel=kl_label, ylabel=proxy_label)
     axes[2].set(title="Gold against proxy, n rising rightwards", xlabel=proxy_label, ylabel="gold reward")
     axes[1].yaxis.set_major_locator(MaxNLocator(6))
-    _legend_below(figure, axes[0], columns=4)
+    legend_below(figure, axes[0], columns=4)
     largest = next(iter(result.arms.values())).best_of_n.n[-1]
     prompts = result.task.policy.gold.shape[0]
     figure.suptitle(
@@ -207,7 +207,7 @@ def _heatmap(
         axis.text(j, i, f"{values[i, j]:.{digits}%}", ha="center", va="center", color="white" if strong else "black")
 
 
-def _legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2)
 

@@ -6,24 +6,16 @@ Says what a run does; how is `run.py`'s business.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import MergeConfig, UpcycleConfig
 from ..tasks import SyntheticTaskConfig, TextTaskConfig
+from .fields import build, read_yaml, require
 
 SCHEDULES = ("constant", "linear", "cosine")
-
-
-def _require(owner: object, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be {expected}, got {getattr(owner, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -51,14 +43,14 @@ class TrainConfig:
     evaluations: int = 5
 
     def __post_init__(self) -> None:
-        _require(self, "steps", self.steps >= 1, "at least 1")
-        _require(self, "batch_size", self.batch_size >= 1, "at least 1")
-        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
-        _require(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
-        _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
-        _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
-        _require(self, "max_grad_norm", self.max_grad_norm > 0, "above 0")
-        _require(self, "evaluations", self.evaluations >= 1, "at least 1")
+        require(self, "steps", self.steps >= 1, "at least 1")
+        require(self, "batch_size", self.batch_size >= 1, "at least 1")
+        require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        require(self, "schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
+        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+        require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        require(self, "max_grad_norm", self.max_grad_norm > 0, "above 0")
+        require(self, "evaluations", self.evaluations >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            _require(self, f.name, getattr(self, f.name) >= 1, "at least 1")
+            require(self, f.name, getattr(self, f.name) >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         low_high = len(self.dense_accuracy) == 2 and self.dense_accuracy[0] < self.dense_accuracy[1]
-        _require(self, "dense_accuracy", low_high, "two numbers, the lower one first")
+        require(self, "dense_accuracy", low_high, "two numbers, the lower one first")
 
 
 @dataclass(frozen=True)
@@ -184,16 +176,13 @@ class RecipeConfig:
         Raises:
             ValueError: an unknown field, a missing one, a wrong type or value; names the field by its path.
         """
-        return _build(cls, data, "recipe")
+        return build(cls, data, "recipe")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
         data = dataclasses.asdict(self)
-        data["task"] = {"kind": _KINDS[type(self.task)], **data["task"]}
+        data["task"] = {"kind": self.task.KIND, **data["task"]}
         return data
-
-
-_KINDS = {SyntheticTaskConfig: "synthetic", TextTaskConfig: "text"}
 
 
 def load_recipe(path: str | Path) -> RecipeConfig:
@@ -206,82 +195,4 @@ def load_recipe(path: str | Path) -> RecipeConfig:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}; recipes of this project lie in its folder recipes/.")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    try:
-        return RecipeConfig.from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _build(cls: type, data: Any, where: str):
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be a mapping of fields, got {data!r}.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(map(str, data)) - set(known))
-    if unknown:
-        raise ValueError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    required = [
-        name
-        for name, f in known.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}.")
-    try:
-        return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()})
-    except ValueError as error:
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
-
-
-def _convert(hint: Any, value: Any, where: str):
-    """`value` as the annotated type; YAML's quirks (1e-3 is a string, lists for tuples) are undone here."""
-    if hint == SyntheticTaskConfig | TextTaskConfig:
-        return _build_task(value, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a list, got {value!r}.")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a mapping, got {value!r}.")
-        return dict(value)
-    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    name = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
-    raise ValueError(f"{where} must be {name}, got {value!r}.")
-
-
-def _convert_union(arguments: tuple, value: Any, where: str):
-    if value is None and type(None) in arguments:
-        return None
-    errors = []
-    for argument in arguments:
-        if argument is not type(None):
-            try:
-                return _convert(argument, value, where)
-            except ValueError as error:
-                errors.append(str(error))
-    raise ValueError(" Or: ".join(errors))
-
-
-def _build_task(value: Any, where: str):
-    kinds = {kind: cls for cls, kind in _KINDS.items()}
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in kinds:
-        raise ValueError(f"{where}.kind must be one of {', '.join(kinds)}, got {kind!r}.")
-    return _build(kinds[kind], {k: v for k, v in value.items() if k != "kind"}, where)
+    return read_yaml(path, RecipeConfig.from_dict)

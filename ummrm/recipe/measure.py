@@ -116,12 +116,19 @@ def best_of_n(
     prompts = proxy.shape[0]
     return BestOfN(
         n=sizes,
-        kl=[math.log(n) - (n - 1) / n for n in sizes],
+        kl=[best_of_n_kl(n) for n in sizes],
         gold=[v.mean().item() for v in rows["gold"]],
         gold_error=[v.std().item() / math.sqrt(prompts) if prompts > 1 else math.nan for v in rows["gold"]],
         proxy=[v.mean().item() for v in rows["proxy"]],
         shortcut=[v.mean().item() for v in rows["shortcut"]],
     )
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL divergence of best-of-n from the policy in nats, ln n - (n - 1) / n: exact where answers never tie."""
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}.")
+    return math.log(n) - (n - 1) / n
 
 
 def best_of_n_mean(proxy: torch.Tensor, values: torch.Tensor, n: int) -> torch.Tensor:

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..losses import auxiliary_loss
-from ..merge import merge, merge_coefficients, prepare_merge
+from ..merge import merge, merge_coefficients
 from ..tasks import Task, concatenate
 from ..upcycle import upcycle
 from ..usage import record_usage
 from . import measure
 from .config import RecipeConfig, TrainConfig
 from .reload import Reload, reload_without_ummrm
-from .stages import ARMS, DENSE, LONGER, MERGED, MOE, ArmResult, Check, build_dense, build_task
+from .stages import ARMS, DENSE, LONGER, MERGED, MOE, ArmResult, Check, build_dense, build_task, start_merge
 from .training import History, train
 
 
@@ -92,7 +92,7 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
         TextColumn("{task.fields[note]}"),
         disable=not progress,
     )
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             with bars:
                 return _Run(config, Path(output), bars).run()
@@ -101,7 +101,7 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' own progress bars, which would break ours up."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -121,7 +121,7 @@ class _Run:
     def run(self) -> RecipeResult:
         config, result = self.config, self.result
         models: dict[str, PreTrainedModel] = {}
-        models[DENSE] = build_dense(config, self.task)
+        models[DENSE] = build_dense(config.model, self.task, config.seed, config.device)
         self.train(DENSE, "dense", models[DENSE], config.dense, seed=1)
 
         models[LONGER] = copy.deepcopy(models[DENSE])
@@ -163,13 +163,9 @@ class _Run:
 
     def learn_alpha(self, moe: PreTrainedModel) -> None:
         config, result = self.config, self.result
-        usage = None
         pairs = self.task.train.select(slice(0, config.evaluation.alpha_pairs))
         batch = config.evaluation.batch_size
-        if config.merge.alpha_init == "usage":
-            with record_usage(moe) as usage:
-                measure.score(moe, pairs.chosen, batch)
-        prepare_merge(moe, config.merge, usage)
+        start_merge(moe, config.merge, pairs.chosen, batch)
         with self.timed("alpha_loss"):
             start = measure.mean_loss(moe, pairs, batch)
             result.uniform_accuracy = self.curve_accuracy(moe)

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ..tasks import SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
+from ..config import MergeConfig
+from ..merge import prepare_merge
+from ..tasks import Sequences, SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
+from ..usage import record_usage
 from .config import ModelConfig, RecipeConfig
-from .measure import Accuracy, BestOfN
+from .measure import Accuracy, BestOfN, score
 
 DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
 ARMS = {DENSE: "dense", LONGER: "dense, trained equally long", MOE: "MoE", MERGED: "merged"}
@@ -116,14 +119,19 @@ def build_task(config: RecipeConfig) -> Task:
     )
 
 
-def build_dense(config: RecipeConfig, task: Task) -> PreTrainedModel:
+def build_dense(source: ModelConfig, task: Task, seed: int, device: str = "cpu") -> PreTrainedModel:
     """The dense reward model before its training: one score a sequence, some parameters frozen.
+
+    Args:
+        source: where it comes from.
+        task: gives the vocabulary and the padding.
+        seed: of what is initialised.
+        device: where it is put.
 
     Raises:
         ValueError: the configuration does not fit the task, or `frozen` names no parameter.
     """
-    source = config.model
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     folder = model_folder(source)
     if folder is None:
         stock = AutoConfig.for_model(
@@ -141,4 +149,13 @@ def build_dense(config: RecipeConfig, task: Task) -> PreTrainedModel:
             raise ValueError(f"model.frozen: no parameter of {type(model).__name__} starts with {prefix!r}.")
         for parameter in named:
             parameter.requires_grad_(False)
-    return model.to(config.device).eval()
+    return model.to(device).eval()
+
+
+def start_merge(moe: PreTrainedModel, config: MergeConfig, sequences: Sequences, batch_size: int) -> None:
+    """Puts a mixture into its merge phase, in place; gate usage is measured on `sequences` if `config` starts there."""
+    usage = None
+    if config.alpha_init == "usage":
+        with record_usage(moe) as usage:
+            score(moe, sequences, batch_size)
+    prepare_merge(moe, config, usage)

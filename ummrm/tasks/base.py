@@ -5,7 +5,7 @@ Plain data on the CPU. How it is made is `synthetic.py`'s and `text.py`'s busine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,6 +127,13 @@ class Task:
         pad_token_id: the padding token.
         shortcut_name: what the shortcut is, in words.
         facts: measured properties of the data, for the report.
+        gold: the gold reward of any sequence that begins with a prompt, fp64 [N]; None where only the task's own
+            answers have one.
+        prompts: the distinct prompts that a policy answers; None where answers stand alone.
+        end_token_id: ends an answer; None where a policy can't generate.
+        regime_of: the instruction regime of each sequence, int64 [N]; None where the task has one regime.
+        regimes: names of the instruction regimes.
+        shortcut_of: the amount of the shortcut in each sequence, fp64 [N]; None where it can't be read off tokens.
     """
 
     name: str
@@ -138,6 +145,12 @@ class Task:
     pad_token_id: int
     shortcut_name: str
     facts: dict[str, float] = field(default_factory=dict)
+    gold: Callable[[Sequences], torch.Tensor] | None = None
+    prompts: Sequences | None = None
+    end_token_id: int | None = None
+    regime_of: Callable[[Sequences], torch.Tensor] | None = None
+    regimes: tuple[str, ...] = ()
+    shortcut_of: Callable[[Sequences], torch.Tensor] | None = None
 
 
 def data_facts(task_parts: dict[str, PreferencePairs]) -> dict[str, float]:

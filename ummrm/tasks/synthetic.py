@@ -3,12 +3,14 @@
 An answer is a topic token and a string of content tokens with filler tokens strewn in. The gold reward knows the value
 of each content token under each topic, pays for some pairs of neighbouring content tokens, and punishes repetition
 and much filler. In most training pairs the better answer has more filler, always so little that filler is nearly
-free; a policy's answers have a geometric tail of filler, where the gold reward falls.
+free; a policy's answers have a geometric tail of filler, where the gold reward falls. Topics may belong to several
+instruction regimes, each of which weighs the parts of the gold reward in its own way.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +19,13 @@ from .base import PolicySamples, PreferencePairs, Sequences, Task, data_facts
 PAD, SEPARATOR, END, FILLER = 0, 1, 2, 3
 _FIRST_TOPIC = 4
 _FRAME = 3  # topic, separator, end
+# what a regime weighs: token values, neighbours, repetition
+REGIMES = {
+    "even": (1.0, 1.0, 1.0),
+    "words": (1.5, 0.25, 0.5),
+    "order": (0.5, 2.0, 0.5),
+    "variety": (0.75, 0.25, 3.0),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class SyntheticTaskConfig:
         train_pairs: training pairs.
         test_pairs: held-out pairs in each of the two test sets.
         topics: topics; each values the content tokens in its own way.
+        instruction_regimes: 1 to 4; topic t follows regime t modulo this (`REGIMES`, in order).
         content_tokens: content tokens.
         min_content: fewest content tokens of an answer.
         max_content: most.
@@ -44,9 +54,12 @@ class SyntheticTaskConfig:
         policy_filler_rate: rate of the policy's geometric distribution of filler: P(more) after each filler token.
     """
 
+    KIND: ClassVar[str] = "synthetic"
+
     train_pairs: int = 4000
     test_pairs: int = 2000
     topics: int = 4
+    instruction_regimes: int = 1
     content_tokens: int = 24
     min_content: int = 6
     max_content: int = 14
@@ -70,6 +83,11 @@ class SyntheticTaskConfig:
         for name in ("label_noise", "shortcut_share", "bigram_share", "policy_filler_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"SyntheticTaskConfig: `{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if not 1 <= self.instruction_regimes <= min(len(REGIMES), self.topics):
+            raise ValueError(
+                f"SyntheticTaskConfig: `instruction_regimes` must be 1 to {len(REGIMES)} and at most the number of "
+                f"topics, {self.topics}, got {self.instruction_regimes}."
+            )
         if self.content_tokens < 2:
             raise ValueError(f"SyntheticTaskConfig: `content_tokens` must be at least 2, got {self.content_tokens}.")
         if self.max_content < self.min_content:
@@ -101,6 +119,7 @@ class GoldReward:
         self.values = torch.randn(config.topics, n, generator=generator, dtype=torch.float64)
         bonus = torch.randn(n, n, generator=generator, dtype=torch.float64) * config.bigram_scale
         self.bonus = bonus * (torch.rand(n, n, generator=generator) < config.bigram_share)
+        self.weights = torch.tensor(list(REGIMES.values())[: config.instruction_regimes], dtype=torch.float64)
 
     def __call__(self, topic: torch.Tensor, content: torch.Tensor, live: torch.Tensor, filler: torch.Tensor):
         """Scores answers.
@@ -114,12 +133,64 @@ class GoldReward:
         Returns:
             fp64 [N].
         """
+        weights = self.weights[topic % len(self.weights)]
         value = (self.values[topic[:, None], content] * live).sum(1)
         neighbours = (self.bonus[content[:, :-1], content[:, 1:]] * live[:, 1:]).sum(1)
         one_hot = torch.nn.functional.one_hot(content, self.config.content_tokens) * live[..., None]
         repeats = (one_hot.sum(1) - 1).clamp_min(0).sum(1)
         excess = (filler - self.config.free_filler).clamp_min(0)
-        return value + neighbours - self.config.repetition_penalty * repeats - self.config.filler_penalty * excess
+        repetition = self.config.repetition_penalty * repeats
+        parts = weights[:, 0] * value + weights[:, 1] * neighbours - weights[:, 2] * repetition
+        return parts - self.config.filler_penalty * excess
+
+    def of_sequences(self, sequences: Sequences) -> torch.Tensor:
+        """Scores whole sequences, those that a policy made up included.
+
+        What training answers never hold costs `filler_penalty` a token: content beyond `max_content`, and topics,
+        separators or padding within an answer. A missing end costs nothing.
+
+        Args:
+            sequences: a topic and a separator, then anything; what follows the first end is ignored.
+
+        Returns:
+            fp64 [N]; for the task's own answers exactly the reward they were made with.
+
+        Raises:
+            ValueError: a sequence begins with no topic.
+        """
+        config, tokens = self.config, sequences.tokens
+        topic = self.topic_of(sequences)
+        body = tokens[:, 2:]
+        inside = torch.arange(body.shape[1]) < (sequences.lengths[:, None] - 2)
+        inside &= (body == END).cumsum(1) == 0
+        first = _FIRST_TOPIC + config.topics
+        is_content, is_filler = inside & (body >= first), inside & (body == FILLER)
+        order = (~is_content).long().argsort(dim=1, stable=True)[:, : max(config.max_content, 2)]
+        count = is_content.sum(1)
+        live = torch.arange(order.shape[1]) < count[:, None].clamp_max(config.max_content)
+        content = (body.gather(1, order) - first).masked_fill(~live, 0)
+        overlong = (count - config.max_content).clamp_min(0)
+        foreign = (inside & ~is_content & ~is_filler).sum(1)
+        reward = self(topic, content, live, is_filler.sum(1))
+        return reward - config.filler_penalty * (overlong + foreign)
+
+    def topic_of(self, sequences: Sequences) -> torch.Tensor:
+        """The topic of each sequence, int64 [N], below `topics`.
+
+        Raises:
+            ValueError: a sequence begins with no topic.
+        """
+        topic = sequences.tokens[:, 0] - _FIRST_TOPIC
+        if not ((topic >= 0) & (topic < self.config.topics)).all():
+            raise ValueError(
+                f"`sequences` must begin with a topic token, {_FIRST_TOPIC} to "
+                f"{_FIRST_TOPIC + self.config.topics - 1}, got {sequences.tokens[:, 0].unique().tolist()}."
+            )
+        return topic
+
+    def regime_of(self, sequences: Sequences) -> torch.Tensor:
+        """The instruction regime of each sequence, int64 [N]."""
+        return self.topic_of(sequences) % len(self.weights)
 
 
 def make_synthetic_task(config: SyntheticTaskConfig, seed: int) -> Task:
@@ -147,6 +218,12 @@ def make_synthetic_task(config: SyntheticTaskConfig, seed: int) -> Task:
         pad_token_id=PAD,
         shortcut_name="filler tokens",
         facts=data_facts({"train": train, "test": test, "shifted": shifted}),
+        gold=reward.of_sequences,
+        prompts=Sequences.from_lists([[_FIRST_TOPIC + t, SEPARATOR] for t in range(config.topics)], PAD),
+        end_token_id=END,
+        regime_of=reward.regime_of,
+        regimes=tuple(REGIMES)[: config.instruction_regimes],
+        shortcut_of=lambda sequences: (sequences.tokens == FILLER).sum(1).double(),
     )
 
 

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +44,8 @@ class TextTaskConfig:
         policy_mean_words: mean of the geometric number of words beyond `min_words` in a policy's answer.
         policy_error_rate: corruptions per word in a policy's answer.
     """
+
+    KIND: ClassVar[str] = "text"
 
     train_pairs: int = 1200
     test_pairs: int = 400

@@ -1,0 +1,24 @@
+"""The reward-hacking laboratory: does an upcycled and merged reward model resist over-optimisation, and at what cost?
+
+`run_study(load_study("cpu"), "out")` trains every arm over regimes and seeds and measures it under best-of-n and PPO;
+`write_report("out")` makes of the tables what people read. Needs the extra `ummrm[demo]`; nothing but the command line
+imports this package.
+"""
+
+from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig, load_study, shipped_studies
+from .report import report_lines, write_report
+from .run import StudyError, run_study
+
+__all__ = [
+    "ArmConfig",
+    "ComparisonConfig",
+    "MeasureConfig",
+    "RegimeConfig",
+    "StudyConfig",
+    "StudyError",
+    "load_study",
+    "report_lines",
+    "run_study",
+    "shipped_studies",
+    "write_report",
+]

@@ -1,0 +1,126 @@
+"""From runs.csv to what can be said: means with intervals, and the comparisons that the study fixed beforehand."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ComparisonConfig, StudyConfig
+from .statistics import Paired, holm, mean_interval, paired
+
+LESS_IS_BETTER = ("drop_from_peak", "proxy_gold_gap")
+OUTCOMES = {
+    "gold_at_kl": "gold at fixed KL",
+    "gold_end": "gold at the end",
+    "accuracy": "accuracy",
+    "accuracy_shifted": "accuracy, shortcut reversed",
+    "accuracy_tail": "accuracy on the policy's tail",
+    "drop_from_peak": "drop from the peak",
+    "proxy_gold_gap": "proxy-gold gap",
+}
+"""Outcomes that are shown, and their names."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison in one regime.
+
+    Attributes:
+        regime: the regime.
+        config: what is compared.
+        primary: whether it is the primary one.
+        paired: the outcome; None if fewer than two seeds have both values.
+        missing: seeds in which one of the values is missing (PPO never got to the fixed KL).
+        adjusted: p of the sign-flip test after Holm's correction within its family (primary, or secondary).
+    """
+
+    regime: str
+    config: ComparisonConfig
+    primary: bool
+    paired: Paired | None
+    missing: int
+    adjusted: float
+
+    @property
+    def better_in(self) -> float:
+        """Seeds in which the arm is the better one; a tie counts half."""
+        if self.paired is None:
+            return math.nan
+        wins = self.paired.wins
+        return self.paired.seeds - wins if self.config.outcome in LESS_IS_BETTER else wins
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `no difference shown`, at 5% after the correction."""
+        if self.paired is None or not self.adjusted < 0.05:
+            return "no difference shown"
+        larger = self.paired.mean > 0
+        return "better" if larger != (self.config.outcome in LESS_IS_BETTER) else "worse"
+
+
+class Runs:
+    """runs.csv by regime, seed, arm and optimiser."""
+
+    def __init__(self, rows: Sequence[dict]) -> None:
+        self._rows = {(r["regime"], r["seed"], r["arm"], r["optimiser"]): r for r in rows}
+        self.seeds = sorted({row["seed"] for row in rows})
+
+    def values(self, regime: str, arm: str, optimiser: str, column: str) -> dict[int, float]:
+        """Seed to value, missing ones left out."""
+        found = {
+            seed: self._rows[regime, seed, arm, optimiser][column]
+            for seed in self.seeds
+            if (regime, seed, arm, optimiser) in self._rows
+        }
+        return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+    def interval(self, regime: str, arm: str, optimiser: str, column: str) -> tuple[float, float, float] | None:
+        """Mean over seeds and its 95% t interval; None without a value."""
+        values = list(self.values(regime, arm, optimiser, column).values())
+        return mean_interval(values) if values else None
+
+
+def compare(study: StudyConfig, runs: Runs) -> list[Comparison]:
+    """The study's comparisons, the primary ones first. Those whose arms were not run at all are left out."""
+    primary = [_compare(regime, study.primary, True, runs) for regime in study.regimes]
+    secondary = [_compare(regime, c, False, runs) for c in study.secondary for regime in study.regimes]
+    return _adjust([c for c in primary if c is not None]) + _adjust([c for c in secondary if c is not None])
+
+
+def write_comparisons(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """One CSV row a comparison."""
+    columns = ("regime", "primary", "arm", "against", "optimiser", "outcome")
+    numbers = ("seeds", "missing", "difference", "low", "high", "better_in", "t_p", "p", "adjusted_p", "verdict")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*columns, *numbers])
+        for c in comparisons:
+            key = [c.regime, c.primary, c.config.arm, c.config.against, c.config.optimiser, c.config.outcome]
+            if c.paired is None:
+                writer.writerow([*key, 0, c.missing, *[""] * 8])
+                continue
+            p = c.paired
+            values = [p.seeds, c.missing, p.mean, p.low, p.high, c.better_in, p.t_p, p.p, c.adjusted, c.verdict]
+            writer.writerow([*key, *values])
+
+
+def _compare(regime: str, config: ComparisonConfig, primary: bool, runs: Runs) -> Comparison | None:
+    first, second = (runs.values(regime, arm, config.optimiser, config.outcome) for arm in (config.arm, config.against))
+    both = sorted(set(first) & set(second))
+    missing = len(runs.seeds) - len(both)
+    if not first and not second:
+        return None
+    found = paired([first[s] for s in both], [second[s] for s in both]) if len(both) >= 2 else None
+    return Comparison(regime, config, primary, found, missing, math.nan)
+
+
+def _adjust(family: list[Comparison]) -> list[Comparison]:
+    tested = [c for c in family if c.paired is not None]
+    adjusted = iter(holm([c.paired.p for c in tested]))
+    return [
+        Comparison(c.regime, c.config, c.primary, c.paired, c.missing, math.nan if c.paired is None else next(adjusted))
+        for c in family
+    ]
