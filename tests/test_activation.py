@@ -169,6 +169,7 @@ def test_compiled(compiled):
     assert torch.equal(*(torch.autograd.grad(out.sum(), z)[0] for out in (want, got)))
 
 
+@pytest.mark.full
 def test_beyond_two_to_the_31_elements():
     """2.2e9 pre-activations, 4.4 GB of bf16: offsets need 64 bits."""
     rows, i = 2**21 + 5, 512

@@ -70,6 +70,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_killed_with_all_its_workers_and_resumed_it_gives_the_same_tables(finished, tmp_path):
     """SIGKILL in the midst of the work, by two worker processes; then resumed by one process."""
     _, folder = finished

@@ -212,6 +212,7 @@ def test_compiled(compiled):
         assert torch.equal(a, b)
 
 
+@pytest.mark.full
 def test_beyond_two_to_the_31_elements():
     """Experts more than 2^31 elements apart, in memory that is reserved and, but for a few pages, never touched."""
     apart = 2**31 + 8

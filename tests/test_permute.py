@@ -257,6 +257,7 @@ def test_compiled(compiled):
         assert torch.equal(a, b)
 
 
+@pytest.mark.full
 def test_beyond_two_to_the_31_elements():
     """T*K*H = 2.3e9 elements, 4.6 GB of bf16: offsets need 64 bits, forward and backward."""
     t, h, e, k = 70_000, 2048, 16, 16
