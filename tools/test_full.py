@@ -13,9 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import sass_check
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # which `python -P` leaves out
+import sass_check  # noqa: E402
+
 GIB = 2**30
 
 
