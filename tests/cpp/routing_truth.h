@@ -52,6 +52,46 @@ inline std::vector<double> row(const Array& logits, int64_t t, int64_t n) {
   return out;
 }
 
+// Holds what route gave (`got`) of a test's case and inputs to the definition; returns the number of live tokens.
+// Inputs have a mask for every token, all live in a case without one.
+template <class Case, class Inputs, class Routed>
+int64_t check_routed(const Case& c, const Inputs& in, const Routed& got, double tolerance) {
+  std::vector<double> mean_prob(c.experts, 0), routed;
+  std::vector<int32_t> counts(c.experts, 0);
+  double mean_z = 0, shared = 0;
+  int64_t live = 0;
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    if (!in.mask[t]) {
+      check_close(got.shared, t, 1, 0, "shared weight of a masked token");
+      for (int64_t k = 0; k < c.top_k; ++k) {
+        check_close(got.routed, t * c.top_k + k, 0, 0, "routed weight of a masked token");
+        CHECK(got.indices[t * c.top_k + k] == -1, "index of a masked token");
+      }
+      continue;
+    }
+    ++live;
+    const auto logits = row(in.logits, t, c.experts);
+    const auto chosen = largest(logits, c.top_k);
+    gates(c.gate, softmax(logits).p, chosen, &shared, routed);
+    check_close(got.shared, t, shared, tolerance, "shared weight");
+    for (int64_t k = 0; k < c.top_k; ++k) {
+      CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t),
+            static_cast<long long>(k));
+      check_close(got.routed, t * c.top_k + k, routed[k], tolerance, "routed weight");
+      ++counts[chosen[k]];
+    }
+    const Token clean = softmax(row(c.noisy ? in.clean : in.logits, t, c.experts));
+    for (int64_t e = 0; e < c.experts; ++e) mean_prob[e] += clean.p[e];
+    mean_z += clean.lse * clean.lse;
+  }
+  const double count = static_cast<double>(std::max<int64_t>(live, 1));
+  CHECK(got.counts == counts, "tokens per expert");
+  check_close(got.mean_z, 0, mean_z / count, tolerance * (1 + mean_z / count), "mean z");
+  for (int64_t e = 0; e < c.experts; ++e)
+    check_close(got.mean_prob, e, mean_prob[e] / count, tolerance, "mean probability");
+  return live;
+}
+
 // Gradients of what route returns, in token t's part of the loss.
 struct RouteGrads {
   const Array &shared, &routed, &prob, &z;

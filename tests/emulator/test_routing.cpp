@@ -77,42 +77,6 @@ static Routed run(const Case& c, const Inputs& in) {
   return under_all_orders("route", once, [](const Routed& a, const Routed& b) { return a == b; });
 }
 
-static void forward(const Case& c, const Inputs& in, const Routed& got) {
-  std::vector<double> mean_prob(c.experts, 0), routed;
-  std::vector<int32_t> counts(c.experts, 0);
-  double mean_z = 0, shared = 0, live = 0;
-  const double tolerance = 32 * epsilon(DType::f32);
-  for (int64_t t = 0; t < c.tokens; ++t) {
-    if (!in.mask[t]) {
-      check_close(got.shared, t, 1, 0, "shared weight of a masked token");
-      for (int64_t k = 0; k < c.top_k; ++k) {
-        check_close(got.routed, t * c.top_k + k, 0, 0, "routed weight of a masked token");
-        CHECK(got.indices[t * c.top_k + k] == -1, "index of a masked token");
-      }
-      continue;
-    }
-    ++live;
-    const auto logits = row(in.logits, t, c.experts);
-    const auto chosen = largest(logits, c.top_k);
-    gates(c.gate, softmax(logits).p, chosen, &shared, routed);
-    check_close(got.shared, t, shared, tolerance, "shared weight");
-    for (int64_t k = 0; k < c.top_k; ++k) {
-      CHECK(got.indices[t * c.top_k + k] == chosen[k], "token %lld, choice %lld", static_cast<long long>(t),
-            static_cast<long long>(k));
-      check_close(got.routed, t * c.top_k + k, routed[k], tolerance, "routed weight");
-      ++counts[chosen[k]];
-    }
-    const Token clean = softmax(row(c.noisy ? in.clean : in.logits, t, c.experts));
-    for (int64_t e = 0; e < c.experts; ++e) mean_prob[e] += clean.p[e];
-    mean_z += clean.lse * clean.lse;
-  }
-  const double count = std::max(live, 1.0);
-  CHECK(got.counts == counts, "tokens per expert");
-  check_close(got.mean_z, 0, mean_z / count, tolerance * (1 + mean_z / count), "mean z");
-  for (int64_t e = 0; e < c.experts; ++e)
-    check_close(got.mean_prob, e, mean_prob[e] / count, tolerance, "mean probability");
-}
-
 static void backward(const Case& c, const Inputs& in, const Routed& routed) {
   Random random(9);
   const Array gs = random.array(DType::f32, c.tokens), gr = random.array(DType::f32, c.tokens * c.top_k);
@@ -201,7 +165,7 @@ int main() {
             const Case c{type, tokens, experts, top_k, gate, masked, noisy};
             const Inputs in = inputs_of(c);
             const Routed routed = run(c, in);
-            forward(c, in, routed);
+            check_routed(c, in, routed, 32 * epsilon(DType::f32));
             if (tokens < 100) backward(c, in, routed);
           }
         }

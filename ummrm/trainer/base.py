@@ -5,6 +5,7 @@ TRL's arguments, data formats and losses (margins, centred rewards) are its own 
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 import re
@@ -30,7 +31,7 @@ PAPER = {
 _UNINTERESTING = re.compile(r"runtime|per_second|flos|grad_norm|learning_rate|^(epoch|step)$|/")
 
 
-class UmmTrainer(RewardTrainer):
+class UmmTrainer(RewardTrainer, abc.ABC):
     """The part that `UmmRewardTrainer` and `UmmMergeTrainer` share; use one of those.
 
     Args:
@@ -57,9 +58,9 @@ class UmmTrainer(RewardTrainer):
         if isinstance(model, str):
             self._check_model(self.model)
 
+    @abc.abstractmethod
     def _check_model(self, model: nn.Module) -> None:
         """Raises TypeError unless the trainer can train `model`."""
-        raise NotImplementedError
 
     # ---- data --------------------------------------------------------------------------------------------------
 
