@@ -26,7 +26,7 @@ ALLOWED = {
     "card": set(),
     "saving": {"card"},
     "router": {"ops", "config"},
-    "experts_interface": {"ops"},
+    "experts_interface": {"ops", "reference"},
     "normalization": set(),
     "probe": {"dense"},
     "layers": {"ops", "config", "dense", "probe", "router"},

@@ -13,6 +13,7 @@ from transformers import activations
 from transformers.integrations import moe as hf_moe
 
 from . import ops
+from .reference import accumulator
 
 NAME = "ummrm"
 _TRAITS = {
@@ -46,7 +47,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     _check(experts)
     up, down, up_bias, down_bias = parameters = _parameters(experts)
     rows = hidden_states if _autocast(up) else hidden_states.to(up.dtype)  # a model's norms may compute wider
-    weights = top_k_weights.to(_wide(rows))
+    weights = top_k_weights.to(accumulator(rows))
     indices = torch.where(top_k_index < down.shape[0], top_k_index, -1).to(torch.int32)
     kind = _fused_activation(experts)
     if kind is None:
@@ -78,15 +79,11 @@ def _composed(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, p
     rows = project(rows, down, down_bias)
     if _trait(experts, "has_post_expert_norm"):
         rows = experts.post_expert_norm(rows)
-    return ops.unpermute(rows, slot_to_sorted, offsets, None, weights.to(_wide(rows)), 0, top_k)
+    return ops.unpermute(rows, slot_to_sorted, offsets, None, weights.to(accumulator(rows)), 0, top_k)
 
 
 def _autocast(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _trait(experts: nn.Module, name: str) -> bool:
