@@ -10,11 +10,6 @@
 namespace ummrm {
 namespace {
 
-struct Experts {
-  const Tensor &shared_up, &routed_up, &shared_down, &routed_down;
-  const OptionalTensor &shared_up_bias, &routed_up_bias, &shared_down_bias, &routed_down_bias;
-};
-
 // The FFN's tensors as merge_experts takes them: each projection's rows have coefficients of their own, so a fused
 // gate-and-up projection enters as two views. `projection[i]` is the row of the coefficients for list entry i.
 struct Parts {

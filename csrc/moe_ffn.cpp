@@ -9,11 +9,6 @@
 namespace ummrm {
 namespace {
 
-struct Experts {
-  const Tensor &shared_up, &routed_up, &shared_down, &routed_down;
-  const OptionalTensor &shared_up_bias, &routed_up_bias, &shared_down_bias, &routed_down_bias;
-};
-
 struct Sizes {
   int64_t tokens, hidden, top_k, num_shared, num_experts, pre_width, width;
   int64_t shared_rows() const { return num_shared * tokens; }

@@ -91,6 +91,12 @@ std::vector<Tensor> merged_ffn_backward(const Tensor& grad_out, const Tensor& x,
                                         const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
                                         string_view activation, bool glu, std::array<bool, 10> need);
 
+// The parameters of a layer's experts, as the composed operators take them.
+struct Experts {
+  const Tensor &shared_up, &routed_up, &shared_down, &routed_down;
+  const OptionalTensor &shared_up_bias, &routed_up_bias, &shared_down_bias, &routed_down_bias;
+};
+
 inline std::string qualified_name(std::string op) { return op.starts_with("ummrm::") ? op : "ummrm::" + op; }
 
 // The operator `name` through the dispatcher, with the signature of its C++ function: for compositions, so that
