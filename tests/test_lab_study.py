@@ -132,6 +132,8 @@ def test_the_report_is_made_from_the_tables_alone(finished, tmp_path):
         ("planted", False),
     ]
     assert f"{comparisons[0].paired.mean:+.3f}" in page
+    text = (tmp_path / "tables.md").read_text()
+    assert f"| **{comparisons[0].paired.mean:+.3f}** |" in text and "merged, learned" in text
     assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 6
 
 

@@ -1,4 +1,4 @@
-"""A study's report.html: one honest table, the comparisons fixed beforehand, and the plots.
+"""A study's report.html: one honest table, the comparisons fixed beforehand, and the plots. tables.md: the same tables.
 
 Made from the CSV files and study.json alone.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
 from .plots import write_plots
 from .results import read_table, write_atomically
+from .tables import Table, arm_table, comparison_table, expert_table, title_of, words_for
 
 _CAPTIONS = {
     "best_of_n": "Where gold falls while the proxy rises, the reward model is being exploited. Bands: 95% over seeds.",
@@ -61,9 +61,22 @@ def write_report(folder: str | Path) -> list[Path]:
     comparisons = compare(study, runs)
     write_comparisons(folder / "comparisons.csv", comparisons)
     plots = write_plots(study, runs, curves, experts, comparisons, folder)
-    page = folder / "report.html"
+    text, page = folder / "tables.md", folder / "report.html"
+    write_atomically(text, "\n".join(table.markdown() for table in study_tables(folder)))
     write_atomically(page, _page(study, facts["machine"], runs, Runs(timings), comparisons, plots))
-    return [folder / "comparisons.csv", *plots, page]
+    return [folder / "comparisons.csv", *plots, text, page]
+
+
+def study_tables(folder: str | Path) -> list[Table]:
+    """The tables of the study in `folder`: its arms in each regime, its comparisons, its experts."""
+    folder = Path(folder)
+    study = StudyConfig.from_dict(json.loads((folder / "study.json").read_text())["study"])
+    runs, timings = (Runs(read_table(folder, name)) for name in ("runs", "timings"))
+    return [
+        *(arm_table(study, regime, runs, timings) for regime in study.regimes),
+        comparison_table(study, compare(study, runs)),
+        expert_table(study, read_table(folder, "experts")),
+    ]
 
 
 def report_lines(folder: str | Path) -> list[str]:
@@ -76,16 +89,16 @@ def primary_lines(study: StudyConfig, comparisons: Sequence[Comparison]) -> list
     """The primary comparison in words, one line a regime."""
     lines = []
     for c in (c for c in comparisons if c.primary):
-        title = study.regimes[c.regime].title or c.regime
+        title = title_of(study, c.regime)
         names = f"{study.label(c.config.arm)} against {study.label(c.config.against)}"
         if c.paired is None:
             lines.append(f"{title}: {names}: too few seeds.")
             continue
         p = c.paired
         lines.append(
-            f"{title}: {names}, {OUTCOMES.get(c.config.outcome, c.config.outcome)} under {_words(c.config.optimiser)}: "
-            f"{p.mean:+.3f} (95% {p.low:+.3f} to {p.high:+.3f}), better in {c.better_in:g} of {p.seeds} seeds, "
-            f"p = {c.adjusted:.2g} after Holm: {c.verdict}."
+            f"{title}: {names}, {OUTCOMES.get(c.config.outcome, c.config.outcome)} under "
+            f"{words_for(c.config.optimiser)}: {p.mean:+.3f} (95% {p.low:+.3f} to {p.high:+.3f}), better in "
+            f"{c.better_in:g} of {p.seeds} seeds, p = {c.adjusted:.2g} after Holm: {c.verdict}."
         )
     return lines
 
@@ -109,12 +122,12 @@ def _page(
         f"<h2>Primary comparison, fixed beforehand</h2><ul>{primary}</ul>",
         "<p>No difference shown means just that: at few seeds only large differences can show.</p>",
         "<h2>All arms</h2>",
-        *[_arm_table(study, regime, runs, timings) for regime in study.regimes],
+        *[_table(arm_table(study, regime, runs, timings)) for regime in study.regimes],
         "<p>Mean ± half the 95% t interval over seeds. Training FLOPs are counted, from random weights on; forward "
         "times are measured, against the dense model in the same run.</p>",
         *[_figure(path) for path in plots],
         "<h2>All comparisons</h2>",
-        _comparison_table(study, comparisons),
+        _table(comparison_table(study, comparisons)),
         "<p>Difference: arm minus other, in the outcome's own units; p: sign-flip permutation test; adjusted: Holm, "
         "over the regimes for the primary comparison, over all others together for the rest. Better in: seeds in which "
         "the arm does better, less drop and less gap being better.</p>",
@@ -125,57 +138,14 @@ def _page(
     )
 
 
-def _arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> str:
-    best, ppo = "best_of_n", "ppo"
-    dense = next((name for name, arm in study.arms.items() if arm.kind == "dense"), None)
-    columns = {
-        f"gold at KL {study.measure.fixed_kl:g}, best-of-n": lambda a: _interval(runs, regime, a, best, "gold_at_kl"),
-        "drop from the peak": lambda a: _interval(runs, regime, a, best, "drop_from_peak"),
-        "proxy-gold gap": lambda a: _interval(runs, regime, a, best, "proxy_gold_gap"),
-        "gold at the end of PPO": lambda a: _interval(runs, regime, a, ppo, "gold_end"),
-        "accuracy": lambda a: _interval(runs, regime, a, best, "accuracy", 3),
-        "shortcut reversed": lambda a: _interval(runs, regime, a, best, "accuracy_shifted", 3),
-        "policy's tail": lambda a: _interval(runs, regime, a, best, "accuracy_tail", 3),
-        "parameters": lambda a: _mean(runs, regime, a, "parameters", "{:,.0f}"),
-        "training FLOPs ÷ dense": lambda a: _ratio(runs, regime, a, dense, "training_flops"),
-        "forward time ÷ dense": lambda a: _time_ratio(timings, regime, a),
-    }
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
-    rows = []
-    for arm in (arm for arm in study.arms if runs.values(regime, arm, best, "accuracy")):
-        cells = "".join(f"<td>{cell(arm)}</td>" for cell in columns.values())
-        rows.append(f"<tr><td>{html.escape(study.label(arm))}</td>{cells}</tr>")
-    title = html.escape(study.regimes[regime].title or regime)
-    return f"<h3>{title}</h3>" + _table(head, rows)
-
-
-def _comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> str:
-    names = ("arm", "against", "regime", "optimiser", "outcome", "seeds", "difference", "95% interval", "better in")
-    head = "".join(f"<th>{name}</th>" for name in (*names, "p", "adjusted", "verdict"))
-    rows = []
-    for c in comparisons:
-        cells = [
-            study.label(c.config.arm),
-            study.label(c.config.against),
-            study.regimes[c.regime].title or c.regime,
-            _words(c.config.optimiser),
-            OUTCOMES.get(c.config.outcome, c.config.outcome),
-        ]
-        if c.paired is None:
-            cells += [f"fewer than 2 of {c.missing} have both values", *[""] * 6]
-        else:
-            p = c.paired
-            missing = f" ({c.missing} missing)" if c.missing else ""
-            cells += [f"{p.seeds}{missing}", f"{p.mean:+.3f}", f"{p.low:+.3f} to {p.high:+.3f}", f"{c.better_in:g}"]
-            cells += [f"{p.p:.2g}", f"{c.adjusted:.2g}", c.verdict]
-        kind = ' class="primary"' if c.primary else ""
-        rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return _table(head, rows)
-
-
-def _table(head: str, rows: Sequence[str]) -> str:
-    body = "".join(rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
+    body = ""
+    for i, row in enumerate(table.rows):
+        kind = ' class="primary"' if i in table.marked else ""
+        body += f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    title = f"<h3>{html.escape(table.title)}</h3>" if table.title else ""
+    return f'{title}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _figure(path: Path) -> str:
@@ -185,33 +155,3 @@ def _figure(path: Path) -> str:
         f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _interval(runs: Runs, regime: str, arm: str, optimiser: str, column: str, digits: int = 2) -> str:
-    found = runs.interval(regime, arm, optimiser, column)
-    if found is None:
-        return ""
-    mean, low, _ = found
-    half = "" if math.isnan(low) else f" ± {mean - low:.{digits}f}"
-    return f"{mean:.{digits}f}{half}"
-
-
-def _mean(runs: Runs, regime: str, arm: str, column: str, form: str) -> str:
-    found = runs.interval(regime, arm, "best_of_n", column)
-    return "" if found is None else form.format(found[0])
-
-
-def _ratio(runs: Runs, regime: str, arm: str, base: str | None, column: str) -> str:
-    one = runs.interval(regime, arm, "best_of_n", column)
-    other = None if base is None else runs.interval(regime, base, "best_of_n", column)
-    return "" if one is None or other is None else f"{one[0] / other[0]:.2f}"
-
-
-def _time_ratio(timings: Runs, regime: str, arm: str) -> str:
-    own, dense = (timings.values(regime, arm, "best_of_n", name) for name in ("forward_ms", "dense_forward_ms"))
-    ratios = sorted(own[seed] / dense[seed] for seed in own if dense.get(seed))
-    return f"{ratios[len(ratios) // 2]:.2f}" if ratios else ""
-
-
-def _words(optimiser: str) -> str:
-    return {"best_of_n": "best-of-n", "ppo": "PPO"}[optimiser]

@@ -148,6 +148,7 @@ def _run_groups(study: StudyConfig, output: Path, groups: list[Group], total: in
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
         disable=not progress,
+        refresh_per_second=2,  # the drawing shares its core with a worker
     )
     with bars, quiet_transformers():
         rows = [bars.add_task("starting", total=1, note="") for _ in range(workers)]

@@ -1,0 +1,171 @@
+"""The tables of a study, as text: its arms, its comparisons, its experts. HTML and Markdown show the same cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .compare import OUTCOMES, Comparison, Runs
+from .config import StudyConfig
+from .statistics import mean_interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: above it; may be empty.
+        head: names of the columns.
+        rows: cells, as many as columns; the first names the row.
+        marked: indices of the rows that stand out.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marked: frozenset[int] = field(default_factory=frozenset)
+
+    def markdown(self) -> str:
+        """The table in Markdown, title and all; marked rows in bold."""
+        lines = [f"### {self.title}\n"] if self.title else []
+        lines += [_line(self.head), "|---" + "|---:" * (len(self.head) - 1) + "|"]
+        for i, row in enumerate(self.rows):
+            lines.append(_line([f"**{cell}**" if cell else "" for cell in row] if i in self.marked else row))
+        return "\n".join(lines) + "\n"
+
+
+def arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> Table:
+    """Every arm that was run in a regime: mean and half the 95% t interval over seeds of what was measured."""
+    dense = next((name for name, arm in study.arms.items() if arm.kind == "dense"), None)
+    columns: dict[str, Callable[[str], str]] = {
+        f"gold at KL {study.measure.fixed_kl:g}, best-of-n": _interval(runs, regime, "best_of_n", "gold_at_kl"),
+        "drop from the peak": _interval(runs, regime, "best_of_n", "drop_from_peak"),
+        "proxy-gold gap": _interval(runs, regime, "best_of_n", "proxy_gold_gap"),
+        "gold at the end of PPO": _interval(runs, regime, "ppo", "gold_end"),
+        "accuracy": _interval(runs, regime, "best_of_n", "accuracy", 3),
+        "shortcut reversed": _interval(runs, regime, "best_of_n", "accuracy_shifted", 3),
+        "policy's tail": _interval(runs, regime, "best_of_n", "accuracy_tail", 3),
+        "parameters": lambda arm: _mean(runs, regime, arm, "parameters", "{:,.0f}"),
+        "training FLOPs ÷ dense": lambda arm: _ratio(runs, regime, arm, dense, "training_flops"),
+        "forward time ÷ dense": lambda arm: _time_ratio(timings, regime, arm),
+    }
+    arms = (arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy"))
+    rows = tuple((study.label(arm), *(cell(arm) for cell in columns.values())) for arm in arms)
+    return Table(title_of(study, regime), ("arm", *columns), rows)
+
+
+def comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> Table:
+    """The comparisons that the study fixed beforehand, the primary ones marked."""
+    names = ("arm", "against", "regime", "optimiser", "outcome", "seeds", "difference", "95% interval", "better in")
+    rows = []
+    for c in comparisons:
+        cells = [
+            study.label(c.config.arm),
+            study.label(c.config.against),
+            title_of(study, c.regime),
+            words_for(c.config.optimiser),
+            OUTCOMES.get(c.config.outcome, c.config.outcome),
+        ]
+        if c.paired is None:
+            cells += [f"fewer than 2 of {c.missing} have both values", *[""] * 6]
+        else:
+            p = c.paired
+            missing = f" ({c.missing} missing)" if c.missing else ""
+            cells += [f"{p.seeds}{missing}", f"{p.mean:+.3f}", f"{p.low:+.3f} to {p.high:+.3f}", f"{c.better_in:g}"]
+            cells += [f"{p.p:.2g}", f"{c.adjusted:.2g}", c.verdict]
+        rows.append(tuple(cells))
+    marked = frozenset(i for i, c in enumerate(comparisons) if c.primary)
+    return Table("", (*names, "p", "adjusted", "verdict"), tuple(rows), marked)
+
+
+def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
+    """How far experts specialise, over the mixture's training and in each layer, and how far alpha left uniform.
+
+    Information is that of a token's first expert about the instruction regime, in bits, mean and half the 95% t
+    interval over seeds; `by chance` the same with regimes dealt out to sequences at random. `largest` is the largest
+    routed expert's share of a layer.
+    """
+    rows = []
+    for regime in study.regimes:
+        here = [row for row in experts if row["regime"] == regime]
+        mixture = [row for row in here if row["arm"] == "moe"]
+        last = max((row["step"] for row in mixture), default=None)
+        informed = [row for row in mixture if row["measure"] == "mutual_information"]
+        for step in sorted({row["step"] for row in informed}):
+            for layer in sorted({row["layer"] for row in informed}):
+                at = [row for row in mixture if row["layer"] == layer and row["step"] == step]
+                alphas = [row for row in here if row["layer"] == layer and row["arm"] == study.primary.arm]
+                rows.append(
+                    (
+                        f"{title_of(study, regime)}, {layer}, step {step:g}",
+                        _spread(r["value"] for r in at if r["measure"] == "mutual_information"),
+                        _spread(r["value"] for r in at if r["measure"] == "mutual_information_null"),
+                        _spread(_largest([r for r in at if r["measure"] == "slot_share"])),
+                        _spread(_largest_alpha(study, alphas)) if step == last else "",
+                    )
+                )
+    names = ("information, bits", "by chance", "largest slot share", f"largest softmax(alpha), {study.primary.arm}")
+    return Table("", ("experts of the mixture", *names), tuple(rows))
+
+
+def title_of(study: StudyConfig, regime: str) -> str:
+    """A regime in words."""
+    return study.regimes[regime].title or regime
+
+
+def words_for(optimiser: str) -> str:
+    """An optimiser in words."""
+    return {"best_of_n": "best-of-n", "ppo": "PPO"}.get(optimiser, optimiser.upper())
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _interval(runs: Runs, regime: str, optimiser: str, column: str, digits: int = 2) -> Callable[[str], str]:
+    return lambda arm: _spread(runs.values(regime, arm, optimiser, column).values(), digits)
+
+
+def _spread(values: Iterable[float], digits: int = 3) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    mean, low, _ = mean_interval(values)
+    half = "" if math.isnan(low) else f" ± {mean - low:.{digits}f}"
+    return f"{mean:.{digits}f}{half}"
+
+
+def _mean(runs: Runs, regime: str, arm: str, column: str, form: str) -> str:
+    found = runs.interval(regime, arm, "best_of_n", column)
+    return "" if found is None else form.format(found[0])
+
+
+def _ratio(runs: Runs, regime: str, arm: str, base: str | None, column: str) -> str:
+    one = runs.interval(regime, arm, "best_of_n", column)
+    other = None if base is None else runs.interval(regime, base, "best_of_n", column)
+    return "" if one is None or other is None else f"{one[0] / other[0]:.2f}"
+
+
+def _time_ratio(timings: Runs, regime: str, arm: str) -> str:
+    own, dense = (timings.values(regime, arm, "best_of_n", name) for name in ("forward_ms", "dense_forward_ms"))
+    ratios = sorted(own[seed] / dense[seed] for seed in own if dense.get(seed))
+    return f"{ratios[len(ratios) // 2]:.2f}" if ratios else ""
+
+
+def _largest(rows: Iterable[dict]) -> list[float]:
+    """Of each seed, the largest value."""
+    by_seed: dict[int, float] = {}
+    for row in rows:
+        by_seed[row["seed"]] = max(by_seed.get(row["seed"], -math.inf), row["value"])
+    return list(by_seed.values())
+
+
+def _largest_alpha(study: StudyConfig, rows: Sequence[dict]) -> list[float]:
+    """Of each seed, the largest of the routed experts' merge weights, which sum to 1 here."""
+    routed = [r for r in rows if r["measure"] == "merge_weight_0" and r["expert"] >= study.upcycle.num_shared_experts]
+    total: dict[int, float] = {}
+    for row in routed:
+        total[row["seed"]] = total.get(row["seed"], 0.0) + row["value"]
+    return _largest({**row, "value": row["value"] / total[row["seed"]]} for row in routed)
