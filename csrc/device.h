@@ -53,7 +53,7 @@ inline void on_cuda([[maybe_unused]] const Checker& check, [[maybe_unused]] cons
   if constexpr (kHasCuda) {
     const int status = launch_on(tensor, launch);
     TORCH_CHECK(status == 0, "ummrm.", check.op, ": the launch failed on ", tensor.device(), ": ",
-                cuda::error_text(status));
+                cuda::take_error(status));
   }
 }
 

@@ -12,6 +12,9 @@ const char* architectures() { return UMMRM_CUDA_ARCHITECTURES; }
 
 const char* compiler_version() { return UMMRM_TEXT(__CUDACC_VER_MAJOR__) "." UMMRM_TEXT(__CUDACC_VER_MINOR__); }
 
-const char* error_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+const char* take_error(int status) {
+  (void)cudaGetLastError();
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
 
 }  // namespace ummrm::cuda

@@ -9,7 +9,8 @@ const char* architectures();
 // Version of the nvcc that compiled them, as "13.0".
 const char* compiler_version();
 
-// Name and description of a cudaError_t.
-const char* error_text(int status);
+// Description of the cudaError_t that a launcher returned. The runtime forgets the error, so that whoever asks it next
+// (torch, after its own launches) is not told of it a second time.
+const char* take_error(int status);
 
 }  // namespace ummrm::cuda
