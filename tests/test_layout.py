@@ -53,7 +53,7 @@ EXTRAS = {
     "backends": {"triton"},
     "recipe": {"rich", "yaml", "safetensors"},
     "plots": {"matplotlib", "numpy"},
-    "lab": {"rich", "matplotlib", "numpy"},
+    "lab": {"rich", "matplotlib", "numpy", "trl", "datasets"},
     "cli": {"typer", "rich", "yaml"},
     "tasks": set(),
 }

@@ -24,13 +24,14 @@ from ..losses import auxiliary_loss
 from ..merge import merge, merge_coefficients
 from ..recipe.config import TrainConfig
 from ..recipe.measure import parameter_count, score
-from ..recipe.stages import build_dense, start_merge
+from ..recipe.stages import start_merge
 from ..recipe.training import train
-from ..tasks import Sequences, concatenate, make_synthetic_task
+from ..tasks import Sequences, concatenate
 from ..upcycle import upcycle
 from .config import ResolvedArm, StudyConfig
 from .costs import forward_flops, merging_flops, training_flops
 from .seeds import derive
+from .setting import make_setting
 from .specialisation import measure_specialisation
 
 OnStep = Callable[[str, int, int], None]
@@ -136,7 +137,8 @@ class Arms:
     ) -> None:
         self.study, self.regime, self.seed, self.folder = study, regime, seed, folder
         self.on_step = on_step or (lambda stage, done, total: None)
-        self.task = make_synthetic_task(study.regimes[regime].task, self.derive("data"))
+        self.setting = make_setting(study, regime, self.derive, folder, self.on_step)
+        self.task = self.setting.task
         train_pairs = self.task.train
         self.mean_length = torch.cat([train_pairs.chosen.lengths, train_pairs.rejected.lengths]).double().mean().item()
         reference = train_pairs.select(slice(0, study.measure.reference_pairs))
@@ -193,7 +195,7 @@ class Arms:
         return self._stage(
             f"dense-{member}",
             {"dense": self.study.dense},
-            lambda: build_dense(self.study.model, self.task, self.derive("dense", member), self.study.device),
+            lambda: self.setting.dense(self.derive("dense", member)),
             make,
             lambda model: self._training_flops(model, self.study.dense),
         )

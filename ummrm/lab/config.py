@@ -19,13 +19,15 @@ from ..config import MergeConfig, UpcycleConfig
 from ..recipe.config import ModelConfig, TrainConfig
 from ..recipe.fields import build, read_yaml, require
 from ..tasks import SyntheticTaskConfig
+from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
+from .real import RealTaskConfig
 
 KINDS = ("dense", "dense_longer", "ensemble", "weight_average", "moe", "merged")
 BUDGETS = ("steps", "flops")
 RULES = ("mean", "worst", "uwo")
-OPTIMISERS = ("best_of_n", "ppo")
+OPTIMISERS = ("best_of_n", "ppo", "rloo", "grpo")
 ALPHAS = ("learned", "uniform")
 
 
@@ -34,11 +36,12 @@ class RegimeConfig:
     """One regime of error: a task whose training pairs mislead a reward model in a known way.
 
     Attributes:
-        task: the task; each seed of a study draws it anew.
+        task: the task, `kind: synthetic` (also where no kind is given) or `kind: real`; each seed of a study draws it
+            anew.
         title: what the regime is, in words.
     """
 
-    task: SyntheticTaskConfig
+    task: SyntheticTaskConfig | RealTaskConfig
     title: str = ""
 
 
@@ -62,6 +65,8 @@ class ArmConfig:
         merge: of `merged`: changes to the study's `merge`.
         learning: of `merged`: changes to the study's `alpha` training.
         ppo: whether PPO is run against it.
+        rloo: whether TRL's RLOO is, on a real task.
+        grpo: the same of TRL's GRPO.
     """
 
     kind: str
@@ -76,6 +81,8 @@ class ArmConfig:
     merge: dict[str, Any] = field(default_factory=dict)
     learning: dict[str, Any] = field(default_factory=dict)
     ppo: bool = False
+    rloo: bool = False
+    grpo: bool = False
 
     def __post_init__(self) -> None:
         require(self, "kind", self.kind in KINDS, "one of " + ", ".join(KINDS))
@@ -94,8 +101,8 @@ class MeasureConfig:
         batch_size: sequences a batch when scoring.
         fixed_kl: best-of-n's gold reward is compared at this KL divergence in nats, between two n by interpolation over
             its root.
-        ppo_fixed_kl: the same for PPO, where its path first gets there.
-        ppo_window: PPO steps that are averaged before anything is read off its path.
+        ppo_fixed_kl: the same for PPO, RLOO and GRPO, where their path first gets there.
+        ppo_window: points of such a path that are averaged before anything is read off it.
         reference_pairs: training pairs over which an ensemble's members are normalised.
         specialisation_points: times during the mixture's training at which its experts are measured, the end included.
         specialisation_pairs: held-out pairs for that.
@@ -156,8 +163,10 @@ class StudyConfig:
         merge: `ummrm.MergeConfig`; an arm's `shared_share` replaces its lambda.
         alpha: learning of the merge weights.
         members: members of ensembles and weight averages.
-        policy: the policy that PPO starts from.
+        policy: the policy that PPO starts from; a real task names its own.
         ppo: PPO.
+        rloo: TRL's RLOO.
+        grpo: TRL's GRPO.
         measure: what is measured.
         primary: the primary comparison, made in every regime.
         secondary: further comparisons, made in every regime, corrected together.
@@ -179,6 +188,8 @@ class StudyConfig:
     members: int = 4
     policy: PolicyConfig = PolicyConfig()
     ppo: PPOConfig = PPOConfig()
+    rloo: OnlineConfig = OnlineConfig()
+    grpo: OnlineConfig = OnlineConfig()
     measure: MeasureConfig = MeasureConfig()
     primary: ComparisonConfig = ComparisonConfig()
     secondary: tuple[ComparisonConfig, ...] = ()
@@ -198,8 +209,22 @@ class StudyConfig:
             for name in (comparison.arm, comparison.against):
                 if name not in self.arms:
                     raise ValueError(f"a comparison must be of arms, {', '.join(self.arms)}, got {name!r}.")
-                if comparison.optimiser == "ppo" and not self.arms[name].ppo:
-                    raise ValueError(f"a comparison under PPO needs `ppo: true` of the arm {name!r}.")
+                if comparison.optimiser not in self.optimisers(name):
+                    optimiser = comparison.optimiser
+                    raise ValueError(
+                        f"a comparison under {optimiser.upper()} needs `{optimiser}: true` of the arm {name!r}."
+                    )
+        real = [name for name, regime in self.regimes.items() if isinstance(regime.task, RealTaskConfig)]
+        if real and (len(real) < len(self.regimes) or self.model.model_type is not None):
+            raise ValueError(
+                f"the regime {real[0]!r} is on real checkpoints, so that all must be, and `model.folder` must name the "
+                "checkpoint from which the dense reward model starts."
+            )
+        online = [name for name in self.arms if {"rloo", "grpo"} & set(self.optimisers(name))]
+        if online and not real:
+            raise ValueError(
+                f"`rloo` and `grpo` of the arm {online[0]!r} need a task on real checkpoints: TRL's trainers read text."
+            )
         for name in self.arms:
             self.resolve(name)  # an impossible change to a stage shows here, before anything is trained
 
@@ -225,7 +250,7 @@ class StudyConfig:
 
     def optimisers(self, arm: str) -> tuple[str, ...]:
         """What is run against an arm."""
-        return OPTIMISERS if self.arms[arm].ppo else OPTIMISERS[:1]
+        return ("best_of_n", *(name for name in OPTIMISERS[1:] if getattr(self.arms[arm], name)))
 
     @property
     def seed_range(self) -> range:
@@ -239,20 +264,26 @@ class StudyConfig:
         Raises:
             ValueError: an unknown field, a missing one, a wrong type or value; names the field by its path.
         """
-        return build(cls, data, "study")
+        return build(cls, _with_kinds(data), "study")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        for name, regime in self.regimes.items():
+            if isinstance(regime.task, RealTaskConfig):
+                data["regimes"][name]["task"]["kind"] = regime.task.KIND
+        return data
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
 
         Other arms, other regimes, labels and the number of seeds and processes are left out, so that a study can grow.
         """
+        made = dataclasses.asdict(self.arms[arm])
+        del made["rloo"], made["grpo"]
         parts = {
             "regime": dataclasses.asdict(self.regimes[regime].task),
-            "arm": {**dataclasses.asdict(self.arms[arm]), "label": "", "ppo": False},
+            "arm": {**made, "label": "", "ppo": False},
             "stages": dataclasses.asdict(self.resolve(arm)),
             **{
                 name: dataclasses.asdict(getattr(self, name))
@@ -263,6 +294,8 @@ class StudyConfig:
         }
         if optimiser == "ppo":
             parts |= {"policy": dataclasses.asdict(self.policy), "ppo": dataclasses.asdict(self.ppo)}
+        elif optimiser != "best_of_n":
+            parts[optimiser] = dataclasses.asdict(getattr(self, optimiser))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
@@ -296,6 +329,17 @@ def shipped_studies() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(resources.files(__package__) / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _with_kinds(data: Any) -> Any:
+    """A study's plain data with `kind: synthetic` for tasks that name none."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("regimes"), Mapping):
+        return data  # for `build` to refuse
+    regimes = dict(data["regimes"])
+    for name, regime in regimes.items():
+        if isinstance(regime, Mapping) and isinstance(regime.get("task"), Mapping):
+            regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.KIND, **regime["task"]}}
+    return {**data, "regimes": regimes}
 
 
 def _changed(stage, changes: Mapping[str, Any], where: str):

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..plots import FONT, legend_below
 from .compare import OUTCOMES, Comparison, Runs
-from .config import StudyConfig
+from .config import OPTIMISERS, StudyConfig
 from .fits import smoothed
 from .statistics import t_quantile
 
@@ -45,7 +45,7 @@ def write_plots(
     """Draws every plot for which there is data into `output`; returns the files."""
     figures = {
         "best_of_n": lambda: over_optimisation(study, curves, "best_of_n"),
-        "ppo": lambda: over_optimisation(study, curves, "ppo"),
+        **{name: lambda name=name: over_optimisation(study, curves, name) for name in OPTIMISERS[1:]},
         "differences": lambda: differences(study, runs, comparisons),
         "accuracy": lambda: accuracies(study, runs),
         "shared_share": lambda: shared_share(study, runs),
@@ -68,7 +68,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
     if not arms:
         return None
     regimes = list(study.regimes)
-    window = study.measure.ppo_window if optimiser == "ppo" else 1
+    window = 1 if optimiser == "best_of_n" else study.measure.ppo_window
     figure = Figure(figsize=(5.4 * len(regimes) + 0.6, 7.2), layout="constrained")
     axes = figure.subplots(2, len(regimes), squeeze=False, sharex="col")
     for column, regime in enumerate(regimes):
@@ -83,7 +83,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
                 mean, half = _band(values)
                 axis.plot(x, mean, label=study.label(arm), **style)
                 axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.10, linewidth=0)
-        fixed = study.measure.ppo_fixed_kl if optimiser == "ppo" else study.measure.fixed_kl
+        fixed = study.measure.fixed_kl if optimiser == "best_of_n" else study.measure.ppo_fixed_kl
         for axis in axes[:, column]:
             axis.axvline(math.sqrt(fixed), color="0.5", linewidth=0.9, linestyle=":")
         axes[0, column].set_title(f"{_title(study, regime)}: gold reward")
@@ -92,7 +92,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
     for axis in axes[:, 0]:
         axis.set_ylabel("standard deviations of\nthe policy's own answers")
     legend_below(figure, axes[0, 0], columns=3)
-    name = "Best-of-n" if optimiser == "best_of_n" else f"PPO (means over {window} steps)"
+    name = "Best-of-n" if optimiser == "best_of_n" else f"{optimiser.upper()} (means over {window} steps)"
     figure.suptitle(f"{name}: what optimising against each reward model gives (dotted: the fixed KL)", fontsize=11)
     return figure
 

@@ -308,7 +308,8 @@ class PPO:
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"a loss became {loss.item()} at step {self.steps_done}; lower `learning_rate`.")
         optimizer.zero_grad()
-        loss.backward()
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.max_grad_norm)
         optimizer.step()
 

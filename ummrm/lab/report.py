@@ -14,12 +14,15 @@ from pathlib import Path
 from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
 from .plots import write_plots
+from .real import RealTaskConfig
 from .results import read_table, write_atomically
 from .tables import Table, arm_table, comparison_table, expert_table, title_of, words_for
 
 _CAPTIONS = {
     "best_of_n": "Where gold falls while the proxy rises, the reward model is being exploited. Bands: 95% over seeds.",
     "ppo": "The same under PPO, every policy starting from the same one. Paths end where their KL penalty holds them.",
+    "rloo": "The same under TRL's RLOO. KL is measured apart from TRL's own estimate, and exact at the visited states.",
+    "grpo": "The same under TRL's GRPO. KL is measured apart from TRL's own estimate, and exact at the visited states.",
     "differences": "Right of the line the arm in question is the better one. Bars: 95% t intervals over seeds.",
     "accuracy": "Tail: pairs of the policy's own answers of which one has more of the shortcut than training showed.",
     "shared_share": "Merged models by λ, with learned merge weights.",
@@ -112,18 +115,21 @@ def _page(
     plots: Sequence[Path],
 ) -> str:
     seeds = f"{len(runs.seeds)} seeds ({runs.seeds[0]} to {runs.seeds[-1]})" if runs.seeds else "no seeds"
+    real = any(isinstance(regime.task, RealTaskConfig) for regime in study.regimes.values())
+    drawn = "prompts, answers, labels and initialisation" if real else "gold reward, data, initialisation and prompts"
+    start = "the named checkpoint" if real else "random weights"
     primary = "".join(f"<li>{html.escape(line)}</li>" for line in primary_lines(study, comparisons))
     parts = [
         f"<h1>Reward-hacking laboratory: {html.escape(study.name)}</h1>",
         f"<p>{seeds}, {len(study.regimes)} regimes, {len(study.arms)} arms; device {html.escape(study.device)}, torch "
         f"{html.escape(machine['torch'])}, transformers {html.escape(machine['transformers'])}. The seed is the unit: "
-        "gold reward, data, initialisation and prompts are drawn anew. Rewards are in standard deviations of the "
+        f"{drawn} are drawn anew. Rewards are in standard deviations of the "
         "policy's own answers from their mean, so that 0 is the policy itself.</p>",
         f"<h2>Primary comparison, fixed beforehand</h2><ul>{primary}</ul>",
         "<p>No difference shown means just that: at few seeds only large differences can show.</p>",
         "<h2>All arms</h2>",
         *[_table(arm_table(study, regime, runs, timings)) for regime in study.regimes],
-        "<p>Mean ± half the 95% t interval over seeds. Training FLOPs are counted, from random weights on; forward "
+        f"<p>Mean ± half the 95% t interval over seeds. Training FLOPs are counted, from {start} on; forward "
         "times are measured, against the dense model in the same run.</p>",
         *[_figure(path) for path in plots],
         "<h2>All comparisons</h2>",

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..recipe.run import quiet_transformers
 from .arms import Arms
 from .config import OPTIMISERS, StudyConfig
+from .online import require_trl
 from .results import UnitStore, write_atomically, write_tables
 from .units import Bench, Unit, units_of
 
@@ -79,6 +80,8 @@ def run_study(
     chosen = tuple(name for name in study.arms if not arms or name in arms)
     with _lock(output):
         store = UnitStore(output)
+        if any({"rloo", "grpo"} & set(study.optimisers(name)) & set(optimisers) for name in chosen):
+            require_trl()  # before anything is trained
         everything = [
             (regime, seed, units_of(study, regime, seed, chosen, optimisers))
             for seed in study.seed_range

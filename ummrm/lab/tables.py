@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .compare import OUTCOMES, Comparison, Runs
-from .config import StudyConfig
+from .config import OPTIMISERS, StudyConfig
 from .statistics import mean_interval
 
 
@@ -43,7 +43,11 @@ def arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> Tab
         f"gold at KL {study.measure.fixed_kl:g}, best-of-n": _interval(runs, regime, "best_of_n", "gold_at_kl"),
         "drop from the peak": _interval(runs, regime, "best_of_n", "drop_from_peak"),
         "proxy-gold gap": _interval(runs, regime, "best_of_n", "proxy_gold_gap"),
-        "gold at the end of PPO": _interval(runs, regime, "ppo", "gold_end"),
+        **{
+            f"gold at the end of {words_for(name)}": _interval(runs, regime, name, "gold_end")
+            for name in OPTIMISERS[1:]
+            if name == "ppo" or any(name in study.optimisers(arm) for arm in study.arms)
+        },
         "accuracy": _interval(runs, regime, "best_of_n", "accuracy", 3),
         "shortcut reversed": _interval(runs, regime, "best_of_n", "accuracy_shifted", 3),
         "policy's tail": _interval(runs, regime, "best_of_n", "accuracy_tail", 3),

@@ -18,7 +18,8 @@ from .arms import Arms, RewardModel
 from .best_of_n import best_of_n
 from .config import StudyConfig
 from .fits import drop_from_peak, fit_best_of_n, fit_rl, smoothed, value_at_kl
-from .policy import PolicyModel, train_policy
+from .online import OnlineRecord, run_online
+from .policy import PolicyModel
 from .ppo import PPORecord, run_ppo
 
 # Columns of runs.csv after regime, seed, arm and optimiser. Rewards are in standard deviations of the policy's own
@@ -85,8 +86,9 @@ class Bench:
             about experts and merge weights) and `timings`, which alone differ from run to run.
         """
         start = time.perf_counter()
-        model = self.model(unit.arm)
-        found = self._best_of_n(unit, model) if unit.optimiser == "best_of_n" else self._ppo(unit, model)
+        run = {"best_of_n": self._best_of_n, "ppo": self._ppo}.get(unit.optimiser, self._online)
+        with self.arms.setting.computing():
+            found = run(unit, self.model(unit.arm))
         found["timings"]["seconds"] = time.perf_counter() - start
         return found
 
@@ -97,11 +99,9 @@ class Bench:
         return self._models[arm]
 
     def policy(self) -> PolicyModel:
-        """The policy that PPO starts from; the same for every arm."""
+        """The policy that PPO, RLOO and GRPO start from; the same for every arm."""
         if self._policy is None:
-            self._policy = train_policy(self.task, self.study.policy, self.arms.derive("policy"))
-            self._policy.network.to(self.study.device)
-            self._policy.allowed = self._policy.allowed.to(self.study.device)
+            self._policy = self.arms.setting.policy(self.arms.derive("policy"))
         return self._policy
 
     def _best_of_n(self, unit: Unit, model: RewardModel) -> dict:
@@ -148,13 +148,41 @@ class Bench:
             measures={"shortcut": self.task.shortcut_of} if self.task.shortcut_of is not None else None,
             on_step=lambda record: self.arms.on_step(f"PPO on {unit.arm}", record.step, self.study.ppo.steps),
         )
-        curve = [_ppo_row(record, mean, std) for record in records]
+        return self._path([_row(record, mean, std) for record in records])
+
+    def _online(self, unit: Unit, model: RewardModel) -> dict:
+        samples, config = self.task.policy, getattr(self.study, unit.optimiser)
+        mean, std = samples.gold.mean().item(), samples.gold.std().item()
+        proxy = model(samples.sequences)
+        shift, scale = proxy.mean(), proxy.std()
+        setting = self.arms.setting
+        records = run_online(
+            unit.optimiser,
+            self.policy(),
+            self.task.prompts,
+            setting.prompt_texts(),
+            lambda sequences: (model(sequences) - shift) / scale,
+            self.task.gold,
+            config,
+            self.arms.derive(unit.optimiser),
+            setting.wording,
+            setting.computing,
+            measures={"shortcut": self.task.shortcut_of},
+            on_step=lambda record: self.arms.on_step(
+                f"{unit.optimiser.upper()} on {unit.arm}", record.step, config.steps
+            ),
+        )
+        return self._path([_row(record, mean, std) for record in records])
+
+    def _path(self, curve: list[dict]) -> dict:
         values = curve_values(curve, self.study.measure.ppo_fixed_kl, self.study.measure.ppo_window)
         fit = fit_rl([math.sqrt(max(row["kl"], 0)) for row in curve], [row["gold"] - curve[0]["gold"] for row in curve])
         values |= dict(zip(("fit_a", "fit_b", "fit_r2"), fit, strict=True))
         return {"values": values, "curve": curve, "experts": [], "timings": {}}
 
     def _accuracy(self, model: RewardModel, pairs: PreferencePairs) -> float:
+        if len(pairs) == 0:
+            return math.nan  # real pairs may all be of one kind
         return share_right(model(pairs.chosen), model(pairs.rejected))
 
     def _most_trained(self) -> float:
@@ -254,7 +282,7 @@ def _forward(model: RewardModel) -> Callable[..., None]:
     return forward
 
 
-def _ppo_row(record: PPORecord, mean: float, std: float) -> dict:
+def _row(record: PPORecord | OnlineRecord, mean: float, std: float) -> dict:
     return {
         "step": record.step,
         "kl": record.kl,
@@ -264,6 +292,6 @@ def _ppo_row(record: PPORecord, mean: float, std: float) -> dict:
         "kl_estimate": record.kl_estimate,
         "entropy": record.entropy,
         "length": record.length,
-        "clip_fraction": record.clip_fraction,
-        "value_loss": record.value_loss,
+        "clip_fraction": getattr(record, "clip_fraction", None),
+        "value_loss": getattr(record, "value_loss", None),
     }

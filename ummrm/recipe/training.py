@@ -83,7 +83,8 @@ def train(
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at step {step}; lower `learning_rate`.")
-        (loss + extra).backward()
+        with torch.autocast(device.type, enabled=False):  # where forwards run under it, backwards must not
+            (loss + extra).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         schedule.step()
