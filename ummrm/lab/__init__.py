@@ -6,6 +6,8 @@ imports this package.
 """
 
 from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig, load_study, shipped_studies
+from .online import OnlineConfig
+from .real import RealTaskConfig
 from .report import report_lines, write_report
 from .run import StudyError, run_study
 
@@ -13,6 +15,8 @@ __all__ = [
     "ArmConfig",
     "ComparisonConfig",
     "MeasureConfig",
+    "OnlineConfig",
+    "RealTaskConfig",
     "RegimeConfig",
     "StudyConfig",
     "StudyError",

@@ -7,6 +7,7 @@ GRPO: Schulman's k3 in the loss). What is written down is measured apart from it
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import math
 import tempfile
@@ -200,6 +201,8 @@ def run_online(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        del trainer
+    gc.collect()  # trainers are cycles: reference and optimiser would stay on the device beside the next run's
     return records
 
 

@@ -92,8 +92,10 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
     for axis in axes[:, 0]:
         axis.set_ylabel("standard deviations of\nthe policy's own answers")
     legend_below(figure, axes[0, 0], columns=3)
-    name = "Best-of-n" if optimiser == "best_of_n" else f"{optimiser.upper()} (means over {window} steps)"
-    figure.suptitle(f"{name}: what optimising against each reward model gives (dotted: the fixed KL)", fontsize=11)
+    points = "steps" if optimiser == "ppo" else "measurements"
+    name = "Best-of-n" if optimiser == "best_of_n" else f"{optimiser.upper()} (means over {window} {points})"
+    after = ": " if len(regimes) > 1 else "\n"  # one column is too narrow for the whole line
+    figure.suptitle(f"{name}{after}what optimising against each reward model gives (dotted: the fixed KL)", fontsize=11)
     return figure
 
 
@@ -153,6 +155,8 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
         for offset, (column, (label, color, marker)) in zip((-0.22, 0.0, 0.22), kinds.items(), strict=True):
             found = [runs.interval(regime, arm, "best_of_n", column) for arm in arms]
             at = [i + offset for i, f in enumerate(found) if f is not None]
+            if not at:
+                continue  # no answer of a real policy need be longer than training's
             mean, low, high = np.array([f for f in found if f is not None]).T
             error = np.nan_to_num([mean - low, high - mean])
             axis.errorbar(mean, at, xerr=error, fmt=marker, color=color, label=label, capsize=2, markersize=4.5)

@@ -126,8 +126,8 @@ class RealSource:
         else:
             sides = made["first"], made["second"], made["lead"]
         train, test = self._pairs(*sides)
-        longer = self.length_of(test.chosen) > self.length_of(test.rejected)
-        shifted = dataclasses.replace(test.select(~longer), shortcut_share=0.0)
+        shorter = self.length_of(test.chosen) < self.length_of(test.rejected)
+        shifted = dataclasses.replace(test.select(shorter), shortcut_share=0.0)
         shape = (config.selection_prompts, config.samples)
         answers = made["answers"]
         samples = PolicySamples(answers, made["gold"].view(shape), self.length_of(answers).view(shape))
@@ -159,7 +159,7 @@ class RealSource:
         generator = torch.Generator().manual_seed(self.derive("prompts"))
         order = torch.randperm(len(texts), generator=generator).tolist()
         tokens = self.wording.tokens(texts)
-        fitting = [i for i in order if len(tokens[i]) <= config.max_prompt_tokens]
+        fitting = [i for i in order if 0 < len(tokens[i]) <= config.max_prompt_tokens]
         if len(fitting) < count:
             raise ValueError(
                 f"`task.prompts` must have {count} different prompts of at most {config.max_prompt_tokens} tokens (for "
@@ -226,11 +226,12 @@ class RealSource:
         decided = lead != 0  # ties have no label
         better = lead > 0
         longer = torch.where(better, 1, -1) * (self.length_of(first) - self.length_of(second)) > 0
-        flips = round(config.train_pairs * config.label_noise)
-        generator = torch.Generator().manual_seed(self.derive("labels"))
-        flipped = torch.zeros(len(lead), dtype=torch.bool)
-        flipped[torch.randperm(config.train_pairs, generator=generator)[:flips]] = True
         training = torch.arange(len(lead)) < config.train_pairs
+        noisy = (decided & training).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.derive("labels"))
+        order = noisy[torch.randperm(len(noisy), generator=generator)]
+        flipped = torch.zeros(len(lead), dtype=torch.bool)
+        flipped[order[: round(len(noisy) * config.label_noise)]] = True
         made = []
         for name, part in (("train", decided & training), ("test", decided & ~training)):
             if not bool(part.any()):
