@@ -111,6 +111,8 @@ def test_pairs_are_the_policys_own_answers_labelled_by_gold(bench, root):
     assert task.test.shortcut_share == (lead > 0).double().mean().item() and len(task.shifted) == (lead < 0).sum() > 0
     assert bool((task.shortcut_of(task.shifted.chosen) < task.shortcut_of(task.shifted.rejected)).all())
     assert len(task.policy.shortcut.unique()) > 3, "answers of several lengths"
+    none = task.shifted.select(slice(0, 0))
+    assert math.isnan(bench._accuracy(None, none)), "no pair of a kind is a missing value"
     assert int(task.train.chosen.lengths.max()) <= config.max_prompt_tokens + config.max_answer_tokens
     prompts = {
         tuple(row[:n]) for row, n in zip(task.prompts.tokens.tolist(), task.prompts.lengths.tolist(), strict=True)
@@ -268,6 +270,10 @@ MISTAKES = {
     ),
     "padding is the end": (lambda r: {"pad_token": "<eos>"}, "a padding token other than its end token"),
     "no such padding": (lambda r: {"pad_token": "<none>"}, "`task.pad_token` must be a token of"),
+    "not a table": (
+        lambda r: {"prompts": {"name": "json", "data_files": str(r / "policy" / "model.safetensors")}},
+        "`task.prompts` must be a data set that this machine can reach.*could not be loaded",
+    ),
     "too long": (lambda r: {"max_answer_tokens": 60}, r"must be at most the 64 positions of task.policy, got 68"),
 }
 
@@ -291,7 +297,11 @@ def test_reward_models_must_read_the_policys_tokens(root, tmp_path):
         missing.dense()
 
 
-def test_without_trl_nothing_is_trained_before_it_is_said(root, tmp_path, monkeypatch):
+def test_what_is_not_installed_is_said_before_anything_is_trained(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ValueError, match="`task.prompts` needs the package `datasets`"):
+            Arms(real_study(root), "alpaca", 0)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ValueError, match=r"rloo and grpo need TRL, which is not installed: pip install 'ummrm\[trl\]'"):
         run_study(real_study(root), tmp_path, progress=False)
@@ -308,6 +318,8 @@ def test_without_trl_nothing_is_trained_before_it_is_said(root, tmp_path, monkey
         (lambda r: real_study(r, {"dtype": "float16"}), "`dtype` must be one of float32, bfloat16"),
         (lambda r: real_study(r, {"selection_prompts": 9}), "`selection_prompts` must be at most policy_prompts=6"),
         (lambda r: real_study(r, rloo={"generations": 3}), "`batch_size` must be a multiple of `generations`"),
+        (lambda r: real_study(r, grpo={"steps": 5}), "`measure_every` must be below steps=5"),
+        (lambda r: real_study(r, measure={"ppo_window": 4}), "`measure.ppo_window` must be at most the 3 measurements"),
         (lambda r: real_study(r, {"gold": {"name": "x", "template": "{prompt}"}}), "text with {prompt} and {answer}"),
     ],
 )

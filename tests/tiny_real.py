@@ -46,7 +46,7 @@ def save_checkpoints(root, families=("gpt_neox", "llama"), tokenizer=None, **siz
         "two_heads": tiny_model(gold, "ForSequenceClassification", num_labels=2, **sizes),
     }
     with torch.no_grad():  # so that answers end at different lengths
-        made["policy"].get_output_embeddings().weight[2].mul_(4)
+        made["policy"].get_output_embeddings().weight[2].mul_(10)
     for name, model in made.items():
         model.save_pretrained(root / name)
         (tokenizer or make_tokenizer()).save_pretrained(root / name)

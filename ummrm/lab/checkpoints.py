@@ -6,6 +6,7 @@ Loads and checks; every failure says which field of the study named what, and wh
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -226,11 +227,14 @@ def load_columns(where: str, config: DataConfig, columns: Sequence[str]) -> list
     Raises:
         ValueError: it cannot be loaded, or lacks a column.
     """
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"`{where}` needs the package `datasets`, which is not installed: pip install 'ummrm[trl]'.")
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(config.name, config.config, data_files=config.data_files, split=config.split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"`{where}` must be a data set that this machine can reach, and {config.name!r} (data_files "
             f"{config.data_files!r}, split {config.split!r}) could not be loaded: {_first_line(error)} Sets with a "

@@ -225,6 +225,13 @@ class StudyConfig:
             raise ValueError(
                 f"`rloo` and `grpo` of the arm {online[0]!r} need a task on real checkpoints: TRL's trainers read text."
             )
+        for name in {name for arm in online for name in self.optimisers(arm)} & {"rloo", "grpo"}:
+            points, window = getattr(self, name).measurements, self.measure.ppo_window
+            if window > points:
+                raise ValueError(
+                    f"`measure.ppo_window` must be at most the {points} measurements of {name.upper()}, got {window}; "
+                    f"lower it, or {name}.measure_every."
+                )
         for name in self.arms:
             self.resolve(name)  # an impossible change to a stage shows here, before anything is trained
 

@@ -57,6 +57,12 @@ class OnlineConfig:
         require(self, "batch_size", whole, "a multiple of `generations` and of `forward_batch_size`")
         require(self, "learning_rate", self.learning_rate > 0, "above 0")
         require(self, "kl_coefficient", self.kl_coefficient >= 0, "at least 0")
+        require(self, "measure_every", self.measurements >= 3, f"below steps={self.steps}: a curve is fitted")
+
+    @property
+    def measurements(self) -> int:
+        """How many there are: before the first update, on the way, and after the last."""
+        return 1 + math.ceil(self.steps / self.measure_every)
 
 
 @dataclass(frozen=True)
