@@ -269,7 +269,14 @@ MISTAKES = {
         "has no chat template, so that `task.template` must say",
     ),
     "padding is the end": (lambda r: {"pad_token": "<eos>"}, "a padding token other than its end token"),
-    "no such padding": (lambda r: {"pad_token": "<none>"}, "`task.pad_token` must be a token of"),
+    "no such padding": (
+        lambda r: {"pad_token": "<none>"},
+        "`task.pad_token` must be a token that .*policy has, got '<none>'",
+    ),
+    "no such padding of gold": (
+        lambda r: {"gold": {"name": str(r / "gold"), "pad_token": "<none>"}},
+        "`task.gold.pad_token` must be a token that .*gold has, got '<none>'",
+    ),
     "not a table": (
         lambda r: {"prompts": {"name": "json", "data_files": str(r / "policy" / "model.safetensors")}},
         "`task.prompts` must be a data set that this machine can reach.*could not be loaded",

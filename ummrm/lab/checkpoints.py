@@ -80,9 +80,8 @@ def load_wording(config: RealTaskConfig) -> Wording:
         ValueError: it cannot be loaded, has no chat template where one is needed, no end token, or no padding of its
             own.
     """
-    tokenizer = _named("task.policy", config.policy, lambda: AutoTokenizer.from_pretrained(config.policy))
-    if config.pad_token is not None:
-        tokenizer.pad_token = config.pad_token
+    tokenizer = _tokenizer("task.policy", config.policy)
+    _set_padding("task.pad_token", tokenizer, config.pad_token, config.policy)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"`task.policy` must have an end token, and the tokenizer of {config.policy} has none.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -90,8 +89,6 @@ def load_wording(config: RealTaskConfig) -> Wording:
             f"the tokenizer of {config.policy} must have a padding token other than its end token "
             f"{tokenizer.eos_token!r}, got {tokenizer.pad_token!r}; name a token that it has in `task.pad_token`."
         )
-    if config.pad_token is not None and tokenizer.pad_token_id == tokenizer.unk_token_id:
-        raise ValueError(f"`task.pad_token` must be a token of {config.policy}, and {config.pad_token!r} is not.")
     if config.template is None and not tokenizer.chat_template:
         raise ValueError(
             f"{config.policy} has no chat template, so that `task.template` must say what it reads: a text with "
@@ -135,7 +132,7 @@ def check_positions(where: str, model: PreTrainedModel, config: RealTaskConfig) 
 
 def check_reward_model(model: PreTrainedModel, name: str, wording: Wording, config: RealTaskConfig) -> None:
     """Raises ValueError unless a reward model can read the policy's tokens."""
-    tokenizer = _named("model.folder", name, lambda: AutoTokenizer.from_pretrained(name))
+    tokenizer = _tokenizer("model.folder", name)
     ours, theirs = wording.tokenizer.get_vocab(), tokenizer.get_vocab()
     different = [token for token, index in ours.items() if theirs.get(token) != index]
     if different:
@@ -167,9 +164,8 @@ class GoldModel:
 
     def __init__(self, config: GoldConfig, device: str, dtype: str) -> None:
         self.config = config
-        self.tokenizer = _named("task.gold.name", config.name, lambda: AutoTokenizer.from_pretrained(config.name))
-        if config.pad_token is not None:
-            self.tokenizer.pad_token = config.pad_token
+        self.tokenizer = _tokenizer("task.gold.name", config.name)
+        _set_padding("task.gold.pad_token", self.tokenizer, config.pad_token, config.name)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
                 f"the gold model {config.name} has no padding token; name a token that it has in `task.gold.pad_token`."
@@ -246,6 +242,17 @@ def load_columns(where: str, config: DataConfig, columns: Sequence[str]) -> list
             f"`{where}` has no column {', '.join(missing)}; {config.name} has {', '.join(rows.column_names)}."
         )
     return [list(rows[name]) for name in columns]
+
+
+def _tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
+    return _named(where, name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def _set_padding(where: str, tokenizer: PreTrainedTokenizerBase, token: str | None, name: str) -> None:
+    if token is not None:
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"`{where}` must be a token that {name} has, got {token!r}.")
+        tokenizer.pad_token = token
 
 
 def _named(where: str, name: str, load: Callable[[], T]) -> T:

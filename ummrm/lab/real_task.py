@@ -116,9 +116,8 @@ class RealSource:
     def _task(self) -> Task:
         config, wording = self.config, self.wording
         wanted = config.policy_prompts + (0 if config.pairs else config.train_pairs + config.test_pairs)
-        instructions, tokens = self._instructions(wanted)
         pad = wording.tokenizer.pad_token_id
-        prompts = Sequences.from_lists(tokens, pad)
+        prompts = Sequences.from_lists(self._prompts(wanted), pad)
         ours = prompts.select(slice(0, config.policy_prompts))
         made = self._kept(lambda: self._make(prompts))
         if config.pairs:
@@ -149,8 +148,8 @@ class RealSource:
             shortcut_of=self.length_of,
         )
 
-    def _instructions(self, count: int) -> tuple[list[str], list[list[int]]]:
-        """`count` different instructions in random order whose prompts are short enough, and these prompts."""
+    def _prompts(self, count: int) -> list[list[int]]:
+        """Prompts of `count` different instructions, in random order, all short enough."""
         config = self.config
         columns = [name for name in (config.prompts.column, config.prompts.input_column) if name is not None]
         found = load_columns("task.prompts", config.prompts, columns)
@@ -168,7 +167,7 @@ class RealSource:
             )
         for i in fitting[:count]:
             self.prompts.add(tokens[i], texts[i])
-        return [texts[i] for i in fitting[:count]], [tokens[i] for i in fitting[:count]]
+        return [tokens[i] for i in fitting[:count]]
 
     def _make(self, prompts: Sequences) -> dict:
         """Answers for best-of-n and, without a data set of pairs, two answers to each other prompt; all with gold."""
