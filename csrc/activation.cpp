@@ -1,6 +1,8 @@
 // Operators of the stem `activation`: activation, activation_backward.
 #include "ummrm/activation.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include "device.h"
 #include "ops.h"
 

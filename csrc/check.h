@@ -3,8 +3,9 @@
 // synchronisation; checks of index values do, off the CPU, and run there only when asked for.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>

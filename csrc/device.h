@@ -4,6 +4,7 @@
 // kernels that the host emulator runs.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "check.h"

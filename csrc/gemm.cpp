@@ -5,6 +5,8 @@
 #include "gemm.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 
 #include <string_view>
 

@@ -1,7 +1,7 @@
 // Which library multiplies matrices: on CUDA cuBLAS, as torch chooses; on this CPU one of two.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 

@@ -2,6 +2,7 @@
 // tensor of a dense FFN from the experts, and the dense FFN runs on it. Made of the other operators through the
 // dispatcher. The merged tensors are not kept for backward: merging again costs (S + E + 1) passes over one FFN,
 // keeping them would cost a dense model's memory.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "check.h"

@@ -1,6 +1,7 @@
 // The composed MoE FFN: moe_ffn, moe_ffn_forward, moe_ffn_backward. Made of the other operators through the dispatcher,
 // so it follows whatever backend serves the device. Forward keeps the pre-activations and the routing maps; gathered
 // inputs, activations and expert outputs are made again in backward, where they are needed at all.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "check.h"

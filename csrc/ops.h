@@ -2,7 +2,7 @@
 // meaning of each is in ummrm/ops.py. Called directly these skip the dispatcher; `dispatched` goes through it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>

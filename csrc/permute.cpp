@@ -1,6 +1,8 @@
 // Operators of the stem `permute`: permute, unpermute, unpermute_backward.
 #include "ummrm/permute.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include "device.h"
 #include "ops.h"
 

@@ -1,6 +1,8 @@
 // Operators of the stem `routing`: route, route_backward, sort_slots.
 #include "ummrm/routing.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include <atomic>
 #include <limits>
 

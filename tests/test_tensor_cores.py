@@ -1,5 +1,6 @@
 """What stands around the tensor-core kernels: the reading of their machine code (tools/sass_check.py), and the writing
-of their tile table from measurements (bench/tune.py). The kernels themselves need a GPU."""
+of their tile table from measurements (bench/tune.py). The kernels themselves need a GPU; what is read of them here is
+the machine code that CMake left in build/cmake, if it did."""
 
 import importlib.util
 import subprocess
@@ -85,6 +86,19 @@ def test_sass_check_counts(sass_check, build):
 def test_sass_check_names_what_is_wrong(sass_check, build, shown, fault):
     with pytest.raises(AssertionError, match=fault):
         sass_check.check(*build(**shown))
+
+
+def test_the_machine_code_that_was_built(sass_check):
+    """Of `make test-cpp`, which compiles for both architectures and runs first."""
+    try:
+        kernels = sass_check.check(ROOT / "build/cmake")
+    except (FileNotFoundError, sass_check.NoTool) as reason:
+        pytest.skip(str(reason))
+    assert {(k.file, k.arch) for k in kernels} >= {
+        (f"{path.name}.o", arch)
+        for folder, arch in (("sm80", "sm_80"), ("sm90", "sm_90a"))
+        for path in (ROOT / "kernels/cuda" / folder).glob("*.cu")
+    }
 
 
 def test_sass_check_says_where_it_looked(sass_check, monkeypatch, tmp_path):

@@ -89,7 +89,7 @@ def sanitize(kind):
 
 
 def cuda_architectures():
-    """Compiles the CUDA kernels for every architecture; the fast tier does it for one. A spill fails the compile. Then
+    """Compiles the CUDA kernels for every architecture; the fast tier does it for two. A spill fails the compile. Then
     looks for tensor-core instructions in the machine code of every kernel that should have them."""
     if shutil.which("nvcc") is None:
         raise NotRun("there is no nvcc on PATH")
