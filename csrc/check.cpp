@@ -70,6 +70,15 @@ void Checker::dtype(const char* name, const at::Tensor& tensor, at::ScalarType e
                    ", got ", described(tensor), "; ", remedy, ".");
 }
 
+at::ScalarType Checker::result(const char* name, const std::optional<at::ScalarType>& asked,
+                               const at::Tensor& like) const {
+  const at::ScalarType own = like.scalar_type(), wide = accumulator(like), got = asked.value_or(own);
+  TORCH_CHECK_TYPE(got == own || got == wide, "ummrm.", op, ": `", name, "` must be ", name_of(own),
+                   own == wide ? std::string() : " or " + name_of(wide), ", got ", name_of(got),
+                   "; leave it out for the inputs' own.");
+  return got;
+}
+
 void Checker::floating(const char* name, const at::Tensor& tensor) const {
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "ummrm.",

@@ -26,6 +26,8 @@ struct Checker {
   void shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const char* words,
              const char* remedy) const;
   void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected, const char* remedy) const;
+  // The dtype asked for, by default that of `like`: no other than it and its accumulator's.
+  at::ScalarType result(const char* name, const std::optional<at::ScalarType>& asked, const at::Tensor& like) const;
   void floating(const char* name, const at::Tensor& tensor) const;  // one of the four element types
   // int32 [size], beside `like`.
   void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words, const at::Tensor& like,

@@ -153,7 +153,8 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
 
 Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_routed_in, const Tensor& shared_in,
                           const Tensor& routed_in, const Tensor& expert_offsets, int64_t num_tokens,
-                          int64_t num_shared_experts, bool need_shared, bool need_routed) {
+                          int64_t num_shared_experts, bool need_shared, bool need_routed,
+                          std::optional<at::ScalarType> out_dtype) {
   const Checker check{"expert_gemm_wgrad"};
   const int64_t slots = routed_in.dim() == 2 ? routed_in.size(0) : -1;
   check_rows(check, "shared_rows", shared_in, "routed_rows", routed_in, num_tokens, num_shared_experts, slots, -1);
@@ -162,11 +163,13 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
   check.dtype("grad_routed_rows", grad_routed_in, routed_in.scalar_type(), "rows and their gradients share a dtype");
   const Counts counts = check_counts(check, expert_offsets, routed_in, num_tokens, num_shared_experts);
   const DType element = check.element("routed_rows", routed_in);
+  const at::ScalarType result = check.result("out_dtype", out_dtype, routed_in);
   const int64_t rows_width = routed_in.size(1), grad_width = grad_routed_in.size(1);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const Tensor grad_shared = grad_shared_in.contiguous(), grad_routed = grad_routed_in.contiguous();
   const auto empty_unless = [&](bool needed, int64_t experts) {
-    return needed ? at::empty({experts, grad_width, rows_width}, routed.options()) : at::empty({0}, routed.options());
+    const auto options = routed.options().dtype(result);
+    return needed ? at::empty({experts, grad_width, rows_width}, options) : at::empty({0}, options);
   };
   const Tensor shared_grad = empty_unless(need_shared, num_shared_experts);
   const Tensor routed_grad = empty_unless(need_routed, counts.num_experts);
@@ -179,13 +182,15 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
         out.zero_();
         continue;
       }
-      product_into(out, rows_of(counts, group, grad_shared, grad_routed).t(), rows_of(counts, group, shared, routed));
+      const Tensor grads = rows_of(counts, group, grad_shared, grad_routed),
+                   rows = rows_of(counts, group, shared, routed);
+      product_into(out, grads.to(result).t(), rows.to(result));  // no library's product is wider than what it takes
     }
     return {shared_grad, routed_grad};
   }
   const Tensor offsets = expert_offsets.contiguous();
   const cuda::ExpertGemmWgrad args{element,
-                                   element,
+                                   result == routed_in.scalar_type() ? element : DType::f32,
                                    num_tokens,
                                    num_shared_experts,
                                    counts.num_experts,

@@ -132,9 +132,9 @@ Tensor dense_gemm(const Tensor& rows, const Tensor& proj, const OptionalTensor& 
 
 Tensor dense_wgrad(const Tensor& grad, const Tensor& rows) {
   const Tensor offsets = at::zeros({1}, rows.options().dtype(at::kInt));
-  return std::get<0>(
-      UMMRM_DISPATCHED(expert_gemm_wgrad)
-          .call(grad, grad.slice(0, 0, 0), rows, rows.slice(0, 0, 0), offsets, rows.size(0), 1, true, false))[0];
+  return std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
+                         .call(grad, grad.slice(0, 0, 0), rows, rows.slice(0, 0, 0), offsets, rows.size(0), 1, true,
+                               false, std::nullopt))[0];
 }
 
 Tensor dense_bias_grad(const Tensor& grad) {

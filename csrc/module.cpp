@@ -54,8 +54,8 @@ TORCH_LIBRARY(ummrm, m) {
          "bool transpose=False) -> Tensor");
   define(m,
          "expert_gemm_wgrad(Tensor grad_shared_rows, Tensor grad_routed_rows, Tensor shared_rows, Tensor routed_rows, "
-         "Tensor expert_offsets, int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> "
-         "(Tensor, Tensor)");
+         "Tensor expert_offsets, int num_tokens, int num_shared_experts, bool need_shared, bool need_routed, "
+         "ScalarType? out_dtype=None) -> (Tensor, Tensor)");
   define(m,
          "expert_bias_grad(Tensor shared_rows, Tensor routed_rows, Tensor? row_weights, Tensor expert_offsets, "
          "int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> (Tensor, Tensor)");

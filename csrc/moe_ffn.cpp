@@ -195,7 +195,7 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
         std::tie(grads[kSharedDown], grads[kRoutedDown]) =
             UMMRM_DISPATCHED(expert_gemm_wgrad)
                 .call(grad_out, grad_rows, shared, routed, offsets, n.tokens, n.num_shared, need[kSharedDown],
-                      need[kRoutedDown]);
+                      need[kRoutedDown], std::nullopt);
       }
     }
     if (need[kSharedDownBias] || need[kRoutedDownBias]) {
@@ -210,13 +210,14 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
   const auto [grad_shared, grad_routed] = split(grad_pre, n);
   if (need[kRoutedUp]) {
     const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
-    std::tie(grads[kSharedUp], grads[kRoutedUp]) =
-        UMMRM_DISPATCHED(expert_gemm_wgrad)
-            .call(grad_shared, grad_routed, x, gathered, offsets, n.tokens, n.num_shared, need[kSharedUp], true);
+    std::tie(grads[kSharedUp], grads[kRoutedUp]) = UMMRM_DISPATCHED(expert_gemm_wgrad)
+                                                       .call(grad_shared, grad_routed, x, gathered, offsets, n.tokens,
+                                                             n.num_shared, need[kSharedUp], true, std::nullopt);
   } else if (need[kSharedUp]) {  // with no routed rows, so that nothing is gathered
-    grads[kSharedUp] = std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
-                                       .call(grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0),
-                                             at::zeros_like(offsets), n.tokens, n.num_shared, true, false));
+    grads[kSharedUp] =
+        std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
+                        .call(grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0), at::zeros_like(offsets),
+                              n.tokens, n.num_shared, true, false, std::nullopt));
   }
   if (need[kSharedUpBias] || need[kRoutedUpBias]) {
     std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) =

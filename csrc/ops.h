@@ -43,7 +43,8 @@ Tensor expert_gemm(const Tensor& shared_rows, const Tensor& routed_rows, const T
                    const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose);
 Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows, const Tensor& shared_rows,
                           const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
-                          int64_t num_shared_experts, bool need_shared, bool need_routed);
+                          int64_t num_shared_experts, bool need_shared, bool need_routed,
+                          std::optional<at::ScalarType> out_dtype);
 Tensor2 expert_bias_grad(const Tensor& shared_rows, const Tensor& routed_rows, const OptionalTensor& row_weights,
                          const Tensor& expert_offsets, int64_t num_tokens, int64_t num_shared_experts, bool need_shared,
                          bool need_routed);

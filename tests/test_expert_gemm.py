@@ -68,6 +68,8 @@ def test_weight_and_bias_gradients(backend, dtype, needs):
             grads = floats(s * t, n, dtype=dtype), floats(t * k, n, dtype=dtype)
             rows = floats(blocks * t, d, dtype=dtype), floats(t * k, d, dtype=dtype)
             check_op("expert_gemm_wgrad", (*grads, *rows, offsets, t, s, *needs), dtype, offsets, needs)
+            wide = (*grads, *rows, offsets, t, s, *needs, gate_dtype(dtype))
+            check_op("expert_gemm_wgrad", wide, gate_dtype(dtype), offsets, needs)
             for weights in (None, floats(s * t + t * k, dtype=gate_dtype(dtype))):
                 check_op("expert_bias_grad", (*rows, weights, offsets, t, s, *needs), dtype, offsets, needs)
 
@@ -208,6 +210,13 @@ def test_transpose_takes_no_bias(bias):
     assert_refused("expert_gemm", TRANSPOSED, {bias: torch.randn(2 if "s" in bias[:1] else 3, 4)}, ValueError, bias)
 
 
+@pytest.mark.parametrize(("own", "asked"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float64)], ids=str)
+def test_weight_gradients_come_in_the_rows_dtype_or_their_accumulators(own, asked):
+    rows, offsets = floats(4, 3, dtype=own), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(TypeError, match=f"`out_dtype` must be .*float32, got {str(asked)[6:]}; leave it out"):
+        raw.expert_gemm_wgrad(rows, rows, rows, rows, offsets, 4, 1, True, True, asked)
+
+
 @poisoned
 def test_opcheck():
     for transpose in (False, True):
@@ -219,6 +228,8 @@ def test_opcheck():
     grads, rows = (floats(10, 3), floats(10, 3)), (floats(5, 4), floats(10, 4))
     for needs in ((True, True), (False, False)):
         torch.library.opcheck(raw.expert_gemm_wgrad.default, (*grads, *rows, offsets, 5, 2, *needs))
+        halves = [tensor.bfloat16() for tensor in (*grads, *rows)]
+        torch.library.opcheck(raw.expert_gemm_wgrad.default, (*halves, offsets, 5, 2, *needs, torch.float32))
         torch.library.opcheck(raw.expert_bias_grad.default, (*grads, None, offsets, 5, 2, *needs))
 
 

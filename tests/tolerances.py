@@ -46,11 +46,13 @@ def assert_close_to_truth(actual, plain, truth, what="output", floor_dtype=None,
 
 
 def to_double(value):
-    """Floating tensors, also in lists, in fp64; everything else as it is. The values are the same."""
+    """Floating tensors, also in lists, and dtypes in fp64; everything else as it is. The values are the same."""
     if isinstance(value, (list, tuple)):
         return [to_double(v) for v in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
     return value
 
 

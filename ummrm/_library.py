@@ -146,11 +146,13 @@ def _expert_gemm(
 
 
 @_fake
-def _expert_gemm_wgrad(grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared, need_shared, need_routed):
+def _expert_gemm_wgrad(
+    grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared, need_shared, need_routed, out_dtype=None
+):
     n, d = grad_r.shape[1], rows_r.shape[1]
     return (
-        rows_r.new_empty((num_shared, n, d) if need_shared else 0),
-        rows_r.new_empty((offsets.shape[0] - 1, n, d) if need_routed else 0),
+        rows_r.new_empty((num_shared, n, d) if need_shared else 0, dtype=out_dtype),
+        rows_r.new_empty((offsets.shape[0] - 1, n, d) if need_routed else 0, dtype=out_dtype),
     )
 
 

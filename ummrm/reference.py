@@ -250,7 +250,11 @@ def expert_gemm_wgrad(
     num_shared_experts: int,
     need_shared: bool,
     need_routed: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if out_dtype is not None:
+        tensors = grad_shared_rows, grad_routed_rows, shared_rows, routed_rows
+        grad_shared_rows, grad_routed_rows, shared_rows, routed_rows = (t.to(out_dtype) for t in tensors)
     grads = _groups(grad_shared_rows, grad_routed_rows, expert_offsets, num_tokens, num_shared_experts)
     groups = _groups(shared_rows, routed_rows, expert_offsets, num_tokens, num_shared_experts)
     products = [g.T @ rows for (g, _), (rows, _) in zip(grads, groups, strict=True)]

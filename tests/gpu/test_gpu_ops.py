@@ -222,6 +222,8 @@ def check_gradients(device, sizes, kind, dtype):
         for needs in ((True, True), (False, True)):
             got = compare_raw(device, "expert_gemm_wgrad", (*grads, *rows, offsets, t, s, *needs), dtype)
             assert got[1][offsets.diff() == 0].eq(0).all()
+            wide = (*grads, *rows, offsets, t, s, *needs, gate_dtype(dtype))
+            compare_raw(device, "expert_gemm_wgrad", wide, torch.float32)
     for weights in (None, floats(s * t + t * k, dtype=gate_dtype(dtype))):
         got = compare_raw(device, "expert_bias_grad", (*grads, weights, offsets, t, s, True, True), dtype)
         assert got[1][offsets.diff() == 0].eq(0).all()
