@@ -19,8 +19,9 @@ kernels = backends.load_triton()
 from ummrm.triton_kernels import configurations, launch  # noqa: E402
 
 gemm = importlib.import_module("ummrm.triton_kernels.expert_gemm")
+moe = importlib.import_module("ummrm.triton_kernels.moe_ffn")
 
-PRODUCTS = ("_expert_gemm", "_wgrad")
+PRODUCTS = ("_expert_gemm", "_wgrad", "_up_activation")
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -40,10 +41,17 @@ def launches(arch, case, dtype, h=1024, i=2048):
     with launch.recording(launch.Target(arch, TARGETS[arch][2])) as recorded:
         CASES[case](kernels.KERNELS, dtype, h, i)
     unlike = {}
-    for one in recorded:
+    for one in recorded if case != "moe_ffn" else filter(of_the_composition, recorded):
         kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in one.arguments)
         unlike.setdefault((one.kernel.__name__, kinds, tuple(one.options.items())), one)
     return list(unlike.values())
+
+
+def of_the_composition(one):
+    """Whether no operator of its own launches the like: the kernel is the composition's, or gathers rows."""
+    arguments = dict(zip(one.kernel.arg_names, one.arguments, strict=False))
+    indices = (arguments.get(name) for name in ("row_index", "grad_index"))
+    return one.kernel.__name__ == "_gate_grad" or any(index is not None for index in indices)
 
 
 def check(arch, dtype, one):
@@ -53,7 +61,19 @@ def check(arch, dtype, one):
     assert report.shared <= TARGETS[arch][1], what
     if one.kernel.__name__ in PRODUCTS and dtype in SIXTEEN_BITS:
         assert report.matrix, what
+    if "GROUPS" in one.options and one.kernel.__name__ in PRODUCTS and len(one.grid) == 1:
+        check_walk(arch, one, report, what)
     return report
+
+
+def check_walk(arch, one, report, what):
+    """The launch has as many programs as the device holds at a time: no processor idles, and none waits for another,
+    but for one more a processor on AMD, where how many registers a program takes is the compiler's choice."""
+    each = one.grid[0] / TARGETS[arch][2]
+    width = 64 if arch.startswith("gfx") else 32
+    registers, shared = configurations.RESOURCES[arch if arch in configurations.RESOURCES else "gfx9"]
+    fit = min(registers // (report.registers * one.options["num_warps"] * width), shared // max(report.shared, 1))
+    assert 1 <= each <= fit + arch.startswith("gfx"), f"{each} programs a processor where {fit} fit: {what}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +81,8 @@ def check(arch, dtype, one):
 def test_every_kernel(arch, case):
     once = {}
     for one in launches(arch, case, torch.bfloat16):
-        once.setdefault((one.kernel.__name__, one.options.get("TRANSPOSE")), one)
+        if case != "moe_ffn" or one.kernel.__name__ in ("_up_activation", "_wgrad", "_gate_grad"):
+            once.setdefault((one.kernel.__name__, one.options.get("TRANSPOSE")), one)
     for one in once.values():
         check(arch, torch.bfloat16, one)
 
@@ -88,6 +109,30 @@ def test_sizes_of_one(case):
 def configured(monkeypatch, arch, dtype, configuration):
     monkeypatch.setattr(gemm, "choose", lambda *arguments: configuration)
     return [one for one in launches(arch, "expert_gemm", dtype) if one.kernel.__name__ in PRODUCTS]
+
+
+FUSED_TABLE = [
+    pytest.param(arch, kind, activation, c, id=f"{arch}-{kind}-{activation}-{c.block_m}x{c.block_n}-{c.warps}")
+    for arch in TARGETS
+    for kind, activation in (
+        ("up_gated", "silu"),
+        ("up_gated", "gelu_tanh"),
+        ("up_gated", "relu2"),
+        ("up_gated_gelu", "gelu"),
+        ("up_plain", "gelu"),
+        ("up_plain", "silu"),
+    )
+    for c in configurations.fused_candidates(kind, arch, torch.bfloat16)
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("arch", "kind", "activation", "configuration"), FUSED_TABLE)
+def test_every_fused_configuration(monkeypatch, arch, kind, activation, configuration):
+    monkeypatch.setattr(moe, "choose_fused", lambda *arguments: configuration)
+    monkeypatch.setattr(triton_compile, "ACTIVATIONS", [(activation, kind != "up_plain")])
+    (one,) = (one for one in launches(arch, "moe_ffn", torch.bfloat16) if one.kernel.__name__ == "_up_activation")
+    check(arch, torch.bfloat16, one)
 
 
 TABLE = [

@@ -171,6 +171,29 @@ def _bias_grad(kernels, dtype, h, i):
         kernels["expert_bias_grad"](*rows, row_weights, offsets, T, S, True, True)
 
 
+def _parameters(dtype, h, i, glu, biases):
+    up = 2 * i if glu else i
+    of = [(S, up, h), (E, up, h), (S, h, i), (E, h, i)]
+    of_biases = [(S, up), (E, up), (S, h), (E, h)]
+    return [empty(*s, dtype=dtype) for s in of] + [empty(*s, dtype=dtype) if biases else None for s in of_biases]
+
+
+# Of the composed operator: kind, and whether gated; every second without biases and without what backward needs.
+ACTIVATIONS = [("silu", True), ("gelu_tanh", False), ("gelu", True), ("relu", False), ("relu2", True)]
+
+
+def _moe_ffn(kernels, dtype, h, i):
+    acc, x, indices = _acc(dtype), empty(T, h, dtype=dtype), empty(T, K, dtype=torch.int32)
+    routing = empty(T, dtype=acc), empty(T, K, dtype=acc), indices
+    maps = empty(R, dtype=torch.int32), empty(R, dtype=torch.int32), empty(E + 1, dtype=torch.int32)
+    for n, (kind, glu) in enumerate(ACTIVATIONS):
+        experts = _parameters(dtype, h, i, glu, biases=n % 2 == 0)
+        kernels["moe_ffn" if n % 2 else "moe_ffn_forward"](x, *routing, *experts, kind, glu)
+        need = [t is not None for t in (x, *routing[:2], *experts)]
+        pre_activation = empty(S * T + R, 2 * i if glu else i, dtype=dtype)
+        kernels["moe_ffn_backward"](x, x, *routing, *experts, pre_activation, *maps, kind, glu, need)
+
+
 CASES = {
     "routing": _routing,
     "permute": _permute,
@@ -178,4 +201,5 @@ CASES = {
     "merge_experts": _merge_experts,
     "expert_gemm": _expert_gemm,
     "expert_bias_grad": _bias_grad,
+    "moe_ffn": _moe_ffn,
 }

@@ -4,7 +4,8 @@ PyTorch's dispatcher chooses by device, so a backend is a set of kernels on devi
 The compiled kernels register themselves when `_library` loads; any other backend is registered here, op by op, over
 them. Where the extension has no CUDA kernel for an operator, Triton's serves it, if Triton is installed; it is imported
 when the first of them runs. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher
-and so follow the switch.
+and so follow the switch; a backend may bring a composition of its own, which serves where it serves all that it is
+made of.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def _triton_obstacle() -> str | None:
     return None
 
 
-_TRITON_KERNELS = {op: _triton_kernel(op) for op in _REFERENCE_KERNELS}
+_COMPOSED = ("moe_ffn", "moe_ffn_forward", "moe_ffn_backward")  # Triton's own composition, with kernels fused
+_TRITON_KERNELS = {op: _triton_kernel(op) for op in (*_REFERENCE_KERNELS, *_COMPOSED)}
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,16 @@ def _fill_gaps() -> torch.library.Library:
     """Registers Triton's kernels, else refusals, where there is no kernel. They end with what is returned."""
     library = torch.library.Library("ummrm", "IMPL")
     triton = BACKENDS["triton"].devices if _installed("triton") else ()
-    for op in _REFERENCE_KERNELS:
-        for device in _GAPS:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{op}", device.upper()):
-                kernel = _TRITON_KERNELS[op] if device in triton else _refusal(op, device)
-                library.impl(op, kernel, device.upper())
+    for device in _GAPS:
+        key = device.upper()
+        gaps = [
+            op for op in _REFERENCE_KERNELS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ummrm::{op}", key)
+        ]
+        for op in gaps:
+            library.impl(op, _TRITON_KERNELS[op] if device in triton else _refusal(op, device), key)
+        if device in triton and len(gaps) == len(_REFERENCE_KERNELS):
+            for op in _COMPOSED:
+                library.impl(op, _TRITON_KERNELS[op], key)
     return library
 
 

@@ -5,9 +5,11 @@ them, allocate and launch. Nothing here knows the dispatcher, autograd or the co
 """
 
 from .activation import activation, activation_backward
-from .expert_gemm import expert_bias_grad, expert_gemm, expert_gemm_wgrad
+from .bias_grad import expert_bias_grad
+from .expert_gemm import expert_gemm, expert_gemm_wgrad
 from .launch import INTERPRETED
 from .merge_experts import merge_experts, merge_experts_dots
+from .moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
 from .permute import permute, unpermute, unpermute_backward
 from .routing import route, route_backward, sort_slots
 
@@ -27,6 +29,9 @@ KERNELS = {
         activation_backward,
         merge_experts,
         merge_experts_dots,
+        moe_ffn,
+        moe_ffn_forward,
+        moe_ffn_backward,
     )
 }
 

@@ -17,7 +17,8 @@ from .launch import accumulator
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATES = ("shared_complement", "fixed")
-MAX_SLOTS = 2**31 - 1
+# So that a block's first row plus its length fits 32 bits where a kernel counts rows: no block has more than 2^16.
+MAX_SLOTS = 2**31 - 2**16
 
 # Whether index values on a GPU are read and checked: `ummrm.check`'s setting, put here by whoever loads this package.
 index_values_wanted: Callable[[], bool] = bool  # False
@@ -83,6 +84,10 @@ class Checker:
 
     def at_least(self, name: str, value: int, least: int) -> None:
         self.value(value >= least, name, f"be at least {least}", value, "pass a larger value")
+
+    def slots(self, name: str, count: int) -> None:
+        """Rows or slots that a kernel counts in 32 bits."""
+        self.value(count <= MAX_SLOTS, name, "have at most 2^31 - 2^16 rows", count, "split the batch")
 
     def gate_weights(self, name: str, tensor: Tensor, rows: Tensor, rows_name: str, shape, words: str) -> None:
         self.device(name, tensor, rows, rows_name)

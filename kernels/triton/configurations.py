@@ -9,6 +9,8 @@ without spills for every architecture named here, and its speed has not been mea
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +32,11 @@ class Configuration:
     warps: int
     stages: int
     group: int = 8
+
+    def constants(self) -> dict[str, int]:
+        """As a kernel takes them, by name."""
+        tile = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP": self.group}
+        return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # By family of architectures and size of the element in bytes, the largest tile first. What is missing spills: on sm_80
@@ -85,6 +92,35 @@ _UNALIGNED = {
 }
 KINDS = ("rows", "transposed_rows", "wgrad")
 
+# Of the up-projection with the activation in its epilogue, by the same keys. Gated it has two accumulators, so its tile
+# is half as wide. What is not here is not fused: fp32 without TF32 and fp64 have no registers left. Left out because
+# they spill: plain 128 x 256 on sm_90 and gfx942, and 128 x 128 with 4 warps on sm_90; with the exact GELU, whose erf
+# takes most registers, gated 128 x 128.
+_NARROW = (Configuration(128, 64, 64, 8, 4), Configuration(64, 64, 64, 4, 4), Configuration(16, 64, 64, 4, 3))
+_GATED = {
+    ("sm_80", 2): (Configuration(128, 64, 64, 8, 3), Configuration(64, 64, 64, 4, 3), Configuration(16, 64, 64, 4, 3)),
+    ("sm_86", 2): (Configuration(128, 64, 32, 8, 3), Configuration(64, 64, 32, 4, 3), Configuration(16, 64, 64, 4, 3)),
+    ("sm_90", 2): (Configuration(128, 128, 64, 8, 3), *_NARROW),
+    ("sm_100", 2): (Configuration(128, 128, 64, 8, 3), *_NARROW),
+    ("gfx9", 2): (Configuration(128, 64, 64, 8, 2), Configuration(64, 64, 64, 4, 2), Configuration(16, 64, 64, 4, 2)),
+}
+_PLAIN = {name: tuple(c for c in table if c.block_n < 256) for name, table in _TABLE.items() if name[1] == 2}
+_PLAIN["sm_90", 2] = tuple(c for c in _PLAIN["sm_90", 2] if c.block_m * c.block_n < 128 * 128 or c.warps == 8)
+for _size in (2, 4, 8):
+    _GATED["interpreter", _size] = _PLAIN["interpreter", _size] = _TABLE["interpreter", _size]
+_GATED_GELU = {name: tuple(c for c in table if c.block_m * c.block_n < 128 * 128) for name, table in _GATED.items()}
+FUSED_KINDS = {"up_gated": _GATED, "up_gated_gelu": _GATED_GELU, "up_plain": _PLAIN}
+
+# Of a processor: 32-bit registers, bytes of shared memory.
+RESOURCES = {
+    "sm_80": (65536, 167936),
+    "sm_86": (65536, 102400),
+    "sm_90": (65536, 233472),
+    "sm_100": (65536, 233472),
+    "gfx9": (131072, 65536),
+}
+_MOST_PROGRAMS = 8  # more gain nothing beside GEMMs
+
 
 def _family(arch: str) -> str:
     if arch.startswith("sm_"):
@@ -107,24 +143,60 @@ def candidates(arch: str, dtype: torch.dtype) -> tuple[Configuration, ...]:
     return _TABLE[("nvidia", size) if family.startswith("sm_") and size > 2 else (family, size)]
 
 
+def programs(arch: str, dtype: torch.dtype, c: Configuration, accumulators: int = 1) -> int:
+    """How many programs of a GEMM a processor holds at a time, by an estimate from above of what one takes.
+
+    Two may then hide each other's latencies, which matters most where a program has few warps; the compile check holds
+    the estimate to what the compiler made of it. It decides who computes a tile, never how.
+    """
+    family = _family(arch)
+    if family not in RESOURCES:
+        return 1
+    registers, shared = RESOURCES[family]
+    threads = c.warps * (64 if family == "gfx9" else 32)
+    # Accumulators, and as much as addresses and the operands' fragments took at most.
+    each = accumulators * c.block_m * c.block_n * max(dtype.itemsize, 4) // 4 // threads + 128
+    held = c.stages - 1 if family == "gfx9" else c.stages  # AMD's last stage is in registers
+    tile = held * (c.block_m + accumulators * c.block_n) * c.block_k * dtype.itemsize
+    return max(1, min(registers // (each * threads), shared // tile, _MOST_PROGRAMS))
+
+
 def key(kind: str, arch: str, dtype: torch.dtype, rows: int, m: int, n: int, k: int) -> str:
     """Under which a tuned choice is kept. `rows` of an average group counts by its power of two."""
     return f"{arch} {kind} {str(dtype).removeprefix('torch.')} {power_of_2(rows)} {m}x{n}x{k}"
 
 
-def read_tuned(path: Path = TUNED) -> dict[str, Configuration]:
-    """What a tuning program measured and wrote, by key; nothing if there is no such file."""
+def read_tuned(path: Path = TUNED) -> dict[str, Configuration | None]:
+    """What a tuning program measured and wrote, by key; nothing if there is no such file. None: not fused."""
     if INTERPRETED or not path.is_file():
         return {}
-    return {name: Configuration(**fields) for name, fields in json.loads(path.read_text()).items()}
+    chosen = json.loads(path.read_text())
+    return {name: None if fields is None else Configuration(**fields) for name, fields in chosen.items()}
 
 
-def write_tuned(chosen: dict[str, Configuration], path: Path = TUNED) -> None:
-    fields = {name: asdict(configuration) for name, configuration in sorted(chosen.items())}
-    path.write_text(json.dumps(fields, indent=1) + "\n")
+def write_tuned(chosen: dict[str, Configuration | None], path: Path = TUNED) -> None:
+    """Whole or not at all: a reader at the same time sees the old file or the new one."""
+    fields = {name: None if c is None else asdict(c) for name, c in sorted(chosen.items())}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        part = Path(file.name)
+        try:
+            file.write(json.dumps(fields, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            part.chmod(0o644)  # a temporary file is its owner's alone
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 _tuned = read_tuned()
+
+
+def use_tuned(chosen: dict[str, Configuration | None]) -> None:
+    """Takes `chosen` in place of what was read, in this process."""
+    global _tuned
+    _tuned = dict(chosen)
 
 
 def choose(kind: str, target: Target, dtype: torch.dtype, rows: int, m: int, n: int, k: int) -> Configuration:
@@ -145,5 +217,35 @@ def choose(kind: str, target: Target, dtype: torch.dtype, rows: int, m: int, n: 
     height = power_of_2(m or rows)
     if any(size % 16 for size in (m, n, k)):
         return _unaligned(target.arch, dtype)
+    return _first_fitting(table, height, n)
+
+
+def fused_candidates(kind: str, arch: str, dtype: torch.dtype) -> tuple[Configuration, ...]:
+    """As `candidates`, of the GEMMs with an epilogue; none where no tile of it fits."""
+    return FUSED_KINDS[kind].get((_family(arch), dtype.itemsize), ())
+
+
+def choose_fused(kind: str, target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Configuration | None:
+    """The configuration of a GEMM with the activation in its epilogue, or None where it and the activation are to be
+    launched one after the other: no tile fits the device, sizes are no multiples of 16, or that was measured faster.
+
+    Args:
+        kind: one of FUSED_KINDS.
+        target: the device.
+        dtype: of the operands.
+        rows: of an average group, known without reading the device.
+        n: width of the activation.
+        k: length of the reduction.
+    """
+    name = key(kind, target.arch, dtype, rows, 0, n, k)
+    if name in _tuned:
+        return _tuned[name]
+    table = fused_candidates(kind, target.arch, dtype)
+    if not table or (target.arch != "interpreter" and (n % 16 or k % 16)):
+        return None
+    return _first_fitting(table, power_of_2(rows), n)
+
+
+def _first_fitting(table: tuple[Configuration, ...], height: int, n: int) -> Configuration:
     fitting = [c for c in table if c.block_m <= height and c.block_n <= power_of_2(n)]
     return fitting[0] if fitting else min(table, key=lambda c: (c.block_m, c.block_n))

@@ -38,6 +38,7 @@ class Launch:
     """One recorded launch: positional arguments in order, and constants and options by name."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple
     options: dict[str, Any]
 
@@ -76,7 +77,7 @@ def launch(kernel, grid: tuple[int, ...], like: torch.Tensor, *arguments, **opti
     """Runs `kernel` on the device of `like`, on its current stream; an empty grid is no launch."""
     options["enable_fp_fusion"] = True  # its default changes with Triton 3.10, and with it the last bits
     if _recorder is not None:
-        _recorder[1].append(Launch(kernel, arguments, options))
+        _recorder[1].append(Launch(kernel, grid, arguments, options))
     elif 0 in grid:
         return
     elif like.device.type == "cuda":

@@ -140,6 +140,7 @@ def permute(x: Tensor, sorted_to_slot: Tensor, expert_offsets: Tensor, top_k: in
     check.at_least("top_k", top_k, 1)
     check.shape("x", x, (-1, -1), "[T, H]", "flatten batch and sequence into tokens first")
     width, slots = x.shape[1], x.shape[0] * top_k
+    check.slots("x", slots)
     check.index("sorted_to_slot", sorted_to_slot, slots, "[T*K]", x, "x")
     check.index("expert_offsets", expert_offsets, -1, "[E + 1]", x, "x")
     check.offsets(expert_offsets, slots)
@@ -180,6 +181,7 @@ def _check_unpermute(
     check.index("slot_to_sorted", slot_to_sorted, -1, "[T*K]", rows, "rows")
     check.index("expert_offsets", expert_offsets, -1, "[E + 1]", rows, "rows")
     slots = slot_to_sorted.numel()
+    check.slots("slot_to_sorted", slots)
     tokens = slots // top_k
     expected = f"have T * top_k entries, a multiple of {top_k}"
     check.value(slots % top_k == 0, "slot_to_sorted", expected, slots, "pass the top_k that route used")

@@ -280,7 +280,8 @@ def _check_logits(check: Checker, logits: Tensor, mask: Tensor | None, clean: Te
     expected = f"be between 1 and the number of experts ({experts})"
     check.value(1 <= top_k <= experts, "top_k", expected, top_k, "choose fewer experts per token")
     came = f"T = {tokens} and top_k = {top_k}"
-    check.value(tokens * top_k <= MAX_SLOTS, "logits", "have T * top_k below 2^31", came, "split the batch")
+    expected = "have T * top_k of at most 2^31 - 2^16"
+    check.value(tokens * top_k <= MAX_SLOTS, "logits", expected, came, "split the batch")
     if mask is not None:
         check.device("mask", mask, logits, "logits")
         check.shape("mask", mask, (tokens,), "[T]", "give one entry a token")
@@ -411,7 +412,7 @@ def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     check, slots = Checker("sort_slots"), expert_indices.numel()
     check.at_least("num_experts", num_experts, 0)
     check.dtype("expert_indices", expert_indices, torch.int32, "take it from ummrm.ops.route")
-    check.value(slots <= MAX_SLOTS, "expert_indices", "have fewer than 2^31 entries", slots, "split the batch")
+    check.slots("expert_indices", slots)
     check.values(
         "expert_indices", expert_indices, -1, num_experts, "take it from ummrm.ops.route with that many experts"
     )
