@@ -94,21 +94,26 @@ KINDS = ("rows", "transposed_rows", "wgrad")
 
 # Of the up-projection with the activation in its epilogue, by the same keys. Gated it has two accumulators, so its tile
 # is half as wide. What is not here is not fused: fp32 without TF32 and fp64 have no registers left. Left out because
-# they spill: plain 128 x 256 on sm_90 and gfx942, and 128 x 128 with 4 warps on sm_90; with the exact GELU, whose erf
-# takes most registers, gated 128 x 128.
+# they spill: plain 128 x 256 on sm_90 and gfx942, and 128 x 128 with 4 warps on sm_90; gated 128 x 128 on sm_100, and on
+# sm_90 with the exact GELU, whose erf takes most registers; gated 64 x 64 with 4 warps on sm_100.
 _NARROW = (Configuration(128, 64, 64, 8, 4), Configuration(64, 64, 64, 4, 4), Configuration(16, 64, 64, 4, 3))
 _GATED = {
     ("sm_80", 2): (Configuration(128, 64, 64, 8, 3), Configuration(64, 64, 64, 4, 3), Configuration(16, 64, 64, 4, 3)),
     ("sm_86", 2): (Configuration(128, 64, 32, 8, 3), Configuration(64, 64, 32, 4, 3), Configuration(16, 64, 64, 4, 3)),
     ("sm_90", 2): (Configuration(128, 128, 64, 8, 3), *_NARROW),
-    ("sm_100", 2): (Configuration(128, 128, 64, 8, 3), *_NARROW),
-    ("gfx9", 2): (Configuration(128, 64, 64, 8, 2), Configuration(64, 64, 64, 4, 2), Configuration(16, 64, 64, 4, 2)),
+    ("sm_100", 2): (Configuration(128, 64, 64, 8, 4), Configuration(64, 64, 64, 8, 4), Configuration(16, 64, 64, 4, 3)),
+    ("gfx9", 2): (
+        Configuration(128, 128, 64, 8, 2),
+        Configuration(128, 64, 64, 8, 2),
+        Configuration(64, 64, 64, 4, 2),
+        Configuration(16, 64, 64, 4, 2),
+    ),
 }
 _PLAIN = {name: tuple(c for c in table if c.block_n < 256) for name, table in _TABLE.items() if name[1] == 2}
 _PLAIN["sm_90", 2] = tuple(c for c in _PLAIN["sm_90", 2] if c.block_m * c.block_n < 128 * 128 or c.warps == 8)
 for _size in (2, 4, 8):
     _GATED["interpreter", _size] = _PLAIN["interpreter", _size] = _TABLE["interpreter", _size]
-_GATED_GELU = {name: tuple(c for c in table if c.block_m * c.block_n < 128 * 128) for name, table in _GATED.items()}
+_GATED_GELU = _GATED | {("sm_90", 2): _NARROW}
 FUSED_KINDS = {"up_gated": _GATED, "up_gated_gelu": _GATED_GELU, "up_plain": _PLAIN}
 
 # Of a processor: 32-bit registers, bytes of shared memory.
