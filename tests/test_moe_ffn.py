@@ -13,7 +13,7 @@ from op_inputs import (
 )
 from tolerances import DTYPES, compare
 
-from ummrm import ops, reference
+from ummrm import backends, ops, reference
 
 poisoned = pytest.mark.usefixtures("poisoned")
 raw = torch.ops.ummrm
@@ -247,6 +247,10 @@ def backward_calls(trained):
     return called(profile)
 
 
+@pytest.mark.skipif(
+    backends.backend_for("cpu") == "triton",
+    reason="Triton's composition launches kernels and calls no operators: triton_interpreted.py counts those",
+)
 def test_frozen_experts_skip_their_weight_gradients():
     """Every subset that training really uses, by counting the operators that its backward calls."""
     everything = backward_calls(NEED)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -114,9 +115,9 @@ except ValueError as error:
 @needs_triton
 def test_one_entry_for_each_operator_of_the_table():
     kernels = backends.load_triton()
-    assert (
-        set(kernels.KERNELS) == set(backends.BACKENDS["reference"].kernels) == set(backends.BACKENDS["triton"].kernels)
-    )
+    composed = {"moe_ffn", "moe_ffn_forward", "moe_ffn_backward"}
+    assert set(kernels.KERNELS) == set(backends.BACKENDS["triton"].kernels)
+    assert set(kernels.KERNELS) == set(backends.BACKENDS["reference"].kernels) | composed
     assert kernels.__name__ == "ummrm.triton_kernels" and sys.modules[kernels.__name__] is kernels
 
 
@@ -149,3 +150,70 @@ def test_configurations_depend_on_shapes_alone_and_come_from_a_file(tmp_path):
     table = {configurations.key("rows", "sm_90", *shape): chosen}
     configurations.write_tuned(table, path)
     assert configurations.read_tuned(path) == table
+
+
+@needs_triton
+def test_what_is_fused_depends_on_shapes_alone(monkeypatch):
+    backends.load_triton()
+    from ummrm.triton_kernels import configurations
+    from ummrm.triton_kernels.launch import Target
+
+    h200, bf16 = Target("sm_90", 132), torch.bfloat16
+    chosen = configurations.choose_fused("up_gated", h200, bf16, 4096, 14336, 4096)
+    assert chosen == configurations.fused_candidates("up_gated", "sm_90", bf16)[0]
+    assert chosen == configurations.choose_fused("up_gated", Target("sm_90", 1), bf16, 4096, 14336, 4096)
+    assert configurations.choose_fused("up_gated", h200, bf16, 4096, 14335, 4096) is None
+    assert configurations.choose_fused("up_gated", h200, bf16, 4096, 14336, 4090) is None
+    assert configurations.choose_fused("up_gated", h200, torch.float32, 4096, 14336, 4096) is None
+    slower = configurations.key("up_gated", "sm_90", bf16, 4096, 0, 14336, 4096)
+    monkeypatch.setattr(configurations, "_tuned", {slower: None})
+    assert configurations.choose_fused("up_gated", h200, bf16, 4096, 14336, 4096) is None
+    assert configurations.choose_fused("up_gated", h200, bf16, 8192, 14336, 4096) is not None
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["up_gated", "up_gated_gelu", "up_plain"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_programs_fill_a_processor(arch, kind):
+    """A small tile takes little of it, and few rows would leave the rest idle."""
+    backends.load_triton()
+    from ummrm.triton_kernels import configurations
+
+    *_, small = configurations.fused_candidates(kind, arch, torch.bfloat16)
+    assert small.block_m == 16 and configurations.programs(arch, torch.bfloat16, small) > 1
+
+
+@needs_triton
+def test_tuning_leaves_out_what_does_not_run_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    backends.load_triton()
+    from ummrm.triton_kernels import configurations
+    from ummrm.triton_kernels.launch import Target
+
+    from bench import tune_triton
+
+    listed = configurations.fused_candidates("up_gated", "sm_90", torch.bfloat16)
+    took = {listed[0]: 3.0, listed[2]: 1.0, None: 2.0}  # milliseconds; the others do not launch
+    chooser = types.SimpleNamespace(choose_fused=configurations.choose_fused)
+    asked = []
+
+    def call():
+        asked.append(chooser.choose_fused("up_gated", Target("sm_90", 132), torch.bfloat16, 4096, 2048, 1024))
+        if asked[-1] not in took:
+            raise RuntimeError("out of resource: shared memory")
+
+    def milliseconds(function):
+        function()
+        return took[asked[-1]]
+
+    monkeypatch.setattr(tune_triton, "milliseconds", milliseconds)
+    product = tune_triton.Product("up", call, chooser, "choose_fused", True)
+    key, best, times = tune_triton.tune(product, configurations)
+    assert (best, times) == (listed[2], took) and chooser.choose_fused is configurations.choose_fused
+    assert key == configurations.key("up_gated", "sm_90", torch.bfloat16, 4096, 0, 2048, 1024)
+    assert f"{listed[1]} is left out: RuntimeError: out of resource" in capsys.readouterr().out
+
+    path = tmp_path / "tuned.json"
+    configurations.write_tuned({key: best, "another": None}, path)
+    with pytest.raises(TypeError):
+        configurations.write_tuned({key: 1}, path)
+    assert configurations.read_tuned(path) == {key: best, "another": None} and list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,10 @@
 """What only a process started with TRITON_INTERPRET=1 can show; test_triton.py starts it. The interpreter's bf16 is
-torch's, and a model is upcycled, trained and merged with every operator of the FFN on Triton's kernels.
+torch's, what is fused has the bits of what is not, and a model is upcycled, trained and merged with every operator of
+the FFN on Triton's kernels.
 """
+
+import collections
+import importlib
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import triton
 import triton.language as tl
 from op_inputs import floats, moe_inputs
 from test_merged_ffn import merged_inputs
+from test_moe_ffn import NEED, in_order
 from tiny_models import outputs_of, padded_batch, perturb_experts, tiny_model
 from tolerances import compare
 from triton.runtime.errors import InterpreterError
@@ -16,6 +21,7 @@ import ummrm
 from ummrm import MergeConfig, UpcycleConfig, auxiliary_loss, backends, ops, preference_loss, reference
 
 kernels = backends.load_triton()
+moe = importlib.import_module("ummrm.triton_kernels.moe_ffn")
 
 
 @triton.jit
@@ -78,16 +84,96 @@ def test_a_layer_that_fills_no_tile(dtype):
 
 
 def launched(monkeypatch):
-    """The names of the kernels that run from here on."""
-    names, executor = set(), triton.runtime.interpreter.GridExecutor
+    """The names of the kernels that run from here on, and how often."""
+    names, executor = collections.Counter(), triton.runtime.interpreter.GridExecutor
     call = executor.__call__
 
     def noted(self, *arguments, **options):
-        names.add(self.fn.__name__)
+        names[self.fn.__name__] += 1
         return call(self, *arguments, **options)
 
     monkeypatch.setattr(executor, "__call__", noted)
     return names
+
+
+def fusions():
+    return moe.Fusion(gather=False, epilogue=False), moe.Fusion(gather=True, epilogue=False), moe.FUSED
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("glu", "kind", "s", "dtype"),
+    [(True, "silu", 2, torch.bfloat16), (False, "gelu", 1, torch.float32), (True, "relu2", 0, torch.float16)],
+    ids=str,
+)
+def test_every_way_of_fusing_gives_the_same_bits(glu, kind, s, dtype):
+    """More than a tile of rows and columns, an expert without rows, rows of no expert, slots that repeat an expert."""
+    arguments = moe_inputs(35, 34, 20, 3, 2, s, glu, kind="some_dead", dtype=dtype, requires_grad=False)
+    indices = arguments["expert_indices"]
+    indices[indices == 1] = 2
+    tensors = in_order(arguments, kind, glu)
+    grad = torch.randn_like(arguments["x"])
+    need = [True] * len(NEED)
+    results = []
+    for fusion in fusions():
+        out, *saved = moe.run_forward(*tensors, need_pre_activation=True, fusion=fusion)
+        grads = moe.run_backward(grad, *tensors[:12], *saved, kind, glu, need, fusion=fusion)
+        results.append([out, *saved, *grads])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+    out, nothing, *_ = moe.run_forward(*tensors, need_pre_activation=False)
+    assert nothing is None and torch.equal(out, results[0][0])
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_without_a_shared_expert():
+    arguments = moe_inputs(19, 12, 10, 4, 2, 0, kind="some_dead")
+    compare(ops.moe_ffn, reference.moe_ffn, arguments, roundings=4)
+
+
+def test_what_is_fused_is_not_launched(monkeypatch):
+    """Nor are gradients of what is frozen."""
+    names, arguments = launched(monkeypatch), moe_inputs(9, 5, 4, 3, 2, 1)
+    with torch.no_grad():
+        ops.moe_ffn(**arguments)
+    assert names == {
+        "_sort_count": 1,
+        "_sort_scan": 1,
+        "_sort_scatter": 1,
+        "_up_activation": 1,
+        "_expert_gemm": 1,
+        "_unpermute": 1,
+    }
+
+    def backward(*trained):
+        inputs = {n: v.detach().requires_grad_(n in trained) for n, v in arguments.items() if v.is_floating_point()}
+        out = ops.moe_ffn(**arguments | inputs).sum()
+        names.clear()
+        out.backward()
+        assert {n for n in NEED if inputs[n].grad is not None} == set(trained)
+        return dict(names)
+
+    everything = {"_expert_gemm": 2, "_activation_backward": 1, "_gate_grad": 1, "_wgrad": 2, "_bias_grad": 2}
+    assert backward(*NEED) == everything | {"_unpermute": 1}
+    router = {"_expert_gemm": 2, "_activation_backward": 1, "_gate_grad": 1, "_unpermute": 1}
+    assert backward("x", "shared_weight", "routed_weights") == router
+    assert backward("routed_weights") == {"_expert_gemm": 1, "_activation_backward": 1, "_gate_grad": 1}
+    assert backward("shared_down") == {"_expert_gemm": 1, "_activation_backward": 1, "_wgrad": 1}
+    assert backward("shared_up") == {"_expert_gemm": 1, "_activation_backward": 1, "_wgrad": 1}
+    assert backward("routed_down_bias") == {"_bias_grad": 1}
+
+
+def test_more_slots_than_32_bits_count_are_refused():
+    """A block's first slot and its length add up to less than 2^31; the tensor behind this is one row."""
+    indices = torch.zeros(1, 2**11, dtype=torch.int32).expand(2**20 - 31, 2**11)
+    for call in (
+        lambda: kernels.KERNELS["sort_slots"](indices, 3),
+        lambda: kernels.KERNELS["route"](torch.zeros(1, 1).expand(indices.numel(), 1), None, None, 1, "fixed", 0.5),
+        lambda: kernels.KERNELS["permute"](torch.zeros(1, 1).expand(indices.numel(), 1), indices, indices, 1),
+    ):
+        with pytest.raises(ValueError, match=r"must have .*at most 2\^31 - 2\^16.*got"):
+            call()
 
 
 def test_upcycle_train_merge(monkeypatch):
@@ -122,16 +208,17 @@ def test_upcycle_train_merge(monkeypatch):
     moe.eval()
     want = outputs_of(moe, chosen)
     torch.testing.assert_close(outputs_of(ummrm.merge(moe), chosen), want, rtol=1e-4, atol=1e-5)
-    assert names == {
+    assert set(names) == {
         "_route",
         "_route_statistics",
         "_route_backward",
         "_sort_count",
         "_sort_scan",
         "_sort_scatter",
-        "_permute",
         "_unpermute",
+        "_up_activation",
         "_expert_gemm",
+        "_gate_grad",
         "_wgrad",
         "_bias_grad",
         "_activation",

@@ -26,11 +26,11 @@ from .bias_grad import bias_grad
 from .checks import ACTIVATIONS, Checker
 from .configurations import choose_fused
 from .expert_gemm import product, weight_grad
-from .up_activation import up_activation
 from .groups import Rows, gathered
 from .launch import blocks, launch, target_of, tile, wide
 from .permute import permute, unpermute
 from .routing import sort_slots
+from .up_activation import up_activation
 
 _SUM = 2048  # elements of a program's tile
 
