@@ -88,6 +88,7 @@ def _gate_grad(
     num_tokens,
     width,
     NUM_SHARED: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ACC: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -123,7 +124,7 @@ def _gate_grad(
             total = tl.load(dots + NUM_SHARED * tl.cast(num_tokens, tl.int64) + row, mask=exists, other=0.0)
             if routed_bias is not None:
                 expert = tl.load(expert_indices + slot, mask=exists, other=-1)
-                live = expert >= 0
+                live = (expert >= 0) & (expert < NUM_EXPERTS)
                 for start in range(0, width, COLUMNS):
                     column = start + tl.arange(0, COLUMNS)
                     both = live[:, None] & (column < width)[None, :]
@@ -250,8 +251,8 @@ def moe_ffn(*arguments) -> Tensor:
     return run_forward(*arguments, need_pre_activation=False)[0]
 
 
-def moe_ffn_backward(grad_out: Tensor, *rest) -> list[Tensor]:
-    return run_backward(grad_out, *rest)
+def moe_ffn_backward(*arguments) -> list[Tensor]:
+    return run_backward(*arguments)
 
 
 def _gate_grads(dots, grad_out, slot_to_sorted, expert_indices, p: Experts, need_shared: bool, need_routed: bool):
@@ -275,6 +276,7 @@ def _gate_grads(dots, grad_out, slot_to_sorted, expert_indices, p: Experts, need
         tokens,
         width,
         NUM_SHARED=p.num_shared,
+        NUM_EXPERTS=p.num_experts,
         TOP_K=top_k,
         ACC=wide(grad_out),
         TOKENS=each,
@@ -303,7 +305,7 @@ def run_backward(
     check.shape("pre_activation", pre_activation, (count, p.routed_up.shape[1]), "[S*T + T*K, 2*I or I]", source)
     names = "x", "shared_weight", "routed_weights", *Experts.__dataclass_fields__
     need, grads = dict(zip(names, need, strict=True)), dict.fromkeys(names)
-    up_side = any(need[n] for n in ("x", "shared_up", "routed_up", "shared_up_bias", "routed_up_bias"))
+    need_up = any(need[n] for n in ("x", "shared_up", "routed_up", "shared_up_bias", "routed_up_bias"))
     need_gates, need_down = need["shared_weight"] or need["routed_weights"], need["shared_down"] or need["routed_down"]
 
     # The gate weight of each row of the combined buffer.
@@ -313,7 +315,7 @@ def run_backward(
     grad_rows = _rows(grad_out, sorted_to_slot, offsets, top_k, fusion)
     walked = offsets, tokens
     grad_pre = weighted = dots = None
-    if up_side or need_gates or need_down:
+    if need_up or need_gates or need_down:
         grad_act = product(grad_rows, p.shared_down, p.routed_down, *walked, transpose=True)
         grad_pre, weighted, dots = activation_backward(grad_act, pre_activation, row_weights, activation, glu)
         del grad_act
@@ -336,7 +338,7 @@ def run_backward(
         biases = bias_grad(grad_rows, row_weights, *walked, num_shared, *pair)
         grads["shared_down_bias"], grads["routed_down_bias"] = biases
     del grad_rows
-    if up_side:
+    if need_up:
         of_pre = _split(grad_pre, tokens, p)
         if pair := _wanted(need, "shared_up", "routed_up"):
             fusion = fusion if need["routed_up"] else FUSED  # shared experts alone need no copy
