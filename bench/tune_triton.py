@@ -80,7 +80,7 @@ def products(hidden: int, intermediate: int, tokens: int, experts: int, top_k: i
     shapes = (shared, width, hidden), (experts, width, hidden), (shared, hidden, intermediate)
     down = torch.randn(experts, hidden, intermediate, **make)
     p = moe.Experts(*(torch.randn(shape, **make) for shape in shapes), down, None, None, None, None)
-    for kind in ("silu", "gelu") if glu else ("silu",):
+    for kind in ("silu", "gelu"):
         call = lambda kind=kind: moe.up_side(rows, p, *sizes, kind, glu, True)  # noqa: E731
         yield Product(f"up with {kind}", call, moe, "choose_fused", True)
 
@@ -103,11 +103,13 @@ def tune(product: Product, configurations):
         product.call()
         kind, target, dtype, rows, *shape = asked[0]
         if product.fused:
-            listed = *configurations.fused_candidates(kind, target.arch, dtype), None
+            listed = configurations.fused_candidates(kind, target.arch, dtype)
             shape = 0, *shape
         else:
             listed = configurations.candidates(target.arch, dtype)
-        for configuration in listed:
+        if kind != "wgrad" and dtype.itemsize == 2:
+            listed = configurations.with_tma(target.arch, listed)
+        for configuration in (*listed, None) if product.fused else listed:
             setattr(product.module, product.chooser, lambda *_, c=configuration: c)
             try:
                 times[configuration] = milliseconds(product.call)

@@ -61,6 +61,7 @@ def check(arch, dtype, one):
     assert report.shared <= TARGETS[arch][1], what
     if one.kernel.__name__ in PRODUCTS and dtype in SIXTEEN_BITS:
         assert report.matrix, what
+    assert report.descriptors == one.options.get("TMA", False), what
     if "GROUPS" in one.options and one.kernel.__name__ in PRODUCTS and len(one.grid) == 1:
         check_walk(arch, one, report, what)
     return report
@@ -111,35 +112,52 @@ def configured(monkeypatch, arch, dtype, configuration):
     return [one for one in launches(arch, "expert_gemm", dtype) if one.kernel.__name__ in PRODUCTS]
 
 
+def short(c):
+    return f"{c.block_m}x{c.block_n}x{c.block_k}-{c.warps}-{c.stages}{'-tma' * c.tma}"
+
+
 FUSED_TABLE = [
-    pytest.param(arch, kind, activation, c, id=f"{arch}-{kind}-{activation}-{c.block_m}x{c.block_n}-{c.warps}")
+    pytest.param(
+        arch, kind, activation, c, id=f"{arch}-{kind}-{activation}-{c.block_m}x{c.block_n}-{c.warps}{'-tma' * c.tma}"
+    )
     for arch in TARGETS
     for kind, activation in (
         ("up_gated", "silu"),
         ("up_gated", "gelu_tanh"),
         ("up_gated", "relu2"),
         ("up_gated_gelu", "gelu"),
-        ("up_plain", "gelu"),
         ("up_plain", "silu"),
+        ("up_plain_gelu", "gelu"),
     )
-    for c in configurations.fused_candidates(kind, arch, torch.bfloat16)
+    for c in configurations.with_tma(arch, configurations.fused_candidates(kind, arch, torch.bfloat16))
 ]
+
+
+def fused(monkeypatch, arch, kind, activation, configuration):
+    monkeypatch.setattr(moe, "choose_fused", lambda *arguments: configuration)
+    monkeypatch.setattr(triton_compile, "ACTIVATIONS", [(activation, "gated" in kind)])
+    (one,) = (one for one in launches(arch, "moe_ffn", torch.bfloat16) if one.kernel.__name__ == "_up_activation")
+    return check(arch, torch.bfloat16, one)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("arch", "kind", "activation", "configuration"), FUSED_TABLE)
 def test_every_fused_configuration(monkeypatch, arch, kind, activation, configuration):
-    monkeypatch.setattr(moe, "choose_fused", lambda *arguments: configuration)
-    monkeypatch.setattr(triton_compile, "ACTIVATIONS", [(activation, kind != "up_plain")])
-    (one,) = (one for one in launches(arch, "moe_ffn", torch.bfloat16) if one.kernel.__name__ == "_up_activation")
-    check(arch, torch.bfloat16, one)
+    fused(monkeypatch, arch, kind, activation, configuration)
+
+
+def with_descriptors(arch, dtype):
+    table = configurations.candidates(arch, dtype)
+    return configurations.with_tma(arch, table) if dtype in SIXTEEN_BITS else table
 
 
 TABLE = [
-    pytest.param(arch, dtype, c, id=f"{arch}-{dtype}-{c.block_m}x{c.block_n}x{c.block_k}-{c.warps}-{c.stages}")
+    pytest.param(
+        arch, dtype, c, id=f"{arch}-{dtype}-{c.block_m}x{c.block_n}x{c.block_k}-{c.warps}-{c.stages}{'-tma' * c.tma}"
+    )
     for arch in TARGETS
     for dtype in (torch.bfloat16, torch.float32, torch.float64)
-    for c in configurations.candidates(arch, dtype)
+    for c in with_descriptors(arch, dtype)
 ]
 
 
@@ -150,12 +168,29 @@ def test_every_configuration(monkeypatch, arch, dtype, configuration):
         check(arch, dtype, one)
 
 
+# sm_86, sm_89 and sm_120 have 99 KB; they run what sm_80's instructions give.
+SMALL_SHARED = 101376
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("configuration", configurations.candidates("sm_86", torch.bfloat16), ids=str)
+@pytest.mark.parametrize("configuration", configurations.candidates("sm_86", torch.bfloat16), ids=short)
 def test_configurations_of_small_shared_memory(monkeypatch, configuration):
-    """sm_86, sm_89 and sm_120 have 99 KB; they run what sm_80's instructions give."""
     for one in configured(monkeypatch, "sm_80", torch.bfloat16, configuration):
-        assert check("sm_80", torch.bfloat16, one).shared <= 101376
+        assert check("sm_80", torch.bfloat16, one).shared <= SMALL_SHARED
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "activation"), [("up_gated_gelu", "gelu"), ("up_plain_gelu", "gelu")])
+def test_fused_configurations_of_small_shared_memory(monkeypatch, kind, activation):
+    for configuration in configurations.fused_candidates(kind, "sm_86", torch.bfloat16):
+        assert fused(monkeypatch, "sm_80", kind, activation, configuration).shared <= SMALL_SHARED
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_projections_through_descriptors(monkeypatch, arch):
+    (configuration,) = (replace(c, tma=True) for c in configurations.candidates(arch, torch.bfloat16)[:1])
+    for one in configured(monkeypatch, arch, torch.bfloat16, configuration)[:2]:
+        assert check(arch, torch.bfloat16, one).descriptors
 
 
 def test_a_spill_is_found(monkeypatch):

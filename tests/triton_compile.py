@@ -40,12 +40,14 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel uses. `matrix`: whether it has the target's matrix instructions."""
+    """What a compiled kernel uses. `matrix`: whether it has the target's matrix instructions; `descriptors`: whether it
+    reads tiles through tensor descriptors."""
 
     registers: int
     spilled: int
     shared: int
     matrix: bool
+    descriptors: bool
 
 
 def _type_of(value):
@@ -88,7 +90,8 @@ def compile_launch(launch, name):
         assembly = kernel.asm["amdgcn"]
         numbers = {n: int(v) for n, v in re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s+(\d+)", assembly)}
         registers, spilled = numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return Report(registers, spilled, kernel.metadata.shared, re.search(matrix, assembly) is not None)
+    found = (re.search(pattern, assembly) is not None for pattern in (matrix, r"cp\.async\.bulk\.tensor"))
+    return Report(registers, spilled, kernel.metadata.shared, *found)
 
 
 def _resources(cubin):

@@ -5,6 +5,7 @@ the FFN on Triton's kernels.
 
 import collections
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,40 @@ def test_every_way_of_fusing_gives_the_same_bits(glu, kind, s, dtype):
             assert torch.equal(a, b)
     out, nothing, *_ = moe.run_forward(*tensors, need_pre_activation=False)
     assert nothing is None and torch.equal(out, results[0][0])
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_descriptors_give_the_same_bits(monkeypatch):
+    """Where they cannot be made, projections are read without; sizes that fill no tile."""
+    seen = []
+
+    def launch(kernel, *arguments, **options):
+        seen.append(options.get("TMA"))
+        return launched_by(kernel, *arguments, **options)
+
+    names = "expert_gemm", "up_activation", "configurations"
+    gemm, up, configurations = (importlib.import_module(f"ummrm.triton_kernels.{name}") for name in names)
+    launched_by = gemm.launch
+    for module in (gemm, up):
+        monkeypatch.setattr(module, "launch", launch)
+    (plain,) = configurations.candidates("interpreter", torch.bfloat16)
+    configuration = replace(plain, tma=True)
+    for (h, i), can in (((24, 40), True), ((22, 20), False)):
+        tensors = in_order(moe_inputs(9, h, i, 2, 1, 1, dtype=torch.bfloat16, requires_grad=False))
+        grad, need = torch.randn_like(tensors[0]), [True] * len(NEED)
+
+        def both(tensors=tensors, grad=grad, need=need):
+            out, *saved = moe.run_forward(*tensors, need_pre_activation=True)
+            return [out, *moe.run_backward(grad, *tensors[:12], *saved, "silu", True, need)]
+
+        want = both()
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(gemm, "choose", lambda *arguments: configuration)
+            patch.setattr(moe, "choose_fused", lambda *arguments: configuration)
+            for a, b in zip(want, both(), strict=True):
+                assert torch.equal(a, b)
+        assert (True in seen) == can
 
 
 @pytest.mark.usefixtures("poisoned")

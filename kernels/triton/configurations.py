@@ -24,7 +24,8 @@ TUNED = Path(__file__).parent / "tuned.json"
 @dataclass(frozen=True)
 class Configuration:
     """Tile of the result, tile of the reduction, and how a program is run. `group` rows of tiles are walked column by
-    column, so that the L2 cache holds what neighbours share."""
+    column, so that the L2 cache holds what neighbours share. `tma`: projections are read through descriptors, where
+    they lie at multiples of 16 bytes; the sums are the same."""
 
     block_m: int
     block_n: int
@@ -32,6 +33,7 @@ class Configuration:
     warps: int
     stages: int
     group: int = 8
+    tma: bool = False
 
     def constants(self) -> dict[str, int]:
         """As a kernel takes them, by name."""
@@ -94,8 +96,8 @@ KINDS = ("rows", "transposed_rows", "wgrad")
 
 # Of the up-projection with the activation in its epilogue, by the same keys. Gated it has two accumulators, so its tile
 # is half as wide. What is not here is not fused: fp32 without TF32 and fp64 have no registers left. Left out because
-# they spill: plain 128 x 256 on sm_90 and gfx942, and 128 x 128 with 4 warps on sm_90; gated 128 x 128 on sm_100, and
-# on sm_90 with the exact GELU, whose erf takes most registers; gated 64 x 64 with 4 warps on sm_100.
+# they spill: plain 128 x 256, and with 4 warps 128 x 128 on sm_90 and 64 x 64 on sm_100; gated 128 x 128 on sm_100; with
+# the exact GELU, whose erf takes most registers, 128 x 128 gated on sm_90 and plain on sm_80.
 _NARROW = (Configuration(128, 64, 64, 8, 4), Configuration(64, 64, 64, 4, 4), Configuration(16, 64, 64, 4, 3))
 _GATED = {
     ("sm_80", 2): (Configuration(128, 64, 64, 8, 3), Configuration(64, 64, 64, 4, 3), Configuration(16, 64, 64, 4, 3)),
@@ -109,12 +111,26 @@ _GATED = {
         Configuration(16, 64, 64, 4, 2),
     ),
 }
-_PLAIN = {name: tuple(c for c in table if c.block_n < 256) for name, table in _TABLE.items() if name[1] == 2}
-_PLAIN["sm_90", 2] = tuple(c for c in _PLAIN["sm_90", 2] if c.block_m * c.block_n < 128 * 128 or c.warps == 8)
+_PLAIN = {
+    ("sm_80", 2): _TABLE["sm_80", 2],
+    ("sm_86", 2): _TABLE["sm_86", 2],
+    ("sm_90", 2): (Configuration(128, 128, 64, 8, 4), Configuration(64, 128, 64, 4, 4), *_SMALL),
+    ("sm_100", 2): (
+        Configuration(128, 128, 64, 8, 4),
+        Configuration(64, 128, 64, 4, 4),
+        Configuration(64, 64, 64, 8, 4),
+        *_SMALL[1:],
+    ),
+    ("gfx9", 2): _TABLE["gfx9", 2][1:],
+}
 for _size in (2, 4, 8):
     _GATED["interpreter", _size] = _PLAIN["interpreter", _size] = _TABLE["interpreter", _size]
-_GATED_GELU = _GATED | {("sm_90", 2): _NARROW}
-FUSED_KINDS = {"up_gated": _GATED, "up_gated_gelu": _GATED_GELU, "up_plain": _PLAIN}
+FUSED_KINDS = {
+    "up_gated": _GATED,
+    "up_gated_gelu": _GATED | {("sm_90", 2): _NARROW},
+    "up_plain": _PLAIN,
+    "up_plain_gelu": _PLAIN | {("sm_80", 2): _TABLE["sm_80", 2][1:]},
+}
 
 # Of a processor: 32-bit registers, bytes of shared memory.
 RESOURCES = {
@@ -146,6 +162,15 @@ def candidates(arch: str, dtype: torch.dtype) -> tuple[Configuration, ...]:
     """The configurations that may serve `dtype` on `arch`, the largest tile first."""
     family, size = _family(arch), dtype.itemsize
     return _TABLE[("nvidia", size) if family.startswith("sm_") and size > 2 else (family, size)]
+
+
+def with_tma(arch: str, table: tuple[Configuration, ...]) -> tuple[Configuration, ...]:
+    """What a tuning program tries: beside the table, the same with descriptors, on GPUs that have them. By default
+    none is used, since no GPU has shown yet what they gain; they free registers, of a fifth where the projection is
+    transposed."""
+    if _family(arch) not in ("sm_90", "sm_100"):
+        return table
+    return *table, *(replace(c, tma=True) for c in table)
 
 
 def programs(arch: str, dtype: torch.dtype, c: Configuration, accumulators: int = 1) -> int:

@@ -21,6 +21,7 @@ from .groups import (
     dense_slices,
     gathered_rows,
     group_table,
+    has_descriptors,
     place,
     precision,
     slots_of,
@@ -52,6 +53,7 @@ def _expert_gemm(
     TOP_K: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     WHOLE_K: tl.constexpr,  # the reduction is a multiple of BLOCK_K
+    TMA: tl.constexpr,  # projections are read through descriptors
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,12 +86,17 @@ def _expert_gemm(
         k = tl.arange(0, BLOCK_K)
         a = a + row.to(tl.int64)[:, None] * in_width + k[None, :]
         inside_n = n < out_width
-        if TRANSPOSE:
+        step = tl.cast(BLOCK_K, tl.int64)
+        if TMA:
+            if TRANSPOSE:
+                box = tl.make_tensor_descriptor(b, [in_width, out_width], [out_width, 1], [BLOCK_K, BLOCK_N])
+            else:
+                box = tl.make_tensor_descriptor(b, [out_width, in_width], [in_width, 1], [BLOCK_N, BLOCK_K])
+        elif TRANSPOSE:
             b = b + k[:, None].to(tl.int64) * out_width + n[None, :]
             step = tl.cast(out_width, tl.int64) * BLOCK_K
         else:
             b = b + tl.minimum(n, out_width - 1).to(tl.int64)[None, :] * in_width + k[:, None]
-            step = tl.cast(BLOCK_K, tl.int64)
         length = tl.where(g == NUM_SHARED + NUM_EXPERTS, 0, in_width)
         total = tl.full([BLOCK_M, BLOCK_N], 0.0, ACC)
         for start in range(0, length, BLOCK_K):
@@ -97,7 +104,12 @@ def _expert_gemm(
                 x = tl.load(a)
             else:
                 x = tl.load(a, mask=(k < in_width - start)[None, :], other=0.0)
-            if TRANSPOSE:
+            if TMA:
+                if TRANSPOSE:
+                    y = box.load([start, tile_n * BLOCK_N])
+                else:
+                    y = tl.trans(box.load([tile_n * BLOCK_N, start]))
+            elif TRANSPOSE:
                 if WHOLE_K:
                     y = tl.load(b, mask=inside_n[None, :], other=0.0)
                 else:
@@ -109,7 +121,8 @@ def _expert_gemm(
                     y = tl.load(b, mask=(k < in_width - start)[:, None], other=0.0)
             total = tl.dot(x, y, total, input_precision=PRECISION, out_dtype=ACC)
             a += BLOCK_K
-            b += step
+            if not TMA:
+                b += step
 
         if shared_bias is not None:
             limit = tl.where(g < NUM_SHARED, out_width, 0)
@@ -261,6 +274,7 @@ def product(
         TOP_K=rows.top_k,
         TRANSPOSE=transpose,
         WHOLE_K=in_width % c.block_k == 0,
+        TMA=c.tma and has_descriptors(shared_proj, routed_proj),
         ACC=wide(out),
         PRECISION=precision(dtype),
         **c.constants(),

@@ -63,6 +63,16 @@ def dense_slices(proj: Tensor) -> Tensor:
     return proj if proj.shape[0] == 0 or proj[0].is_contiguous() else proj.contiguous()
 
 
+def has_descriptors(*projections: Tensor) -> bool:
+    """Whether descriptors can be made of every expert's projection: each row of it begins at a multiple of 16 bytes."""
+    return all(
+        p.numel() == 0
+        or all(s * p.element_size() % 16 == 0 for s in (p.shape[-1], p.stride(0)))
+        and (p.is_meta or p.data_ptr() % 16 == 0)
+        for p in projections
+    )
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 

@@ -7,6 +7,7 @@ from that what a launch on such a device would build, without one.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,12 +83,22 @@ def launch(kernel, grid: tuple[int, ...], like: torch.Tensor, *arguments, **opti
         return
     elif like.device.type == "cuda":
         with torch.cuda.device(like.device):
-            kernel[grid](*arguments, **options)
+            if options.get("TMA"):
+                contextvars.copy_context().run(_launch_with_scratch, kernel, grid, like, arguments, options)
+            else:
+                kernel[grid](*arguments, **options)
     else:
         from .interpreter import quiet
 
         with quiet():
             kernel[grid](*arguments, **options)
+
+
+def _launch_with_scratch(kernel, grid, like, arguments, options) -> None:
+    """Descriptors lie in memory that Triton asks an allocator for. It is set in a context of its own: the program's
+    stays as it is."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=like.device))
+    kernel[grid](*arguments, **options)
 
 
 def accumulator(tensor: torch.Tensor) -> torch.dtype:

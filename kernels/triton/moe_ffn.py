@@ -210,7 +210,7 @@ def up_side(
     c = None
     if fusion.epilogue and rows.index is not None:
         each = blocks(p.num_shared * tokens + rows.slots, max(p.num_shared + p.num_experts, 1))
-        kind = ("up_gated_gelu" if activation == "gelu" else "up_gated") if glu else "up_plain"
+        kind = ("up_gated" if glu else "up_plain") + ("_gelu" if activation == "gelu" else "")
         width, hidden = p.routed_down.shape[2], p.routed_down.shape[1]
         c = choose_fused(kind, target_of(rows.routed), rows.routed.dtype, each, width, hidden)
     if c is not None:

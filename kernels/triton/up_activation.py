@@ -13,7 +13,7 @@ import triton.language as tl
 from .activation import value_and_slope
 from .configurations import Configuration
 from .expert_gemm import walk
-from .groups import Rows, dense, dense_slices, group_table, place, precision
+from .groups import Rows, dense, dense_slices, group_table, has_descriptors, place, precision
 from .launch import launch, power_of_2, target_of, wide
 
 
@@ -41,6 +41,7 @@ def _up_activation(
     GROUPS: tl.constexpr,
     TOP_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    TMA: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -70,27 +71,37 @@ def _up_activation(
             row = tl.load(row_index + begin + row) // TOP_K
         k = tl.arange(0, BLOCK_K)
         a = x + row.to(tl.int64)[:, None] * in_width + k[None, :]
-        b = b + tl.minimum(n, out_width - 1).to(tl.int64)[None, :] * in_width + k[:, None]
+        if TMA:
+            gates = tl.make_tensor_descriptor(b, [out_width, in_width], [in_width, 1], [BLOCK_N, BLOCK_K])
+            ups = tl.make_tensor_descriptor(b + below, [out_width, in_width], [in_width, 1], [BLOCK_N, BLOCK_K])
+        else:
+            b = b + tl.minimum(n, out_width - 1).to(tl.int64)[None, :] * in_width + k[:, None]
         length = tl.where(g == NUM_SHARED + NUM_EXPERTS, 0, in_width)
         z = tl.full([BLOCK_M, BLOCK_N], 0.0, ACC)
         up = tl.full([BLOCK_M, BLOCK_N], 0.0, ACC)
         for start in range(0, length, BLOCK_K):
             if WHOLE_K:
                 of_x = tl.load(a)
+            else:
+                of_x = tl.load(a, mask=(k < in_width - start)[None, :], other=0.0)
+            if TMA:
+                of_z = tl.trans(gates.load([tile_n * BLOCK_N, start]))
+            elif WHOLE_K:
                 of_z = tl.load(b)
             else:
-                inside_k = k < in_width - start
-                of_x = tl.load(a, mask=inside_k[None, :], other=0.0)
-                of_z = tl.load(b, mask=inside_k[:, None], other=0.0)
+                of_z = tl.load(b, mask=(k < in_width - start)[:, None], other=0.0)
             z = tl.dot(of_x, of_z, z, input_precision=PRECISION, out_dtype=ACC)
             if GLU:
-                if WHOLE_K:
+                if TMA:
+                    of_up = tl.trans(ups.load([tile_n * BLOCK_N, start]))
+                elif WHOLE_K:
                     of_up = tl.load(b + below)
                 else:
                     of_up = tl.load(b + below, mask=(k < in_width - start)[:, None], other=0.0)
                 up = tl.dot(of_x, of_up, up, input_precision=PRECISION, out_dtype=ACC)
             a += BLOCK_K
-            b += BLOCK_K
+            if not TMA:
+                b += BLOCK_K
 
         if shared_bias is not None:
             bias = shared_bias + g * pre_width + n
@@ -131,6 +142,7 @@ def _constants(rows: Rows, shared: Tensor, routed: Tensor, reduction: int, c: Co
         "GROUPS": power_of_2(groups + 1),
         "TOP_K": rows.top_k,
         "WHOLE_K": reduction % c.block_k == 0,
+        "TMA": c.tma and has_descriptors(shared, routed),
         "ACC": wide(shared),
         "PRECISION": precision(shared.dtype),
         **c.constants(),
