@@ -96,8 +96,8 @@ KINDS = ("rows", "transposed_rows", "wgrad")
 
 # Of the up-projection with the activation in its epilogue, by the same keys. Gated it has two accumulators, so its tile
 # is half as wide. What is not here is not fused: fp32 without TF32 and fp64 have no registers left. Left out because
-# they spill: plain 128 x 256, and with 4 warps 128 x 128 on sm_90 and 64 x 64 on sm_100; gated 128 x 128 on sm_100; with
-# the exact GELU, whose erf takes most registers, 128 x 128 gated on sm_90 and plain on sm_80.
+# they spill: plain 128 x 256, and with 4 warps 128 x 128 on sm_90 and 64 x 64 on sm_100; gated 128 x 128 on sm_100;
+# with the exact GELU, whose erf takes most registers, 128 x 128 gated on sm_90 and plain on sm_80.
 _NARROW = (Configuration(128, 64, 64, 8, 4), Configuration(64, 64, 64, 4, 4), Configuration(16, 64, 64, 4, 3))
 _GATED = {
     ("sm_80", 2): (Configuration(128, 64, 64, 8, 3), Configuration(64, 64, 64, 4, 3), Configuration(16, 64, 64, 4, 3)),
