@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEMS = ("routing", "permute", "expert_gemm", "activation", "merge_experts")
-COMPOSED = ("moe_ffn", "merged_ffn")  # compositions of the operators above: no kernel of their own
+COMPOSED = ("moe_ffn", "merged_ffn")  # compositions of the operators above; Triton has its own of the first
 MAX_LINES = 450
 
 # Each module of the package may import the modules named here and nothing else of the package. Nothing imports cli.
