@@ -179,9 +179,13 @@ def test_programs_fill_a_processor(arch, kind):
     """A small tile takes little of it, and few rows would leave the rest idle."""
     backends.load_triton()
     from ummrm.triton_kernels import configurations
+    from ummrm.triton_kernels.launch import Target
 
     *_, small = configurations.fused_candidates(kind, arch, torch.bfloat16)
     assert small.block_m == 16 and configurations.programs(arch, torch.bfloat16, small) > 1
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):  # sizes that divide nothing have tiles of their own
+        odd = configurations.choose("rows", Target(arch, 100), dtype, 4096, 0, 2047, 1001)
+        assert configurations.programs(arch, dtype, odd) >= 1
 
 
 @needs_triton

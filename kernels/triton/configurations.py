@@ -186,7 +186,7 @@ def programs(arch: str, dtype: torch.dtype, c: Configuration, accumulators: int 
     threads = c.warps * (64 if family == "gfx9" else 32)
     # Accumulators, and as much as addresses and the operands' fragments took at most.
     each = accumulators * c.block_m * c.block_n * max(dtype.itemsize, 4) // 4 // threads + 128
-    held = c.stages - 1 if family == "gfx9" else c.stages  # AMD's last stage is in registers
+    held = max(c.stages - 1, 1) if family == "gfx9" else c.stages  # AMD's last stage is in registers
     tile = held * (c.block_m + accumulators * c.block_n) * c.block_k * dtype.itemsize
     return max(1, min(registers // (each * threads), shared // tile, _MOST_PROGRAMS))
 

@@ -260,7 +260,7 @@ def _gate_grads(dots, grad_out, slot_to_sorted, expert_indices, p: Experts, need
     (tokens, top_k), width = expert_indices.shape, grad_out.shape[1]
     shared = dots.new_empty(tokens) if need_shared else None
     routed = dots.new_empty(tokens, top_k) if need_routed else None
-    each, columns = tile(width, _SUM, grad_out.dtype)
+    each, columns = tile(width, _SUM, grad_out.dtype, widest=128)
     launch(
         _gate_grad,
         (blocks(tokens, each), top_k + 1),
