@@ -89,7 +89,7 @@ _TABLE = {
 # tile serves them, with nothing loaded ahead: in fp32 that spills.
 _UNALIGNED = {
     2: Configuration(64, 64, 32, 8, 3),
-    4: Configuration(64, 64, 16, 8, 3),
+    4: Configuration(64, 64, 16, 8, 2),
     8: Configuration(16, 32, 16, 4, 2),
 }
 KINDS = ("rows", "transposed_rows", "wgrad")

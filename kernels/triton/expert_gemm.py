@@ -79,9 +79,10 @@ def _expert_gemm(
         else:
             a = routed_rows
             b = routed_proj + tl.cast(e, tl.int64) * routed_stride
-            row = begin + row
-            if row_index is not None:
-                row = tl.load(row_index + row) // TOP_K
+            if row_index is None:
+                a = a + tl.cast(begin, tl.int64) * in_width
+            else:
+                row = tl.load(row_index + begin + row) // TOP_K
 
         k = tl.arange(0, BLOCK_K)
         a = a + row.to(tl.int64)[:, None] * in_width + k[None, :]
