@@ -89,7 +89,7 @@ _TABLE = {
 # tile serves them, with nothing loaded ahead: in fp32 that spills.
 _UNALIGNED = {
     2: Configuration(64, 64, 32, 8, 3),
-    4: Configuration(64, 64, 16, 8, 2),
+    4: Configuration(64, 64, 16, 8, 2),  # a weight gradient has 3 stages
     8: Configuration(16, 32, 16, 4, 2),
 }
 KINDS = ("rows", "transposed_rows", "wgrad")
@@ -152,9 +152,10 @@ def _family(arch: str) -> str:
     return "gfx9" if arch.startswith("gfx") else arch
 
 
-def _unaligned(arch: str, dtype: torch.dtype) -> Configuration:
+def _unaligned(kind: str, arch: str, dtype: torch.dtype) -> Configuration:
     if arch.startswith("sm_"):
-        return _UNALIGNED[dtype.itemsize]
+        c = _UNALIGNED[dtype.itemsize]
+        return replace(c, stages=3) if kind == "wgrad" and dtype.itemsize == 4 else c
     return replace(min(candidates(arch, dtype), key=lambda c: (c.block_m, c.block_n)), stages=1)
 
 
@@ -246,7 +247,7 @@ def choose(kind: str, target: Target, dtype: torch.dtype, rows: int, m: int, n: 
     table = candidates(target.arch, dtype)
     height = power_of_2(m or rows)
     if any(size % 16 for size in (m, n, k)):
-        return _unaligned(target.arch, dtype)
+        return _unaligned(kind, target.arch, dtype)
     return _first_fitting(table, height, n)
 
 

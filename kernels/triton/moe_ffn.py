@@ -32,7 +32,7 @@ from .permute import permute, unpermute
 from .routing import sort_slots
 from .up_activation import up_activation
 
-_SUM = 2048  # elements of a program's tile
+_SUM = 1024  # elements of a program's tile
 
 
 @dataclass(frozen=True)
