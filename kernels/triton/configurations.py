@@ -74,7 +74,7 @@ _TABLE = {
         Configuration(16, 64, 64, 4, 2),
     ),
     ("nvidia", 4): (
-        Configuration(64, 64, 16, 8, 3),
+        Configuration(64, 64, 16, 8, 2),
         Configuration(16, 64, 32, 4, 3),
     ),
     ("gfx9", 4): (Configuration(64, 64, 32, 4, 2), Configuration(32, 64, 32, 4, 2), Configuration(16, 64, 32, 4, 2)),
