@@ -165,6 +165,7 @@ def _expert_gemm(kernels, dtype, h, i):
     kernels["expert_gemm"](shared_rows, rows, *proj, offsets, T, *biases, False)
     kernels["expert_gemm"](*grads, *proj, offsets, T, None, None, True)
     kernels["expert_gemm_wgrad"](*grads, shared_rows, rows, offsets, T, S, True, True)
+    kernels["expert_gemm_wgrad"](*grads, shared_rows, rows, offsets, T, S, True, True, _acc(dtype))
 
 
 def _bias_grad(kernels, dtype, h, i):

@@ -59,6 +59,14 @@ class Checker:
             message = f"`{name}` must be {_name(expected)}, got {described(tensor)}; {remedy}."
             raise TypeError(f"ummrm.{self.op}: {message}")
 
+    def result(self, name: str, asked: torch.dtype | None, like: Tensor) -> None:
+        """A dtype asked for: that of `like` or its accumulator's."""
+        own, wide = like.dtype, accumulator(like)
+        if asked not in (None, own, wide):
+            known = _name(own) if own == wide else f"{_name(own)} or {_name(wide)}"
+            remedy = "leave it out for the inputs' own"
+            raise TypeError(f"ummrm.{self.op}: `{name}` must be {known}, got {_name(asked)}; {remedy}.")
+
     def floating(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise TypeError(

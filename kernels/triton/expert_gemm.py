@@ -6,6 +6,7 @@ torch is asked for less, by either of its ways.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import triton
@@ -284,12 +285,19 @@ def product(
 
 
 def weight_grad(
-    grads: Rows, rows: Rows, offsets: Tensor, num_tokens: int, num_shared: int, need_shared: bool, need_routed: bool
+    grads: Rows,
+    rows: Rows,
+    offsets: Tensor,
+    num_tokens: int,
+    num_shared: int,
+    need_shared: bool,
+    need_routed: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """grads^T @ rows of every expert: `expert_gemm_wgrad` unchecked, for any Rows."""
     grad_width, width, experts, like = grads.width, rows.width, offsets.numel() - 1, rows.routed
-    shared = like.new_empty((num_shared, grad_width, width) if need_shared else 0)
-    routed = like.new_empty((experts, grad_width, width) if need_routed else 0)
+    shared = like.new_empty((num_shared, grad_width, width) if need_shared else 0, dtype=out_dtype)
+    routed = like.new_empty((experts, grad_width, width) if need_routed else 0, dtype=out_dtype)
     first = 0 if need_shared else num_shared
     groups = (num_shared if need_shared else 0) + (experts if need_routed else 0)
     each = blocks(num_shared * num_tokens + rows.slots, max(num_shared + experts, 1))
@@ -368,6 +376,7 @@ def expert_gemm_wgrad(
     num_shared_experts: int,
     need_shared: bool,
     need_routed: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     check, slots = Checker("expert_gemm_wgrad"), slots_of(routed_rows)
     sizes = num_tokens, num_shared_experts, slots, -1
@@ -377,7 +386,8 @@ def expert_gemm_wgrad(
     check.dtype("grad_routed_rows", grad_routed_rows, routed_rows.dtype, remedy)
     check.device("grad_routed_rows", grad_routed_rows, routed_rows, "routed_rows")
     check_groups(check, expert_offsets, routed_rows, slots, num_tokens, num_shared_experts)
+    check.result("out_dtype", out_dtype, routed_rows)
     grads = Rows(grad_shared_rows.contiguous(), grad_routed_rows.contiguous())
     rows = Rows(shared_rows.contiguous(), routed_rows.contiguous())
     needs = num_tokens, num_shared_experts, need_shared, need_routed
-    return weight_grad(grads, rows, expert_offsets.contiguous(), *needs)
+    return weight_grad(grads, rows, expert_offsets.contiguous(), *needs, out_dtype)
