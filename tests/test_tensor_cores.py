@@ -1,6 +1,6 @@
-"""What stands around the tensor-core kernels: the reading of their machine code (tools/sass_check.py), and the writing
-of their tile table from measurements (bench/tune.py). The kernels themselves need a GPU; what is read of them here is
-the machine code that CMake left in build/cmake, if it did."""
+"""What stands around the tensor-core kernels: the reading of their machine code (tools/sass_check.py), the record of
+what was compiled (tools/compiled.py), and the writing of their tile table from measurements (bench/tune.py). The kernels
+themselves need a GPU; what is read of them here is the machine code that CMake left in build/cmake, if it did."""
 
 import importlib.util
 import subprocess
@@ -39,13 +39,22 @@ code version = [1,8]
 """
 
 
-@pytest.fixture(scope="module")
-def sass_check():
-    spec = importlib.util.spec_from_file_location("sass_check", ROOT / "tools/sass_check.py")
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["sass_check"] = module  # where dataclasses look for annotations
+    sys.modules[name] = module  # where dataclasses look for annotations, and another tool for this one
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def sass_check():
+    return tool("sass_check")
+
+
+@pytest.fixture(scope="module")
+def compiled(sass_check):
+    return tool("compiled")
 
 
 @pytest.fixture
@@ -88,17 +97,41 @@ def test_sass_check_names_what_is_wrong(sass_check, build, shown, fault):
         sass_check.check(*build(**shown))
 
 
-def test_the_machine_code_that_was_built(sass_check):
-    """Of `make test-cpp`, which compiles for both architectures and runs first."""
+def test_the_machine_code_that_was_built(sass_check, compiled):
+    """Of `make test-cpp`, which runs first: Ampere's is there, and Hopper's too, or its sources are those on record."""
     try:
-        kernels = sass_check.check(ROOT / "build/cmake")
+        kernels = [(k.file, k.arch) for k in sass_check.check(ROOT / "build/cmake")]
     except (FileNotFoundError, sass_check.NoTool) as reason:
         pytest.skip(str(reason))
-    assert {(k.file, k.arch) for k in kernels} >= {
+    if (record := compiled.recorded()) is not None:
+        kernels += [(k["file"], record["arch"]) for k in record["kernels"]]
+    assert set(kernels) >= {
         (f"{path.name}.o", arch)
         for folder, arch in (("sm80", "sm_80"), ("sm90", "sm_90a"))
         for path in (ROOT / "kernels/cuda" / folder).glob("*.cu")
     }
+
+
+def test_what_changed_is_compiled_again(compiled, sass_check, tmp_path, monkeypatch):
+    copied = [path.relative_to(ROOT) for path in compiled.sources()]
+    names = {path.name for path in copied}
+    assert {"forward.cu", "grouped_gemm.cuh", "grouped_product.h", "expert_gemm.h", "CMakeLists.txt"} <= names
+    for path in copied:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    (tmp_path / "tools").mkdir()
+    files = [f"{path.name}.o" for path in (ROOT / "kernels/cuda/sm90").glob("*.cu")]
+    kernels = [sass_check.Kernel(file, "sm_90a", "kernel", 168, 0, 8, 0) for file in files]
+    monkeypatch.setattr(compiled.sass_check, "check", lambda build: kernels)
+    assert compiled.recorded(tmp_path) is None
+    compiled.write("build", tmp_path)
+    assert len(compiled.recorded(tmp_path)["kernels"]) == len(files)
+    with (tmp_path / "kernels/cuda/grouped_product.h").open("a") as header:
+        header.write("// another line\n")
+    assert compiled.recorded(tmp_path) is None
+    del kernels[0]
+    with pytest.raises(AssertionError, match=f"holds no kernels for sm_90a of {files[0]}"):
+        compiled.write("build", tmp_path)
 
 
 def test_sass_check_says_where_it_looked(sass_check, monkeypatch, tmp_path):

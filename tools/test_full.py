@@ -89,8 +89,9 @@ def sanitize(kind):
 
 
 def cuda_architectures():
-    """Compiles the CUDA kernels for every architecture; the fast tier does it for two. A spill fails the compile. Then
-    looks for tensor-core instructions in the machine code of every kernel that should have them."""
+    """Compiles the CUDA kernels for every architecture; the fast tier does it for one, and what changed for another. A
+    spill fails the compile. Then looks for tensor-core instructions in the machine code of every kernel that should
+    have them, and writes down what was compiled (tools/compiled.py)."""
     if shutil.which("nvcc") is None:
         raise NotRun("there is no nvcc on PATH")
     build, cmake = ROOT / "build" / "cmake-cuda", tool("cmake")
@@ -102,6 +103,7 @@ def cuda_architectures():
     except sass_check.NoTool as reason:
         raise NotRun(f"the machine code cannot be read: {reason}") from reason
     run(sys.executable, ROOT / "tools/sass_check.py", build)
+    run(sys.executable, ROOT / "tools/compiled.py", "--write", build)
 
 
 OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
