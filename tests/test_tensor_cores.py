@@ -1,6 +1,7 @@
 """What stands around the tensor-core kernels: the reading of their machine code (tools/sass_check.py), the record of
-what was compiled (tools/compiled.py), and the writing of their tile table from measurements (bench/tune.py). The kernels
-themselves need a GPU; what is read of them here is the machine code that CMake left in build/cmake, if it did."""
+what was compiled (tools/compiled.py), and the writing of their tile table from measurements (bench/tune.py). The
+kernels themselves need a GPU; what is read of them here is the machine code that CMake left in build/cmake, if it did.
+"""
 
 import importlib.util
 import subprocess
