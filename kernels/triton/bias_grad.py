@@ -4,6 +4,7 @@ summed by parts of a group, then over the parts in order.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import triton
@@ -76,7 +77,7 @@ def bias_grad(
     like, width, experts = rows.routed, rows.width, offsets.numel() - 1
     groups = num_shared + experts
     columns = min(power_of_2(width), 128)
-    row_block = 2048 // columns
+    row_block = (1024 if like.dtype == torch.float64 else 2048) // columns  # more of fp64 spills on sm_80
     # Enough programs for a wide GPU where few, long groups alone would not make them; by shapes alone.
     each = blocks(num_shared * num_tokens + rows.slots, max(groups, 1))
     splits = max(1, min(blocks(each, 16 * row_block), blocks(2048, max(groups * blocks(width, columns), 1))))
