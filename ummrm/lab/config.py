@@ -255,6 +255,10 @@ class StudyConfig:
         """An arm's name in tables and plots."""
         return self.arms[arm].label or arm
 
+    def title(self, regime: str) -> str:
+        """A regime in words."""
+        return self.regimes[regime].title or regime
+
     def optimisers(self, arm: str) -> tuple[str, ...]:
         """What is run against an arm."""
         return ("best_of_n", *(name for name in OPTIMISERS[1:] if getattr(self.arms[arm], name)))

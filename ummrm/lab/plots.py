@@ -86,7 +86,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
         fixed = study.measure.fixed_kl if optimiser == "best_of_n" else study.measure.ppo_fixed_kl
         for axis in axes[:, column]:
             axis.axvline(math.sqrt(fixed), color="0.5", linewidth=0.9, linestyle=":")
-        axes[0, column].set_title(f"{_title(study, regime)}: gold reward")
+        axes[0, column].set_title(f"{study.title(regime)}: gold reward")
         axes[1, column].set_title("the model's own reward (proxy)")
         axes[1, column].set_xlabel("√KL from the policy, √nats")
     for axis in axes[:, 0]:
@@ -125,7 +125,7 @@ def differences(study: StudyConfig, runs: Runs, comparisons: Sequence[Comparison
             low, high = c.paired.mean - c.paired.low, c.paired.high - c.paired.mean
             axis.errorbar(c.paired.mean, y, xerr=[[low], [high]], fmt="D", color=color, capsize=3, markersize=5)
         axis.axvline(0, color="0.3", linewidth=0.9)
-        axis.set_title(_title(study, regime))
+        axis.set_title(study.title(regime))
         axis.set_xlabel(
             f"difference in {OUTCOMES.get(outcome, outcome)}\n(right: {study.label(study.primary.arm)} better)"
         )
@@ -161,7 +161,7 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
             error = np.nan_to_num([mean - low, high - mean])
             axis.errorbar(mean, at, xerr=error, fmt=marker, color=color, label=label, capsize=2, markersize=4.5)
         axis.axvline(0.5, color="0.5", linewidth=0.9, linestyle=":")
-        axis.set(title=_title(study, regime), xlabel="share of pairs ordered as gold does")
+        axis.set(title=study.title(regime), xlabel="share of pairs ordered as gold does")
     axes[0].set_yticks(range(len(arms)), [study.label(arm) for arm in arms])
     axes[0].invert_yaxis()
     legend_below(figure, axes[0], columns=3)
@@ -194,7 +194,7 @@ def shared_share(study: StudyConfig, runs: Runs) -> Figure | None:
         for name, color in ((study.primary.against, "#0072B2"), ("moe", "#E69F00")):
             if name in study.arms and (found := runs.interval(regime, name, optimiser, outcome)):
                 axis.axhline(found[0], color=color, linestyle="--", label=f"{study.label(name)} (mean)")
-        axis.set(title=_title(study, regime), xlabel="λ, the shared expert's share of the merge")
+        axis.set(title=study.title(regime), xlabel="λ, the shared expert's share of the merge")
     axes[0].set_ylabel(OUTCOMES.get(outcome, outcome))
     legend_below(figure, axes[0], columns=3)
     return figure
@@ -214,7 +214,7 @@ def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
         shares = _sorted_profiles([r for r in usage if r["measure"] == "slot_share" and r["step"] == last], 0)
         shared = study.upcycle.num_shared_experts
         weights = _sorted_profiles([r for r in merged if r["measure"] == "merge_weight_0"], shared)
-        _profiles(axes[0, column], shares, f"{_title(study, regime)}: share of routed slots")
+        _profiles(axes[0, column], shares, f"{study.title(regime)}: share of routed slots")
         weights = {layer: w / w.sum(1, keepdims=True) for layer, w in weights.items()}
         _profiles(axes[1, column], weights, "softmax(alpha), learned")
         axes[1, column].set_xlabel("routed expert, by rank within each seed and layer")
@@ -247,7 +247,7 @@ def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None
                 axis.errorbar(
                     steps, mean, yerr=half, color=color, marker=marker, linestyle=dash, capsize=3, label=layer + label
                 )
-        axis.set(title=f"{_title(study, regime)}:\ninformation of the first expert about the instruction regime")
+        axis.set(title=f"{study.title(regime)}:\ninformation of the first expert about the instruction regime")
         axis.set_xlabel("steps of the mixture's training")
         axis.set_ylim(bottom=0)
         _ablation_bars(axes[1, column], [r for r in here if r["measure"] == "ablation_cost" and r["step"] == last])
@@ -333,7 +333,3 @@ def _shown(study: StudyConfig, present: set[str]) -> dict[str, tuple]:
     names = [name for name in study.arms if name in present]
     chosen = [name for name in _SHOWN if name in names] or names[: len(_LOOKS)]
     return {name: _LOOKS[_SHOWN.index(name) if name in _SHOWN else i] for i, name in enumerate(chosen)}
-
-
-def _title(study: StudyConfig, regime: str) -> str:
-    return study.regimes[regime].title or regime

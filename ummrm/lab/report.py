@@ -16,7 +16,7 @@ from .config import StudyConfig
 from .plots import write_plots
 from .real import RealTaskConfig
 from .results import read_table, write_atomically
-from .tables import Table, arm_table, comparison_table, expert_table, title_of, words_for
+from .tables import Table, arm_table, comparison_table, expert_table, words_for
 
 _CAPTIONS = {
     "best_of_n": "Where gold falls while the proxy rises, the reward model is being exploited. Bands: 95% over seeds.",
@@ -92,7 +92,7 @@ def primary_lines(study: StudyConfig, comparisons: Sequence[Comparison]) -> list
     """The primary comparison in words, one line a regime."""
     lines = []
     for c in (c for c in comparisons if c.primary):
-        title = title_of(study, c.regime)
+        title = study.title(c.regime)
         names = f"{study.label(c.config.arm)} against {study.label(c.config.against)}"
         if c.paired is None:
             lines.append(f"{title}: {names}: too few seeds.")

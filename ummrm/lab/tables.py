@@ -57,7 +57,7 @@ def arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> Tab
     }
     arms = (arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy"))
     rows = tuple((study.label(arm), *(cell(arm) for cell in columns.values())) for arm in arms)
-    return Table(title_of(study, regime), ("arm", *columns), rows)
+    return Table(study.title(regime), ("arm", *columns), rows)
 
 
 def comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> Table:
@@ -68,7 +68,7 @@ def comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> T
         cells = [
             study.label(c.config.arm),
             study.label(c.config.against),
-            title_of(study, c.regime),
+            study.title(c.regime),
             words_for(c.config.optimiser),
             OUTCOMES.get(c.config.outcome, c.config.outcome),
         ]
@@ -103,7 +103,7 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
                 alphas = [row for row in here if row["layer"] == layer and row["arm"] == study.primary.arm]
                 rows.append(
                     (
-                        f"{title_of(study, regime)}, {layer}, step {step:g}",
+                        f"{study.title(regime)}, {layer}, step {step:g}",
                         _spread(r["value"] for r in at if r["measure"] == "mutual_information"),
                         _spread(r["value"] for r in at if r["measure"] == "mutual_information_null"),
                         _spread(_largest([r for r in at if r["measure"] == "slot_share"])),
@@ -114,14 +114,9 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     return Table("", ("experts of the mixture", *names), tuple(rows))
 
 
-def title_of(study: StudyConfig, regime: str) -> str:
-    """A regime in words."""
-    return study.regimes[regime].title or regime
-
-
 def words_for(optimiser: str) -> str:
     """An optimiser in words."""
-    return {"best_of_n": "best-of-n", "ppo": "PPO"}.get(optimiser, optimiser.upper())
+    return "best-of-n" if optimiser == "best_of_n" else optimiser.upper()
 
 
 def _line(cells: Iterable[str]) -> str:
