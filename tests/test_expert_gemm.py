@@ -228,8 +228,8 @@ def test_opcheck():
     grads, rows = (floats(10, 3), floats(10, 3)), (floats(5, 4), floats(10, 4))
     for needs in ((True, True), (False, False)):
         torch.library.opcheck(raw.expert_gemm_wgrad.default, (*grads, *rows, offsets, 5, 2, *needs))
-        halves = [tensor.bfloat16() for tensor in (*grads, *rows)]
-        torch.library.opcheck(raw.expert_gemm_wgrad.default, (*halves, offsets, 5, 2, *needs, torch.float32))
+        narrow = [tensor.bfloat16() for tensor in (*grads, *rows)]
+        torch.library.opcheck(raw.expert_gemm_wgrad.default, (*narrow, offsets, 5, 2, *needs, torch.float32))
         torch.library.opcheck(raw.expert_bias_grad.default, (*grads, None, offsets, 5, 2, *needs))
 
 

@@ -1,37 +1,25 @@
 """FSDP2 over two processes: sharded mixtures train as one process does, in fp32 and in mixed precision, and merge."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import padded_batch, perturb_experts, tiny_model
+from test_parallel import half_of, make_batch, meet
+from test_parallel import make_model as make_mixture
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import ummrm
-from ummrm import MergeConfig, UpcycleConfig, auxiliary_loss
+from ummrm import MergeConfig, auxiliary_loss
 
 pytestmark = pytest.mark.full
 
-CONFIG = UpcycleConfig(
-    num_experts=4, num_experts_per_tok=2, router_init_std=0.5, z_loss_coef=0.1, balancing_loss_coef=0.3
-)
 LEARNING_RATE = 0.05
 
 
 def make_model(phase):
-    torch.manual_seed(0)
-    moe = perturb_experts(ummrm.upcycle(tiny_model("llama"), CONFIG))
-    if phase == "merging":
-        ummrm.prepare_merge(moe, MergeConfig())
-    return moe.train()
-
-
-def make_batch():
-    torch.manual_seed(1)
-    return padded_batch(lengths=(9, 2, 7, 1))  # the halves hold different numbers of live tokens
+    moe = make_mixture()
+    return ummrm.prepare_merge(moe, MergeConfig()).train() if phase == "merging" else moe
 
 
 def loss_of(model, batch, phase):
@@ -47,17 +35,14 @@ def step(model, loss):
 
 
 def worker(rank, folder, phase, dtype):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    torch.set_num_threads(1)
+    meet(rank, folder)
     moe = make_model(phase)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in moe.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(moe, mesh=mesh, mp_policy=policy)
-    batch = {k: v[2 * rank : 2 * rank + 2] for k, v in make_batch().items()}
+    batch = half_of(make_batch(), rank)
     for _ in range(2):
         moe.zero_grad()
         step(moe, loss_of(moe, batch, phase))

@@ -26,15 +26,24 @@ def make_batch():
     return padded_batch(lengths=(9, 2, 7, 1))  # the halves hold different numbers of live tokens
 
 
-def worker(rank, folder):
-    # They meet at a file, not a TCP port: no race for the port, no store that dies with the process that ends first.
+def meet(rank, folder):
+    """One of two processes. They meet at a file, not a TCP port: no race for the port, no store that dies with the
+    process that ends first."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     torch.set_num_threads(1)
+
+
+def half_of(batch, rank):
+    return {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
+
+
+def worker(rank, folder):
+    meet(rank, folder)
     moe = make_model()
     wrapped = torch.nn.parallel.DistributedDataParallel(moe)
-    batch = {k: v[2 * rank : 2 * rank + 2] for k, v in make_batch().items()}
+    batch = half_of(make_batch(), rank)
     logits = wrapped(**batch).logits
     auxiliary = auxiliary_loss(moe)
     (logits.square().mean() + auxiliary).backward()
