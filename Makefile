@@ -5,7 +5,8 @@
 #   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
-#   make lab-claim   the same study over 24 other seeds, for hours; resumes; tables go to ummrm/lab/results/claim
+#   make lab-claim   the same study over 24 other seeds, an hour or two; resumes; tables go to ummrm/lab/results/claim
+#   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier of tests (what CI runs)
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
@@ -31,7 +32,7 @@ RUN := $(BIN)/python -P
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
+.PHONY: demo demo-real lab lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -68,10 +69,20 @@ lab: $(VENV)/.ummrm
 	$(RUN) -m ummrm lab run cpu --output build/lab
 
 # an interrupted run goes on where it was when the command is given again
-lab-claim: $(VENV)/.ummrm
-	$(RUN) -m ummrm lab run cpu --first-seed 1000 --seeds 24 --output build/lab-claim
-	mkdir -p ummrm/lab/results/claim
-	cp build/lab-claim/*.csv build/lab-claim/study.json ummrm/lab/results/claim/
+# Studies whose tables are kept, which docs/findings.md stands on.
+claim := cpu --first-seed 1000 --seeds 24
+ablations := ablations
+sweep := sweep
+STUDIES := claim ablations sweep
+
+$(STUDIES:%=lab-%): lab-%: $(VENV)/.ummrm
+	$(RUN) -m ummrm lab run $($*) --output build/lab-$*
+	mkdir -p ummrm/lab/results/$*
+	cp build/lab-$*/*.csv build/lab-$*/study.json ummrm/lab/results/$*/
+
+lab-findings: $(STUDIES:%=lab-%)
+	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png ummrm/lab/results/claim/
+	$(RUN) tools/findings.py docs/findings.md
 
 lab-gpu: $(VENV)/.ummrm
 	$(RUN) -m ummrm lab run gpu --output build/lab-gpu

@@ -22,6 +22,7 @@ EXTRA = {
     "uniform": {"kind": "merged", "alpha": "uniform"},
     "shared_only": {"kind": "merged", "alpha": "uniform", "shared_share": 1.0},
     "one_of_three": {"kind": "moe", "upcycle": {"num_experts_per_tok": 1}},
+    "early": {"kind": "merged", "dense": {"steps": 1}},
 }
 
 
@@ -39,6 +40,14 @@ def test_the_control_takes_as_many_steps_as_mixture_and_merge_weights(arms):
     arms.make("dense_longer")
     arms.make("merged")
     assert arms.counts["dense on 0"] == 6 and arms.counts["mixture"] == 4 and arms.counts["merge weights"] == 2
+
+
+def test_an_arm_may_start_from_a_dense_model_of_its_own(arms):
+    early, merged, dense = (arms.make(name) for name in ("early", "merged", "dense"))
+    saved = merged.training_flops - early.training_flops
+    assert saved == pytest.approx(dense.training_flops * 4 / 5), "one step of five"
+    study = arms.study
+    assert study.fingerprint("planted", "early", "best_of_n") != study.fingerprint("planted", "merged", "best_of_n")
 
 
 def test_equal_flops_are_equal_to_a_step(arms):
@@ -94,8 +103,8 @@ def test_an_ensemble_is_standard_on_its_reference_and_its_members_differ(arms):
 
 
 def test_the_weight_average_is_of_runs_from_one_dense_model(arms):
-    training = arms.equal_steps(arms.study.resolve("warm"), "steps")
-    members = [arms.longer(training, i).model for i in range(2)]
+    stages = arms.study.resolve("warm")
+    members = [arms.longer(stages, arms.equal_steps(stages, "steps"), i).model for i in range(2)]
     names = dict(members[0].named_parameters())
     other, averaged = dict(members[1].named_parameters()), dict(arms.make("warm").models[0].named_parameters())
     assert any(not torch.equal(names[n], other[n]) for n in names)

@@ -18,7 +18,7 @@ from trl_inputs import make_tokenizer
 from ummrm.lab import RealTaskConfig, StudyConfig, load_study, run_study, write_report
 from ummrm.lab.arms import Arms
 from ummrm.lab.online import OnlineConfig, run_online
-from ummrm.lab.results import COLUMNS, read_table
+from ummrm.lab.store import COLUMNS, read_table
 from ummrm.lab.units import Bench, Unit
 
 TABLES = ("runs", "curves", "experts")
@@ -298,10 +298,10 @@ def test_reward_models_must_read_the_policys_tokens(root, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     arms = Arms(real_study(root, {"policy": str(tmp_path)}), "alpaca", 0)
     with pytest.raises(ValueError, match="must have the tokenizer of `task.policy`.*differ in 1 tokens, '<new>'"):
-        arms.dense()
+        arms.make("dense")
     missing = Arms(real_study(root, model={"folder": str(tmp_path / "nowhere")}), "alpaca", 0)
     with pytest.raises(ValueError, match="`model.folder` must be a folder or .*nowhere"):
-        missing.dense()
+        missing.make("dense")
 
 
 def test_what_is_not_installed_is_said_before_anything_is_trained(root, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A study end to end: its files, that kills and process counts leave no trace in the tables, its report, its errors."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,11 @@ import time
 import pytest
 from tiny_study import tiny_study, two_regimes
 
-from ummrm.lab import load_study, run_study, shipped_studies, write_report
+from ummrm.lab import load_study, run_study, shipped_studies, study_tables, write_report
 from ummrm.lab.compare import Runs, compare
-from ummrm.lab.results import COLUMNS, read_table
 from ummrm.lab.run import StudyError
 from ummrm.lab.run import _lock as lock
+from ummrm.lab.store import COLUMNS, read_table
 
 TABLES = ("runs", "curves", "experts")
 
@@ -132,6 +133,16 @@ def test_the_report_is_made_from_the_tables_alone(finished, tmp_path):
         ("planted", False),
     ]
     assert f"{comparisons[0].paired.mean:+.3f}" in page
+    tables = study_tables(tmp_path)
+    assert list(tables) == ["planted", "unplanted", "comparisons", "experts"]
+    some = tables["comparisons"].select(["difference", "regime"], regime=["unplanted"], outcome=["accuracy"])
+    assert some.head == ("arm", "difference", "regime") and [row[2] for row in some.rows] == ["unplanted"]
+    for wish, message in (
+        ({"columns": ["no"]}, "has the columns arm, .*got 'no'"),
+        ({"arm": ["x"]}, "cells .*got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tables["comparisons"].select(**wish)
     text = (tmp_path / "tables.md").read_text()
     assert f"| **{comparisons[0].paired.mean:+.3f}** |" in text and "merged, learned" in text
     assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 6
@@ -142,6 +153,34 @@ def test_results_of_another_configuration_are_not_mixed_in(finished):
     other = two_regimes(dense={"steps": 6, "batch_size": 8})
     with pytest.raises(ValueError, match="made with another configuration of this arm.*choose another output folder"):
         run_study(other, folder, progress=False)
+
+
+def test_a_study_extends_another_by_whole_sections(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: cpu\nname: mine\nseeds: 2\nmoe: {steps: 7}\n")
+    (tmp_path / "further.yaml").write_text(f"extends: {tmp_path}/mine.yaml\nmembers: 5\n")
+    mine, further, base = load_study(tmp_path / "mine.yaml"), load_study(tmp_path / "further.yaml"), load_study("cpu")
+    assert (mine.name, mine.seeds, mine.moe.steps, mine.arms) == ("mine", 2, 7, base.arms)
+    assert mine.moe.learning_rate == type(base.moe)().learning_rate, "a section is replaced as a whole"
+    assert further == type(base).from_dict({**mine.to_dict(), "members": 5})
+    (tmp_path / "a.yaml").write_text(f"extends: {tmp_path}/b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"extends: {tmp_path}/a.yaml\n")
+    with pytest.raises(ValueError, match="`extends` must not lead back to where it came from"):
+        load_study(tmp_path / "a.yaml")
+
+
+def test_many_regimes_are_drawn_side_by_side_in_parts(finished, tmp_path):
+    """Three regimes: the first two in one file, the third in another."""
+    _, folder = finished
+    facts = json.loads((folder / "study.json").read_text())
+    facts["study"]["regimes"]["again"] = facts["study"]["regimes"]["planted"]
+    (tmp_path / "study.json").write_text(json.dumps(facts))
+    for name in COLUMNS:
+        head, *rows = (folder / f"{name}.csv").read_text().splitlines(keepends=True)
+        again = [row.replace("planted,", "again,", 1) for row in rows if row.startswith("planted,")]
+        (tmp_path / f"{name}.csv").write_text("".join([head, *rows, *again]))
+    names = {path.name for path in write_report(tmp_path)}
+    assert {"best_of_n.png", "best_of_n-2.png", "specialisation-2.png"} <= names and "ppo-3.png" not in names
+    assert (tmp_path / "report.html").read_text().count("exploited") == 2, "a part has its plot's caption"
 
 
 def test_two_runs_cannot_share_a_folder(finished):

@@ -8,7 +8,7 @@ imports this package.
 from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig, load_study, shipped_studies
 from .online import OnlineConfig
 from .real import RealTaskConfig
-from .report import report_lines, write_report
+from .report import report_lines, study_tables, write_report
 from .run import StudyError, run_study
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "report_lines",
     "run_study",
     "shipped_studies",
+    "study_tables",
     "write_report",
 ]

@@ -154,20 +154,20 @@ class Arms:
         """The arm of that name."""
         study, arm, stages = self.study, self.study.arms[name], self.study.resolve(name)
         if arm.kind == "dense":
-            return self._single(self.dense())
+            return self._single(self.dense(stages))
         if arm.kind == "dense_longer":
-            return self._single(self.longer(self.equal_steps(stages, arm.budget)))
+            return self._single(self.longer(stages, self.equal_steps(stages, arm.budget)))
         if arm.kind == "moe":
             return self._single(self.moe(stages))
         if arm.kind == "merged":
             return self._single(self.merged(stages, arm.alpha == "learned"))
         if arm.kind == "weight_average":
             steps = self.equal_steps(stages, "steps")
-            members = [self.longer(steps, member) for member in range(study.members)]
-            start = self.dense().flops  # all members share it
+            members = [self.longer(stages, steps, member) for member in range(study.members)]
+            start = self.dense(stages).flops  # all members share it
             flops = start + sum(m.flops - start for m in members)
             return self._single(Stage(average_weights([m.model for m in members]), flops))
-        members = [self.dense(member) for member in range(study.members)]
+        members = [self.dense(stages, member) for member in range(study.members)]
         scores = [score(m.model, self.reference, study.measure.batch_size) for m in members]
         return RewardModel(
             models=[m.model for m in members],
@@ -185,22 +185,22 @@ class Arms:
 
     # ---- stages ----------------------------------------------------------------------------------------------
 
-    def dense(self, member: int = 0) -> Stage:
+    def dense(self, stages: ResolvedArm, member: int = 0) -> Stage:
         """A dense reward model; members differ in initialisation and data order."""
 
         def make(model: PreTrainedModel) -> dict:
-            self._train(model, self.study.dense, f"dense {member}", self.derive("dense order", member))
+            self._train(model, stages.dense, f"dense {member}", self.derive("dense order", member))
             return {}
 
         return self._stage(
             f"dense-{member}",
-            {"dense": self.study.dense},
+            {"dense": stages.dense},
             lambda: self.setting.dense(self.derive("dense", member)),
             make,
-            lambda model: self._training_flops(model, self.study.dense),
+            lambda model: self._training_flops(model, stages.dense),
         )
 
-    def longer(self, training: TrainConfig, member: int = 0) -> Stage:
+    def longer(self, stages: ResolvedArm, training: TrainConfig, member: int = 0) -> Stage:
         """The dense model, trained on; member 0 sees the mixture's batches, another its own data order."""
 
         def make(model: PreTrainedModel) -> dict:
@@ -209,10 +209,10 @@ class Arms:
 
         return self._stage(
             f"longer-{member}",
-            {"dense": self.study.dense, "training": training},
-            lambda: copy.deepcopy(self.dense().model),
+            {"dense": stages.dense, "training": training},
+            lambda: copy.deepcopy(self.dense(stages).model),
             make,
-            lambda model: self.dense().flops + self._training_flops(model, training),
+            lambda model: self.dense(stages).flops + self._training_flops(model, training),
         )
 
     def moe(self, stages: ResolvedArm) -> Stage:
@@ -221,7 +221,7 @@ class Arms:
 
         def build() -> PreTrainedModel:
             torch.manual_seed(self.derive("upcycle"))
-            return upcycle(self.dense().model, stages.upcycle, copy=True)
+            return upcycle(self.dense(stages).model, stages.upcycle, copy=True)
 
         def make(model: PreTrainedModel) -> dict:
             training = dataclasses.replace(stages.moe, evaluations=points)
@@ -245,10 +245,10 @@ class Arms:
 
         return self._stage(
             "moe",
-            {"dense": self.study.dense, "upcycle": stages.upcycle, "moe": stages.moe},
+            {"dense": stages.dense, "upcycle": stages.upcycle, "moe": stages.moe},
             build,
             make,
-            lambda model: self.dense().flops + self._training_flops(model, stages.moe),
+            lambda model: self.dense(stages).flops + self._training_flops(model, stages.moe),
         )
 
     def merged(self, stages: ResolvedArm, learned: bool) -> Stage:
@@ -257,7 +257,7 @@ class Arms:
 
         def build() -> PreTrainedModel:
             self.moe(stages)
-            return copy.deepcopy(self.dense().model)
+            return copy.deepcopy(self.dense(stages).model)
 
         def make(model: PreTrainedModel) -> dict:
             moe = copy.deepcopy(self.moe(stages).model)
@@ -273,7 +273,7 @@ class Arms:
         stage = self._stage(
             "merged-learned" if learned else "merged-uniform",
             {
-                "dense": self.study.dense,
+                "dense": stages.dense,
                 "upcycle": stages.upcycle,
                 "moe": stages.moe,
                 "merge": stages.merge,
@@ -291,8 +291,8 @@ class Arms:
         """The training of a dense model that is trained on: as long, or as dear, as mixture and merge weights are."""
         if budget == "steps":
             return dataclasses.replace(stages.moe, steps=stages.moe.steps + stages.alpha.steps)
-        extra = self.merged(stages, learned=True).flops - self.dense().flops
-        one = self._training_flops(self.dense().model, dataclasses.replace(stages.moe, steps=1))
+        extra = self.merged(stages, learned=True).flops - self.dense(stages).flops
+        one = self._training_flops(self.dense(stages).model, dataclasses.replace(stages.moe, steps=1))
         return dataclasses.replace(stages.moe, steps=max(round(extra / one), 1))
 
     # ---- helpers ---------------------------------------------------------------------------------------------
@@ -323,7 +323,9 @@ class Arms:
         flops: Callable[[PreTrainedModel], float],
     ) -> Stage:
         """A stage from memory, from its file, or made: `build` gives a model, `make` trains it and returns a record."""
-        plain = {key: dataclasses.asdict(value) for key, value in configs.items()}
+        study = self.study
+        given = {"task": study.regimes[self.regime].task, "model": study.model, "measure": study.measure, **configs}
+        plain = {key: dataclasses.asdict(value) for key, value in given.items()}
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=list).encode()).hexdigest()[:12]
         key = f"{name}-{digest}"
         if key in self._stages:

@@ -60,6 +60,7 @@ class ArmConfig:
         uncertainty: UWO's weight of the variance.
         alpha: of `merged`: merge weights learned or left uniform.
         shared_share: of `merged`: lambda.
+        dense: changes to the study's `dense` training, from which the arm starts.
         upcycle: of `moe` and `merged`: changes to the study's `upcycle`.
         training: of `moe`, `merged` and `dense_longer`: changes to the study's `moe` training.
         merge: of `merged`: changes to the study's `merge`.
@@ -76,6 +77,7 @@ class ArmConfig:
     uncertainty: float = 0.5
     alpha: str = "learned"
     shared_share: float = 0.5
+    dense: dict[str, Any] = field(default_factory=dict)
     upcycle: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     merge: dict[str, Any] = field(default_factory=dict)
@@ -245,6 +247,7 @@ class StudyConfig:
         where = f"arms.{arm}"
         share = {"shared_share": config.shared_share}
         return ResolvedArm(
+            dense=_changed(self.dense, config.dense, f"{where}.dense"),
             upcycle=_changed(self.upcycle, config.upcycle, f"{where}.upcycle"),
             moe=_changed(self.moe, config.training, f"{where}.training"),
             merge=_changed(self.merge, {**share, **config.merge}, f"{where}.merge"),
@@ -290,15 +293,17 @@ class StudyConfig:
 
         Other arms, other regimes, labels and the number of seeds and processes are left out, so that a study can grow.
         """
-        made = dataclasses.asdict(self.arms[arm])
-        del made["rloo"], made["grpo"]
+        made, stages = dataclasses.asdict(self.arms[arm]), dataclasses.asdict(self.resolve(arm))
+        for name in ("rloo", "grpo", "dense"):
+            del made[name]
         parts = {
             "regime": dataclasses.asdict(self.regimes[regime].task),
             "arm": {**made, "label": "", "ppo": False},
-            "stages": dataclasses.asdict(self.resolve(arm)),
+            "dense": stages.pop("dense"),
+            "stages": stages,
             **{
                 name: dataclasses.asdict(getattr(self, name))
-                for name in ("model", "dense", "upcycle", "moe", "merge", "alpha", "measure")
+                for name in ("model", "upcycle", "moe", "merge", "alpha", "measure")
             },
             "members": self.members,
             "device": self.device,
@@ -312,8 +317,9 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """The stages of one arm: upcycling, training, merging, learning of alpha."""
+    """The stages of one arm: dense training, upcycling, the mixture's training, merging, learning of alpha."""
 
+    dense: TrainConfig
     upcycle: UpcycleConfig
     moe: TrainConfig
     merge: MergeConfig
@@ -323,23 +329,41 @@ class ResolvedArm:
 def load_study(source: str | Path) -> StudyConfig:
     """Reads a study from a YAML file, or from those that this package brings, by name (`shipped_studies`).
 
+    A file may say `extends: NAME`, another study by file or name, and then gives only the sections that differ.
+
     Raises:
         FileNotFoundError: there is neither such a file nor such a name.
         ValueError: it is not YAML, or not a study; says where.
     """
-    path = Path(source)
-    if not path.is_file():
-        shipped = shipped_studies()
-        if str(source) not in shipped:
-            raise FileNotFoundError(f"no study at {source}, and none is shipped by that name: {', '.join(shipped)}.")
-        path = shipped[str(source)]
-    return read_yaml(path, StudyConfig.from_dict)
+    return read_yaml(_study_file(source), lambda data: StudyConfig.from_dict(_extended(data)))
 
 
 def shipped_studies() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(resources.files(__package__) / "configs"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _study_file(source: str | Path) -> Path:
+    """A study's file, given by its path or by the name of a shipped one."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_studies()
+    if str(source) not in shipped:
+        raise FileNotFoundError(f"no study at {source}, and none is shipped by that name: {', '.join(shipped)}.")
+    return shipped[str(source)]
+
+
+def _extended(data: Any, below: tuple[Path, ...] = ()) -> Any:
+    """A study's plain data with the sections of the study that it extends, where it has none of its own."""
+    if not isinstance(data, Mapping) or "extends" not in data:
+        return data  # whole, or for `build` to refuse
+    base = _study_file(data["extends"])
+    if base in below:
+        raise ValueError(f"`extends` must not lead back to where it came from, got {data['extends']!r}.")
+    sections = {name: value for name, value in data.items() if name != "extends"}
+    return {**read_yaml(base, lambda found: _extended(found, (*below, base))), **sections}
 
 
 def _with_kinds(data: Any) -> Any:

@@ -5,6 +5,7 @@ Reads rows, changes none. Bands and bars are 95% t intervals over seeds unless t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ _LOOKS = (
     ("#E69F00", "^", (0, (2, 1))),
     ("#D55E00", "D", (0, (6, 1.5, 1.5, 1.5))),
 )
+_COLUMNS = 2  # regimes side by side
 _SHOWN = ("dense", "dense_longer", "dense_flops", "ensemble_worst", "warm", "moe", "merged")
 
 
@@ -42,23 +44,34 @@ def write_plots(
     comparisons: Sequence[Comparison],
     output: Path,
 ) -> list[Path]:
-    """Draws every plot for which there is data into `output`; returns the files."""
+    """Draws every plot for which there is data into `output`; returns the files.
+
+    A column a regime; a plot of more regimes than can be read side by side goes on in files named `-2`, `-3`, ...
+    """
     figures = {
-        "best_of_n": lambda: over_optimisation(study, curves, "best_of_n"),
-        **{name: lambda name=name: over_optimisation(study, curves, name) for name in OPTIMISERS[1:]},
-        "differences": lambda: differences(study, runs, comparisons),
-        "accuracy": lambda: accuracies(study, runs),
-        "shared_share": lambda: shared_share(study, runs),
-        "gates": lambda: gates(study, experts),
-        "specialisation": lambda: specialisation(study, experts),
+        "best_of_n": lambda some: over_optimisation(some, curves, "best_of_n"),
+        **{name: lambda some, name=name: over_optimisation(some, curves, name) for name in OPTIMISERS[1:]},
+        "differences": lambda some: differences(some, runs, [c for c in comparisons if c.regime in some.regimes]),
+        "accuracy": lambda some: accuracies(some, runs),
+        "shared_share": lambda some: shared_share(some, runs),
+        "gates": lambda some: gates(some, experts),
+        "specialisation": lambda some: specialisation(some, experts),
     }
     files = []
     with matplotlib.rc_context(FONT):
         for name, draw in figures.items():
-            if (figure := draw()) is not None:
-                files.append(output / f"{name}.png")
-                figure.savefig(files[-1], dpi=150)
+            for part, some in enumerate(_side_by_side(study)):
+                if (figure := draw(some)) is not None:
+                    files.append(output / (f"{name}-{part + 1}.png" if part else f"{name}.png"))
+                    figure.savefig(files[-1], dpi=150)
     return files
+
+
+def _side_by_side(study: StudyConfig) -> list[StudyConfig]:
+    """The study in parts of few regimes."""
+    names = list(study.regimes)
+    parts = [names[i : i + _COLUMNS] for i in range(0, len(names), _COLUMNS)]
+    return [dataclasses.replace(study, regimes={name: study.regimes[name] for name in part}) for part in parts]
 
 
 def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str) -> Figure | None:
@@ -100,7 +113,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
 
 
 def differences(study: StudyConfig, runs: Runs, comparisons: Sequence[Comparison]) -> Figure | None:
-    """The primary outcome of the arm in question minus every other arm's: a dot a seed, mean and interval."""
+    """The primary outcome of one arm minus another's, for every pair compared: a dot a seed, mean and interval."""
     outcome = study.primary.outcome
     shown = [
         c
@@ -109,13 +122,14 @@ def differences(study: StudyConfig, runs: Runs, comparisons: Sequence[Comparison
     ]
     if not shown:
         return None
-    against = list(dict.fromkeys(c.config.against for c in shown))
+    pairs = list(dict.fromkeys((c.config.arm, c.config.against) for c in shown))
+    names, common = _pair_names(study, pairs)
     regimes = [regime for regime in study.regimes if any(c.regime == regime for c in shown)]
-    figure = Figure(figsize=(4.6 * len(regimes) + 2.6, 1.6 + 0.42 * len(against)), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(regimes) + 2.6, 1.6 + 0.42 * len(pairs)), layout="constrained")
     axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
     for axis, regime in zip(axes, regimes, strict=True):
         for c in (c for c in shown if c.regime == regime):
-            y = against.index(c.config.against)
+            y = pairs.index((c.config.arm, c.config.against))
             first, second = (
                 runs.values(regime, arm, c.config.optimiser, outcome) for arm in (c.config.arm, c.config.against)
             )
@@ -126,16 +140,21 @@ def differences(study: StudyConfig, runs: Runs, comparisons: Sequence[Comparison
             axis.errorbar(c.paired.mean, y, xerr=[[low], [high]], fmt="D", color=color, capsize=3, markersize=5)
         axis.axvline(0, color="0.3", linewidth=0.9)
         axis.set_title(study.title(regime))
-        axis.set_xlabel(
-            f"difference in {OUTCOMES.get(outcome, outcome)}\n(right: {study.label(study.primary.arm)} better)"
-        )
-    axes[0].set_yticks(range(len(against)), [study.label(arm) for arm in against])
+        axis.set_xlabel(f"difference in {OUTCOMES.get(outcome, outcome)}")
+    axes[0].set_yticks(range(len(pairs)), names)
     axes[0].invert_yaxis()
-    figure.suptitle(
-        f"{study.label(study.primary.arm)}, against each other arm (orange: the primary comparison; dots: seeds)",
-        fontsize=11,
-    )
+    figure.suptitle(f"{common} (orange: the primary comparison; dots: seeds)", fontsize=11)
     return figure
+
+
+def _pair_names(study: StudyConfig, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], str]:
+    """Names of pairs of arms, short by what they have in common, and that in words."""
+    first, second = pairs[0]
+    if all(arm == first for arm, _ in pairs):
+        return [study.label(other) for _, other in pairs], f"{study.label(first)}, minus each of these"
+    if all(other == second for _, other in pairs):
+        return [study.label(arm) for arm, _ in pairs], f"Each of these, minus {study.label(second)}"
+    return [f"{study.label(arm)}\nminus {study.label(other)}" for arm, other in pairs], "Pairs of arms"
 
 
 def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
@@ -171,7 +190,7 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
 
 def shared_share(study: StudyConfig, runs: Runs) -> Figure | None:
     """The primary outcome of merged models against lambda, the shared experts' share."""
-    plain = {"upcycle", "training", "merge", "learning"}
+    plain = {"dense", "upcycle", "training", "merge", "learning"}
     arms = {
         name: arm
         for name, arm in study.arms.items()

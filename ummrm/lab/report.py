@@ -15,7 +15,7 @@ from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
 from .plots import write_plots
 from .real import RealTaskConfig
-from .results import read_table, write_atomically
+from .store import read_table, write_atomically
 from .tables import Table, arm_table, comparison_table, expert_table, words_for
 
 _CAPTIONS = {
@@ -23,7 +23,7 @@ _CAPTIONS = {
     "ppo": "The same under PPO, every policy starting from the same one. Paths end where their KL penalty holds them.",
     "rloo": "The same under TRL's RLOO. KL is measured apart from TRL's own estimate, and exact at the visited states.",
     "grpo": "The same under TRL's GRPO. KL is measured apart from TRL's own estimate, and exact at the visited states.",
-    "differences": "Right of the line the arm in question is the better one. Bars: 95% t intervals over seeds.",
+    "differences": "Right of the line the first arm has more of it. Bars: 95% t intervals over seeds.",
     "accuracy": "Tail: pairs of the policy's own answers of which one has more of the shortcut than training showed.",
     "shared_share": "Merged models by λ, with learned merge weights.",
     "gates": "Expert indices mean nothing across seeds, so that experts are ranked within each.",
@@ -65,21 +65,21 @@ def write_report(folder: str | Path) -> list[Path]:
     write_comparisons(folder / "comparisons.csv", comparisons)
     plots = write_plots(study, runs, curves, experts, comparisons, folder)
     text, page = folder / "tables.md", folder / "report.html"
-    write_atomically(text, "\n".join(table.markdown() for table in study_tables(folder)))
+    write_atomically(text, "\n".join(table.markdown() for table in study_tables(folder).values()))
     write_atomically(page, _page(study, facts["machine"], runs, Runs(timings), comparisons, plots))
     return [folder / "comparisons.csv", *plots, text, page]
 
 
-def study_tables(folder: str | Path) -> list[Table]:
-    """The tables of the study in `folder`: its arms in each regime, its comparisons, its experts."""
+def study_tables(folder: str | Path) -> dict[str, Table]:
+    """The tables of the study in `folder`: its arms by the name of each regime, `comparisons`, `experts`."""
     folder = Path(folder)
     study = StudyConfig.from_dict(json.loads((folder / "study.json").read_text())["study"])
     runs, timings = (Runs(read_table(folder, name)) for name in ("runs", "timings"))
-    return [
-        *(arm_table(study, regime, runs, timings) for regime in study.regimes),
-        comparison_table(study, compare(study, runs)),
-        expert_table(study, read_table(folder, "experts")),
-    ]
+    return {
+        **{regime: arm_table(study, regime, runs, timings) for regime in study.regimes},
+        "comparisons": comparison_table(study, compare(study, runs)),
+        "experts": expert_table(study, read_table(folder, "experts")),
+    }
 
 
 def report_lines(folder: str | Path) -> list[str]:
@@ -156,7 +156,7 @@ def _table(table: Table) -> str:
 
 def _figure(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(_CAPTIONS.get(path.stem, ""))
+    caption = html.escape(_CAPTIONS.get(path.stem.partition("-")[0], ""))
     return (
         f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"

@@ -28,7 +28,7 @@ from ..recipe.run import quiet_transformers
 from .arms import Arms
 from .config import OPTIMISERS, StudyConfig
 from .online import require_trl
-from .results import UnitStore, write_atomically, write_tables
+from .store import UnitStore, write_atomically, write_tables
 from .units import Bench, Unit, units_of
 
 Report = Callable[..., None]
@@ -65,7 +65,7 @@ def run_study(
         progress: show a progress bar.
 
     Returns:
-        The CSV files (`results.COLUMNS`). They depend on the study alone, not on interruptions or on the number of
+        The CSV files (`store.COLUMNS`). They depend on the study alone, not on interruptions or on the number of
         processes; timings.csv is the exception.
 
     Raises:

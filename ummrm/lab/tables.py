@@ -27,6 +27,37 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     marked: frozenset[int] = field(default_factory=frozenset)
 
+    def select(self, columns: Sequence[str] = (), **where: Sequence[str]) -> Table:
+        """Some of the columns, the first one always, and of the rows those whose cells are among the ones asked for.
+
+        Args:
+            columns: names of columns in their new order; by default all.
+            where: `column=` the cells to keep; a row must fit each. The columns need not be selected.
+
+        Raises:
+            ValueError: there is no such column, or no such row.
+        """
+        for name in (*columns, *where):
+            if name not in self.head:
+                raise ValueError(f"the table has the columns {', '.join(self.head)}, got {name!r}.")
+        for name, cells in where.items():
+            have = dict.fromkeys(row[self.head.index(name)] for row in self.rows)
+            for cell in cells:
+                if cell not in have:
+                    raise ValueError(f"the column {name!r} has the cells {'; '.join(have)}, got {cell!r}.")
+        kept = [0, *(self.head.index(name) for name in columns)] if columns else range(len(self.head))
+        rows = [
+            i
+            for i, row in enumerate(self.rows)
+            if all(row[self.head.index(name)] in cells for name, cells in where.items())
+        ]
+        return Table(
+            self.title,
+            tuple(self.head[i] for i in kept),
+            tuple(tuple(self.rows[i][j] for j in kept) for i in rows),
+            frozenset(new for new, old in enumerate(rows) if old in self.marked),
+        )
+
     def markdown(self) -> str:
         """The table in Markdown, title and all; marked rows in bold."""
         lines = [f"### {self.title}\n"] if self.title else []
