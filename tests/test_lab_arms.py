@@ -1,16 +1,24 @@
 """The arms: what they are made of, how members combine, what they cost; and what is measured of experts."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from tiny_study import tiny_study
 
-from ummrm import MergeConfig, prepare_merge
+from ummrm import MergeConfig, prepare_merge, upcycle
 from ummrm.lab.arms import Arms, average_weights, combine
 from ummrm.lab.costs import forward_flops, merging_flops
-from ummrm.lab.specialisation import SHARED, ablated, ablation_costs, first_expert_counts, mutual_information
+from ummrm.lab.specialisation import (
+    SHARED,
+    ablated,
+    ablation_costs,
+    expert_distances,
+    first_expert_counts,
+    mutual_information,
+)
 from ummrm.lab.units import curve_values, policy_accuracies
 from ummrm.recipe.measure import score
 from ummrm.tasks import PolicySamples, Sequences
@@ -125,6 +133,47 @@ def test_stages_come_back_from_their_files_bit_for_bit(tmp_path):
     assert torch.equal(merged(again.reference), scores) and steps == []
     assert merged.record == first.make("merged").record
     assert again.make("merged").training_flops == first.make("merged").training_flops
+
+
+def test_experts_are_as_far_from_each_other_and_from_their_start_as_they_were_moved(arms):
+    start = upcycle(arms.make("dense").models[0], arms.study.upcycle, copy=True)
+    moved = copy.deepcopy(start)
+    with torch.no_grad():
+        for tensor in moved.model.layers[1].mlp.experts.tensors().values():
+            tensor *= torch.tensor([1.0, 1.1, 1.2]).view(3, 1, 1)
+    rows = {(row["layer"], row["measure"]): row["value"] for row in expert_distances(moved, start)}
+    spread = math.sqrt((0.1**2 + 0.1**2) / 3)
+    assert rows["layer 0", "expert_travel"] == rows["layer 0", "expert_spread"] == 0
+    assert rows["layer 1", "expert_travel"] == pytest.approx(0.1, rel=1e-5)
+    assert rows["layer 1", "expert_spread"] == pytest.approx(spread, rel=1e-5)
+
+
+def test_merged_models_report_on_their_mixtures_where_asked(arms):
+    study = tiny_study({"noisy": {"kind": "merged", "upcycle": {"expert_noise": 0.5}}})
+    study = dataclasses.replace(study, measure=dataclasses.replace(study.measure, mixtures=True))
+    asked = Arms(study, "planted", 3)
+    merged, noisy, moe = (asked.make(name) for name in ("merged", "noisy", "moe"))
+    assert torch.equal(merged(asked.reference), arms.make("merged")(arms.reference)), "measuring changes nothing"
+    rows = [row for row in moe.record["specialisation"] if row["step"] == study.moe.steps]
+    assert merged.record["specialisation"][: len(rows)] == rows and rows
+    travel, spread = (
+        [[row["value"] for row in m.record["specialisation"] if row["measure"] == name] for m in (merged, noisy)]
+        for name in ("expert_travel", "expert_spread")
+    )
+    assert all(0 < value < 0.5 for value in travel[0]) and len(travel[0]) == 2
+    assert all(value > 0.4 > own > 0 for value, own in zip(spread[1], spread[0], strict=True)), "noise counts as spread"
+
+
+@pytest.mark.parametrize("first", ["merged", "warm", "flops"])
+def test_an_arm_is_the_same_whichever_was_made_before_it(arms, first, tmp_path):
+    """Made alone, after others, or from a dense model that was kept in a file: the random numbers are its own."""
+    alone = Arms(tiny_study(EXTRA), "planted", 3)
+    expected = alone.make(first)(alone.reference)
+    arms.make("dense")
+    assert torch.equal(arms.make(first)(alone.reference), expected)
+    Arms(tiny_study(EXTRA), "planted", 3, tmp_path).make("dense")
+    resumed = Arms(tiny_study(EXTRA), "planted", 3, tmp_path)
+    assert torch.equal(resumed.make(first)(alone.reference), expected)
 
 
 def test_mutual_information_of_known_tables():

@@ -32,7 +32,7 @@ from .config import ResolvedArm, StudyConfig
 from .costs import forward_flops, merging_flops, training_flops
 from .seeds import derive
 from .setting import make_setting
-from .specialisation import measure_specialisation
+from .specialisation import expert_distances, measure_specialisation
 
 OnStep = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -220,8 +220,9 @@ class Arms:
         points = self.study.measure.specialisation_points
 
         def build() -> PreTrainedModel:
+            dense = self.dense(stages).model  # first: making or loading it draws random numbers
             torch.manual_seed(self.derive("upcycle"))
-            return upcycle(self.dense(stages).model, stages.upcycle, copy=True)
+            return upcycle(dense, stages.upcycle, copy=True)
 
         def make(model: PreTrainedModel) -> dict:
             training = dataclasses.replace(stages.moe, evaluations=points)
@@ -268,7 +269,7 @@ class Arms:
                 self._train(moe, stages.alpha, "merge weights", self.derive("alpha order"))
             coefficients = {name: c.tolist() for name, c in merge_coefficients(moe).items()}
             model.load_state_dict(merge(moe).state_dict())
-            return {"coefficients": coefficients, "merging_flops": extra}
+            return {"coefficients": coefficients, "merging_flops": extra, **self._mixture(stages)}
 
         stage = self._stage(
             "merged-learned" if learned else "merged-uniform",
@@ -286,6 +287,17 @@ class Arms:
         learning = self._training_flops(stage.model, stages.alpha) if learned else 0.0
         flops = self.moe(stages).flops + learning + stage.record["merging_flops"]
         return dataclasses.replace(stage, flops=flops)
+
+    def _mixture(self, stages: ResolvedArm) -> dict:
+        """What a merged model reports on the mixture that it comes from."""
+        if not self.study.measure.mixtures:
+            return {}
+        mixture = self.moe(stages)
+        rows = mixture.record["specialisation"]
+        last = max(row["step"] for row in rows)
+        start = upcycle(self.dense(stages).model, dataclasses.replace(stages.upcycle, expert_noise=0.0), copy=True)
+        distances = [{"step": last, **row} for row in expert_distances(mixture.model, start)]
+        return {"specialisation": [*(row for row in rows if row["step"] == last), *distances]}
 
     def equal_steps(self, stages: ResolvedArm, budget: str) -> TrainConfig:
         """The training of a dense model that is trained on: as long, or as dear, as mixture and merge weights are."""
