@@ -134,9 +134,11 @@ def test_the_report_is_made_from_the_tables_alone(finished, tmp_path):
     ]
     assert f"{comparisons[0].paired.mean:+.3f}" in page
     tables = study_tables(tmp_path)
-    assert list(tables) == ["planted", "unplanted", "comparisons", "experts"]
+    assert list(tables) == ["planted", "unplanted", "paths", "comparisons", "experts", "mixtures"]
     some = tables["comparisons"].select(["difference", "regime"], regime=["unplanted"], outcome=["accuracy"])
     assert some.head == ("arm", "difference", "regime") and [row[2] for row in some.rows] == ["unplanted"]
+    arms = [(row[0], row[1]) for row in tables["paths"].rows]
+    assert arms == [(arm, regime) for regime in study.regimes for arm in ("dense", "merged, learned")]
     for wish, message in (
         ({"columns": ["no"]}, "has the columns arm, .*got 'no'"),
         ({"arm": ["x"]}, "cells .*got 'x'"),

@@ -16,7 +16,7 @@ from .config import StudyConfig
 from .plots import write_plots
 from .real import RealTaskConfig
 from .store import read_table, write_atomically
-from .tables import Table, arm_table, comparison_table, expert_table, words_for
+from .tables import Table, arm_table, comparison_table, expert_table, mixture_table, path_table, words_for
 
 _CAPTIONS = {
     "best_of_n": "Where gold falls while the proxy rises, the reward model is being exploited. Bands: 95% over seeds.",
@@ -65,20 +65,25 @@ def write_report(folder: str | Path) -> list[Path]:
     write_comparisons(folder / "comparisons.csv", comparisons)
     plots = write_plots(study, runs, curves, experts, comparisons, folder)
     text, page = folder / "tables.md", folder / "report.html"
-    write_atomically(text, "\n".join(table.markdown() for table in study_tables(folder).values()))
+    write_atomically(text, "\n".join(table.markdown() for table in study_tables(folder).values() if table.rows))
     write_atomically(page, _page(study, facts["machine"], runs, Runs(timings), comparisons, plots))
     return [folder / "comparisons.csv", *plots, text, page]
 
 
 def study_tables(folder: str | Path) -> dict[str, Table]:
-    """The tables of the study in `folder`: its arms by the name of each regime, `comparisons`, `experts`."""
+    """The tables of the study in `folder`: its arms by the name of each regime, `paths`, `comparisons`, `experts`,
+    `mixtures`. Some may have no rows.
+    """
     folder = Path(folder)
     study = StudyConfig.from_dict(json.loads((folder / "study.json").read_text())["study"])
     runs, timings = (Runs(read_table(folder, name)) for name in ("runs", "timings"))
+    experts = read_table(folder, "experts")
     return {
         **{regime: arm_table(study, regime, runs, timings) for regime in study.regimes},
+        "paths": path_table(study, runs),
         "comparisons": comparison_table(study, compare(study, runs)),
-        "experts": expert_table(study, read_table(folder, "experts")),
+        "experts": expert_table(study, experts),
+        "mixtures": mixture_table(study, experts),
     }
 
 
@@ -119,6 +124,7 @@ def _page(
     drawn = "prompts, answers, labels and initialisation" if real else "gold reward, data, initialisation and prompts"
     start = "the named checkpoint" if real else "random weights"
     primary = "".join(f"<li>{html.escape(line)}</li>" for line in primary_lines(study, comparisons))
+    paths = path_table(study, runs)
     parts = [
         f"<h1>Reward-hacking laboratory: {html.escape(study.name)}</h1>",
         f"<p>{seeds}, {len(study.regimes)} regimes, {len(study.arms)} arms; device {html.escape(study.device)}, torch "
@@ -131,6 +137,7 @@ def _page(
         *[_table(arm_table(study, regime, runs, timings)) for regime in study.regimes],
         f"<p>Mean ± half the 95% t interval over seeds. Training FLOPs are counted, from {start} on; forward "
         "times are measured, against the dense model in the same run.</p>",
+        *(["<h2>Policies trained against them</h2>", _table(paths)] if paths.rows else []),
         *[_figure(path) for path in plots],
         "<h2>All comparisons</h2>",
         _table(comparison_table(study, comparisons)),

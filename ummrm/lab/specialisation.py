@@ -66,6 +66,36 @@ def measure_specialisation(moe: nn.Module, task: Task, pairs: int, batch_size: i
 
 
 @torch.no_grad()
+def expert_distances(moe: nn.Module, start: nn.Module) -> list[dict]:
+    """How far routed experts have gone, together and apart.
+
+    Args:
+        moe: a network with `UpcycledFFN` modules.
+        start: the same network as it was upcycled, without expert noise.
+
+    Returns:
+        Rows as of `measure_specialisation`, of each layer: `expert_travel`, the distance of the routed experts' mean
+        from where they started, and `expert_spread`, their root mean squared distance from that mean; over all weights
+        and biases, relative to the norm of those at the start.
+    """
+    rows = []
+    before = upcycled_ffns(start)
+    for i, (name, ffn) in enumerate(upcycled_ffns(moe).items()):
+        now, then = (_flat(layer.experts.tensors()) for layer in (ffn, before[name]))
+        mean, norm = now.mean(0), then[0].norm()
+        found = {"expert_travel": (mean - then[0]).norm(), "expert_spread": (now - mean).square().sum(1).mean().sqrt()}
+        for measure, value in found.items():
+            relative = (value / norm).item()
+            rows.append({"layer": f"layer {i}", "measure": measure, "expert": "", "regime": "", "value": relative})
+    return rows
+
+
+def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All parameters of each expert, fp64 [E, parameters]."""
+    return torch.cat([tensor.double().flatten(1) for tensor in tensors.values()], dim=1)
+
+
+@torch.no_grad()
 def first_expert_counts(moe: nn.Module, sequences: Sequences, batch_size: int) -> dict[str, torch.Tensor]:
     """How many live tokens of each sequence have each routed expert as their most probable: FFN name to fp64 [N, E]."""
     ffns = upcycled_ffns(moe)

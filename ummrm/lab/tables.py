@@ -91,6 +91,25 @@ def arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> Tab
     return Table(study.title(regime), ("arm", *columns), rows)
 
 
+def path_table(study: StudyConfig, runs: Runs) -> Table:
+    """Every arm against which a policy was trained: where the path led, mean and half the 95% t interval over seeds."""
+    outcomes = {
+        f"gold at KL {study.measure.ppo_fixed_kl:g}": "gold_at_kl",
+        "gold at the end": "gold_end",
+        "drop from the peak": "drop_from_peak",
+        "proxy-gold gap": "proxy_gold_gap",
+        "KL at the end": "kl_end",
+        "shortcut at the end": "shortcut_end",
+    }
+    rows = []
+    for regime in study.regimes:
+        for optimiser in OPTIMISERS[1:]:
+            for arm in (arm for arm in study.arms if runs.values(regime, arm, optimiser, "gold_end")):
+                cells = [_interval(runs, regime, optimiser, column)(arm) for column in outcomes.values()]
+                rows.append((study.label(arm), study.title(regime), words_for(optimiser), *cells))
+    return Table("", ("arm", "regime", "optimiser", *outcomes), tuple(rows))
+
+
 def comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> Table:
     """The comparisons that the study fixed beforehand, the primary ones marked."""
     names = ("arm", "against", "regime", "optimiser", "outcome", "seeds", "difference", "95% interval", "better in")
@@ -145,6 +164,28 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     return Table("", ("experts of the mixture", *names), tuple(rows))
 
 
+def mixture_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
+    """The mixtures that merged arms come from, at the end of their training.
+
+    Mean and half the 95% t interval over seeds of the mean over layers. Travel and spread of experts are in percent of
+    the norm of the dense model's FFN (`specialisation.expert_distances`).
+    """
+    measures = {
+        "information, bits": ("mutual_information", 1.0),
+        "by chance": ("mutual_information_null", 1.0),
+        "experts' travel, %": ("expert_travel", 100.0),
+        "experts' spread, %": ("expert_spread", 100.0),
+    }
+    rows = []
+    for arm in study.arms:
+        for regime in study.regimes:
+            here = [row for row in experts if row["arm"] == arm and row["regime"] == regime]
+            if any(row["measure"] == "expert_spread" for row in here):
+                cells = [_spread(_layer_means(here, name, scale)) for name, scale in measures.values()]
+                rows.append((study.label(arm), study.title(regime), *cells))
+    return Table("", ("arm", "regime", *measures), tuple(rows))
+
+
 def words_for(optimiser: str) -> str:
     """An optimiser in words."""
     return "best-of-n" if optimiser == "best_of_n" else optimiser.upper()
@@ -182,6 +223,15 @@ def _time_ratio(timings: Runs, regime: str, arm: str) -> str:
     own, dense = (timings.values(regime, arm, "best_of_n", name) for name in ("forward_ms", "dense_forward_ms"))
     ratios = sorted(own[seed] / dense[seed] for seed in own if dense.get(seed))
     return f"{ratios[len(ratios) // 2]:.2f}" if ratios else ""
+
+
+def _layer_means(rows: Sequence[dict], measure: str, scale: float) -> list[float]:
+    """Of each seed, a measure's mean over layers."""
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        if row["measure"] == measure:
+            by_seed.setdefault(row["seed"], []).append(scale * row["value"])
+    return [sum(values) / len(values) for values in by_seed.values()]
 
 
 def _largest(rows: Iterable[dict]) -> list[float]:
