@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import ummrm
 from ummrm import UpcycleConfig
-from ummrm.cli import app
+from ummrm.cli import app, main
 
 runner = CliRunner()
 
@@ -60,11 +60,20 @@ def test_info_is_json_and_says_what_was_built():
         (["demo", "--recipe", "none.yaml"], 2, "no recipe at none.yaml"),
     ],
 )
-def test_a_users_error_is_one_line_and_an_exit_status(arguments, status, message, tmp_path):
+def test_a_users_error_is_one_line_and_an_exit_status(arguments, status, message, tmp_path, monkeypatch, capsys):
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     arguments = [str(tmp_path / "dense") if a == "DENSE" else a for a in arguments]
-    command = [sys.executable, "-P", "-m", "ummrm", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ummrm", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err
+    assert exit.value.code == status and message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_users_error_ends_the_process_likewise(tmp_path):
+    command = [sys.executable, "-P", "-m", "ummrm", "demo", "--recipe", "none.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no recipe at none.yaml" in done.stderr and "Traceback" not in done.stderr
