@@ -32,7 +32,7 @@ RUN := $(BIN)/python -P
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -134,7 +134,7 @@ def test_the_report_is_made_from_the_tables_alone(finished, tmp_path):
     ]
     assert f"{comparisons[0].paired.mean:+.3f}" in page
     tables = study_tables(tmp_path)
-    assert list(tables) == ["planted", "unplanted", "paths", "comparisons", "experts", "mixtures"]
+    assert list(tables) == ["planted", "unplanted", "paths", "comparisons", "experts", "left_out", "mixtures"]
     some = tables["comparisons"].select(["difference", "regime"], regime=["unplanted"], outcome=["accuracy"])
     assert some.head == ("arm", "difference", "regime") and [row[2] for row in some.rows] == ["unplanted"]
     arms = [(row[0], row[1]) for row in tables["paths"].rows]

@@ -238,6 +238,7 @@ def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
         _profiles(axes[1, column], weights, "softmax(alpha), learned")
         axes[1, column].set_xlabel("routed expert, by rank within each seed and layer")
     for axis in axes[:, 0]:
+        axis.set_ylim(bottom=0)
         axis.set_ylabel("share")
     legend_below(figure, axes[0, 0], columns=4)
     figure.suptitle("Gate usage and merge weights (dotted: all equal)", fontsize=11)
@@ -268,8 +269,8 @@ def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None
                 )
         axis.set(title=f"{study.title(regime)}:\ninformation of the first expert about the instruction regime")
         axis.set_xlabel("steps of the mixture's training")
-        axis.set_ylim(bottom=0)
         _ablation_bars(axes[1, column], [r for r in here if r["measure"] == "ablation_cost" and r["step"] == last])
+    axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("bits")
     axes[1, 0].set_ylabel("rise of the preference loss, nats a pair")
     axes[0, 0].legend(frameon=False)
@@ -324,7 +325,6 @@ def _profiles(axis: Axes, profiles: dict[str, np.ndarray], title: str) -> None:
         axis.axhline(1 / values.shape[1], color="0.5", linewidth=0.9, linestyle=":")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(title)
-    axis.set_ylim(bottom=0)
 
 
 def _by_seed(rows: Sequence[dict], regime: str, arm: str, window: int) -> tuple[np.ndarray, ...]:

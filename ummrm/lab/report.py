@@ -16,7 +16,16 @@ from .config import StudyConfig
 from .plots import write_plots
 from .real import RealTaskConfig
 from .store import read_table, write_atomically
-from .tables import Table, arm_table, comparison_table, expert_table, mixture_table, path_table, words_for
+from .tables import (
+    Table,
+    arm_table,
+    comparison_table,
+    expert_table,
+    left_out_table,
+    mixture_table,
+    path_table,
+    words_for,
+)
 
 _CAPTIONS = {
     "best_of_n": "Where gold falls while the proxy rises, the reward model is being exploited. Bands: 95% over seeds.",
@@ -72,7 +81,7 @@ def write_report(folder: str | Path) -> list[Path]:
 
 def study_tables(folder: str | Path) -> dict[str, Table]:
     """The tables of the study in `folder`: its arms by the name of each regime, `paths`, `comparisons`, `experts`,
-    `mixtures`. Some may have no rows.
+    `left_out`, `mixtures`. Some may have no rows.
     """
     folder = Path(folder)
     study = StudyConfig.from_dict(json.loads((folder / "study.json").read_text())["study"])
@@ -83,6 +92,7 @@ def study_tables(folder: str | Path) -> dict[str, Table]:
         "paths": path_table(study, runs),
         "comparisons": comparison_table(study, compare(study, runs)),
         "experts": expert_table(study, experts),
+        "left_out": left_out_table(study, experts),
         "mixtures": mixture_table(study, experts),
     }
 

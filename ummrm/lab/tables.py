@@ -164,6 +164,30 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     return Table("", ("experts of the mixture", *names), tuple(rows))
 
 
+def left_out_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
+    """What leaving an expert of the mixture out of all layers costs at the end of its training, on the pairs of each
+    instruction regime: rise of the preference loss in millinats a pair, mean and half the 95% t interval over seeds.
+    """
+    shown = {
+        "the shared expert": lambda costs: costs[0],
+        "the dearest routed expert": lambda costs: max(costs[1:]),
+        "a routed expert, mean": lambda costs: sum(costs[1:]) / len(costs[1:]),
+    }
+    found = [row for row in experts if row["arm"] == "moe" and row["measure"] == "ablation_cost"]
+    last = max((row["step"] for row in found), default=None)
+    rows = []
+    for regime in study.regimes:
+        here = [row for row in found if row["regime"] == regime and row["step"] == last]
+        for instruction in dict.fromkeys(row["regime_of_pairs"] for row in here):
+            by_seed: dict[int, list[float]] = {}
+            for row in here:  # the shared expert first
+                if row["regime_of_pairs"] == instruction:
+                    by_seed.setdefault(row["seed"], []).append(1000 * row["value"])
+            cells = [_spread((pick(costs) for costs in by_seed.values()), 1) for pick in shown.values()]
+            rows.append((f"{study.title(regime)}, {instruction}", *cells))
+    return Table("", ("pairs", *shown), tuple(rows))
+
+
 def mixture_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     """The mixtures that merged arms come from, at the end of their training.
 
