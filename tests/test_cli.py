@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+import yaml
 from tiny_models import outputs_of, padded_batch, tiny_model
+from tiny_study import tiny_study
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
@@ -70,6 +72,12 @@ def test_a_users_error_is_one_line_and_an_exit_status(arguments, status, message
     error = capsys.readouterr().err
     assert exit.value.code == status and message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_runs_only_what_is_asked_for(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study().to_dict()))
+    run("lab", "run", tmp_path / "study.yaml", "--output", tmp_path, "--arms", "dense", "--optimisers", "best_of_n")
+    assert [path.name for path in tmp_path.glob("units/*")] == ["planted-0-dense-best_of_n.json"]
 
 
 def test_a_users_error_ends_the_process_likewise(tmp_path):

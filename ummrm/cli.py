@@ -24,6 +24,7 @@ from . import merge as merge_model
 from . import upcycle as upcycle_model
 from .lab import StudyError, load_study, report_lines, run_study, shipped_studies
 from .lab import write_report as write_lab_report
+from .lab.config import OPTIMISERS
 from .recipe import (
     RecipeCheckError,
     ReloadError,
@@ -90,13 +91,13 @@ def lab_run(
     processes: Annotated[int | None, typer.Option(help="Replaces the study's number of processes.")] = None,
     device: Annotated[str | None, typer.Option(help="Replaces the study's device.")] = None,
     arms: Annotated[str, typer.Option(help="Only these arms, separated by commas.")] = "",
+    optimisers: Annotated[str, typer.Option(help=f"Only these of {', '.join(OPTIMISERS)}, by commas.")] = "",
     quiet: Quiet = False,
 ) -> None:
     """Runs a study and writes its tables and report; what is already in the output folder is not run again."""
     given = {"seeds": seeds, "first_seed": first_seed, "processes": processes, "device": device}
     config = dataclasses.replace(load_study(study), **{name: v for name, v in given.items() if v is not None})
-    names = tuple(name.strip() for name in arms.split(",") if name.strip())
-    run_study(config, output, arms=names, progress=not quiet)
+    run_study(config, output, _names(arms), _names(optimisers) or OPTIMISERS, progress=not quiet)
     lab_report(output)
 
 
@@ -205,6 +206,11 @@ def _run(recipe: Path, output: Path, seed: int | None, quiet: bool) -> None:
     files = write_report(result, output, Console())
     _say("written: " + ", ".join(str(path) for path in files))
     raise_for_failed_checks(result, output)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names that commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _load(folder: str, config) -> PreTrainedModel:
