@@ -32,7 +32,7 @@ RUN := $(BIN)/python -P
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -73,7 +73,8 @@ lab: $(VENV)/.ummrm
 claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
-STUDIES := claim ablations sweep
+followup := followup
+STUDIES := claim ablations followup sweep
 
 $(STUDIES:%=lab-%): lab-%: $(VENV)/.ummrm
 	$(RUN) -m ummrm lab run $($*) --output build/lab-$*
