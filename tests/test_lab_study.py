@@ -136,7 +136,7 @@ def test_the_report_is_made_from_the_tables_alone(finished, tmp_path):
     tables = study_tables(tmp_path)
     assert list(tables) == ["planted", "unplanted", "paths", "comparisons", "experts", "left_out", "mixtures"]
     some = tables["comparisons"].select(["difference", "regime"], regime=["unplanted"], outcome=["accuracy"])
-    assert some.head == ("arm", "difference", "regime") and [row[2] for row in some.rows] == ["unplanted"]
+    assert some.head == ("difference", "regime") and [row[1] for row in some.rows] == ["unplanted"]
     arms = [(row[0], row[1]) for row in tables["paths"].rows]
     assert arms == [(arm, regime) for regime in study.regimes for arm in ("dense", "merged, learned")]
     for wish, message in (

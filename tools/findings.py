@@ -3,8 +3,8 @@
     python tools/findings.py docs/findings.md
 
 A table stands between `<!-- table STUDY TABLE ... -->` and `<!-- end -->`. STUDY is a folder of the results, TABLE the
-name of a regime or another one of `ummrm.lab.study_tables`. After ` | ` may come `columns: a; b`, the first column
-being always there, and `COLUMN: a; b`, the rows to keep.
+name of a regime or another one of `ummrm.lab.study_tables`. After ` | ` may come `columns: a; b`, the columns
+to show, and `COLUMN: a; b`, the cells by which rows are kept.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class Table:
     marked: frozenset[int] = field(default_factory=frozenset)
 
     def select(self, columns: Sequence[str] = (), **where: Sequence[str]) -> Table:
-        """Some of the columns, the first one always, and of the rows those whose cells are among the ones asked for.
+        """Some of the columns, and of the rows those whose cells are among the ones asked for.
 
         Args:
             columns: names of columns in their new order; by default all.
@@ -45,7 +45,7 @@ class Table:
             for cell in cells:
                 if cell not in have:
                     raise ValueError(f"the column {name!r} has the cells {'; '.join(have)}, got {cell!r}.")
-        kept = [0, *(self.head.index(name) for name in columns)] if columns else range(len(self.head))
+        kept = [self.head.index(name) for name in columns or self.head]
         rows = [
             i
             for i, row in enumerate(self.rows)
@@ -195,17 +195,17 @@ def mixture_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     the norm of the dense model's FFN (`specialisation.expert_distances`).
     """
     measures = {
-        "information, bits": ("mutual_information", 1.0),
-        "by chance": ("mutual_information_null", 1.0),
-        "experts' travel, %": ("expert_travel", 100.0),
-        "experts' spread, %": ("expert_spread", 100.0),
+        "information, bits": ("mutual_information", 1.0, 3),
+        "by chance": ("mutual_information_null", 1.0, 3),
+        "experts' travel, %": ("expert_travel", 100.0, 1),
+        "experts' spread, %": ("expert_spread", 100.0, 1),
     }
     rows = []
     for arm in study.arms:
         for regime in study.regimes:
             here = [row for row in experts if row["arm"] == arm and row["regime"] == regime]
             if any(row["measure"] == "expert_spread" for row in here):
-                cells = [_spread(_layer_means(here, name, scale)) for name, scale in measures.values()]
+                cells = [_spread(_layer_means(here, name, unit), digits) for name, unit, digits in measures.values()]
                 rows.append((study.label(arm), study.title(regime), *cells))
     return Table("", ("arm", "regime", *measures), tuple(rows))
 
@@ -249,12 +249,12 @@ def _time_ratio(timings: Runs, regime: str, arm: str) -> str:
     return f"{ratios[len(ratios) // 2]:.2f}" if ratios else ""
 
 
-def _layer_means(rows: Sequence[dict], measure: str, scale: float) -> list[float]:
+def _layer_means(rows: Sequence[dict], measure: str, unit: float) -> list[float]:
     """Of each seed, a measure's mean over layers."""
     by_seed: dict[int, list[float]] = {}
     for row in rows:
         if row["measure"] == measure:
-            by_seed.setdefault(row["seed"], []).append(scale * row["value"])
+            by_seed.setdefault(row["seed"], []).append(unit * row["value"])
     return [sum(values) / len(values) for values in by_seed.values()]
 
 
