@@ -133,6 +133,7 @@ setup(
     packages=[*find_packages(include=["ummrm", "ummrm.*"]), "ummrm.triton_kernels"],
     # Under the package's own name: a top-level `kernels` would shadow Hugging Face's.
     package_dir={"ummrm.triton_kernels": "kernels/triton"},
+    include_package_data=False,  # the tables of studies are in the sdist, not in wheels
     package_data={"ummrm.triton_kernels": ["tuned.json"], "ummrm.lab": ["configs/*.yaml"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
