@@ -1,0 +1,103 @@
+"""docs/findings.md says what the kept studies say: tables, numbers in the text, and that the studies are whole."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from ummrm.lab import StudyConfig, load_study, study_tables
+from ummrm.lab.compare import Runs, compare, write_comparisons
+from ummrm.lab.store import COLUMNS, read_table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from findings import RESULTS, filled, prose  # noqa: E402
+
+PAGE = ROOT / "docs/findings.md"
+KEPT = sorted(path.name for path in RESULTS.iterdir())
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)")
+
+
+def kept(name):
+    facts = json.loads((RESULTS / name / "study.json").read_text())
+    return StudyConfig.from_dict(facts["study"]), RESULTS / name
+
+
+def numbers(data):
+    """All numbers of a study's configuration, as a text may write them."""
+    if isinstance(data, dict):
+        return {n for value in data.values() for n in numbers(value)}
+    if isinstance(data, (list, tuple)):
+        return {n for value in data for n in numbers(value)}
+    return {f"{data:g}", str(data)} if isinstance(data, float) else set()
+
+
+def test_every_table_is_what_the_kept_studies_give():
+    text = PAGE.read_text()
+    assert text.count("<!-- table ") >= 6
+    assert filled(text) == text, "run python tools/findings.py docs/findings.md"
+
+
+def test_every_number_in_the_text_stands_in_a_table_or_a_configuration():
+    text = PAGE.read_text()
+    known = {
+        number.lstrip("+") for line in text.splitlines() if line.startswith("|") for number in NUMBER.findall(line)
+    }
+    for name in KEPT:
+        known |= numbers(kept(name)[0].to_dict())
+    said = [number.lstrip("+") for number in NUMBER.findall(prose(text).replace("−", "-"))]
+    assert len(said) >= 10 and not sorted(set(said) - known)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_study_is_whole_and_its_command_gives_it(name):
+    study, folder = kept(name)
+    rows = read_table(folder, "runs")
+    wanted = {
+        (r, s, a, o) for r in study.regimes for s in study.seed_range for a in study.arms for o in study.optimisers(a)
+    }
+    assert {(row["regime"], row["seed"], row["arm"], row["optimiser"]) for row in rows} == wanted
+    assert len(rows) == len(wanted)
+    shipped = load_study(study.name if study.name != "lab" else "cpu").to_dict()
+    assert {**shipped, "seeds": study.seeds, "first_seed": study.first_seed} == study.to_dict()
+    assert f"make lab-{name}" in PAGE.read_text()
+    command = re.search(rf"^{name} := (\S+)(.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert load_study(command[1]).name == study.name
+    for option, value in (("--first-seed", study.first_seed), ("--seeds", study.seeds)):
+        assert option not in command[2] or f"{option} {value}" in command[2]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_comparisons_are_those_of_the_kept_runs(name, tmp_path):
+    study, folder = kept(name)
+    write_comparisons(tmp_path / "comparisons.csv", compare(study, Runs(read_table(folder, "runs"))))
+    assert (tmp_path / "comparisons.csv").read_bytes() == (folder / "comparisons.csv").read_bytes()
+    for table, columns in COLUMNS.items():
+        with open(folder / f"{table}.csv", newline="") as file:
+            assert tuple(next(csv.reader(file))) == columns
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table claim idiosyncratic -->\n", "needs an `<!-- end -->`"),
+        ("<!-- table claim elsewhere -->\n<!-- end -->", "has the tables shared_bias.*got 'elsewhere'"),
+        ("<!-- table claim idiosyncratic | columns: charm -->\n<!-- end -->", "has the columns arm.*got 'charm'"),
+        ("<!-- table claim comparisons | outcome: luck -->\n<!-- end -->", "has the cells .*got 'luck'"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_an_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        filled(text)
+
+
+def test_tables_are_picked_from_and_text_is_told_from_tables():
+    wish = "<!-- table claim idiosyncratic | columns: arm; accuracy; parameters | arm: dense -->\n"
+    text = f"Before 1.5.\n\n{wish}stale\n<!-- end -->\n\n`2.5`\n\n    3.5\n\nafter 4.5"
+    made = filled(text)
+    rows = [row for row in study_tables(RESULTS / "claim")["idiosyncratic"].rows if row[0] == "dense"]
+    assert made.count("|\n") == 3 and f"| dense | {rows[0][5]} | 47,520 |\n<!-- end -->" in made and "stale" not in made
+    assert NUMBER.findall(prose(made)) == ["1.5", "4.5"]
