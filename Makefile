@@ -5,8 +5,8 @@
 #   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
-#   make lab-claim   the same study over 24 other seeds, an hour or two; resumes; tables go to ummrm/lab/results/claim
-#   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables
+#   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to ummrm/lab/results/claim
+#   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier of tests (what CI runs)
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
