@@ -138,8 +138,8 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     """How far experts specialise, over the mixture's training and in each layer, and how far alpha left uniform.
 
     Information is that of a token's first expert about the instruction regime, in bits, mean and half the 95% t
-    interval over seeds; `by chance` the same with regimes dealt out to sequences at random. `largest` is the largest
-    routed expert's share of a layer.
+    interval over seeds; `by chance` the same with regimes dealt out to sequences at random. The shared gate weight is
+    the shared expert's, mean over tokens; `largest` is the largest routed expert's share of a layer.
     """
     rows = []
     for regime in study.regimes:
@@ -156,11 +156,13 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
                         f"{study.title(regime)}, {layer}, step {step:g}",
                         _spread(r["value"] for r in at if r["measure"] == "mutual_information"),
                         _spread(r["value"] for r in at if r["measure"] == "mutual_information_null"),
+                        _spread(r["value"] for r in at if r["measure"] == "shared_weight"),
                         _spread(_largest([r for r in at if r["measure"] == "slot_share"])),
                         _spread(_largest_alpha(study, alphas)) if step == last else "",
                     )
                 )
-    names = ("information, bits", "by chance", "largest slot share", f"largest softmax(alpha), {study.primary.arm}")
+    alpha = f"largest softmax(alpha), {study.primary.arm}"
+    names = ("information, bits", "by chance", "shared gate weight", "largest slot share", alpha)
     return Table("", ("experts of the mixture", *names), tuple(rows))
 
 
@@ -197,6 +199,7 @@ def mixture_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     measures = {
         "information, bits": ("mutual_information", 1.0, 3),
         "by chance": ("mutual_information_null", 1.0, 3),
+        "shared gate weight": ("shared_weight", 1.0, 2),
         "experts' travel, %": ("expert_travel", 100.0, 1),
         "experts' spread, %": ("expert_spread", 100.0, 1),
     }
