@@ -110,6 +110,22 @@ def test_an_ensemble_is_standard_on_its_reference_and_its_members_differ(arms):
     assert ensemble.parameters == 2 * arms.make("dense").parameters
 
 
+def test_ensembles_score_their_members_once(monkeypatch):
+    study = tiny_study({"mean": {"kind": "ensemble"}, "worst": {"kind": "ensemble", "rule": "worst"}})
+    arms, counts = Arms(study, "planted", 3), []
+    monkeypatch.setattr("ummrm.lab.arms.score", lambda *inputs: counts.append(inputs) or score(*inputs))
+    first, second = arms.make("mean"), arms.make("worst")
+    answers, other = arms.task.policy.sequences, arms.task.train.chosen
+    found = first(answers), second(answers)
+    assert len(counts) == 4, "two members over the reference and the policy's answers"
+    normal = torch.stack(
+        [(score(m, answers, 256) - mean) / std for m, (mean, std) in zip(first.models, first.scales, strict=True)]
+    )
+    assert torch.equal(found[0], normal.mean(0)) and torch.equal(found[1], normal.min(0).values)
+    first(other), first(other)
+    assert len(counts) == 8, "passing sequences are not kept"
+
+
 def test_the_weight_average_is_of_runs_from_one_dense_model(arms):
     stages = arms.study.resolve("warm")
     members = [arms.longer(stages, arms.equal_steps(stages, "steps"), i).model for i in range(2)]

@@ -66,6 +66,7 @@ class RewardModel:
         uncertainty: UWO's weight of the variance.
         scales: mean and standard deviation of each member's scores over the reference answers.
         record: what was measured while it was trained.
+        scorer: scores of one of the models, `recipe.measure.score` or what gives the same.
     """
 
     models: list[PreTrainedModel]
@@ -76,10 +77,11 @@ class RewardModel:
     uncertainty: float = 0.0
     scales: list[tuple[float, float]] = field(default_factory=list)
     record: dict = field(default_factory=dict)
+    scorer: Callable[[PreTrainedModel, Sequences, int], torch.Tensor] = score
 
     def __call__(self, sequences: Sequences) -> torch.Tensor:
         """Rewards, fp64 [N]."""
-        scores = [score(model, sequences, self.batch_size) for model in self.models]
+        scores = [self.scorer(model, sequences, self.batch_size) for model in self.models]
         if len(scores) == 1:
             return scores[0]
         return combine(scores, self.scales, self.rule, self.uncertainty)
@@ -145,6 +147,7 @@ class Arms:
         self.reference = concatenate([reference.chosen, reference.rejected])
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
+        self._member_scores: dict[tuple[int, int], torch.Tensor] = {}
 
     def derive(self, *labels: object) -> int:
         """The seed of what `labels` name, in this regime and seed."""
@@ -168,7 +171,7 @@ class Arms:
             flops = start + sum(m.flops - start for m in members)
             return self._single(Stage(average_weights([m.model for m in members]), flops))
         members = [self.dense(stages, member) for member in range(study.members)]
-        scores = [score(m.model, self.reference, study.measure.batch_size) for m in members]
+        scores = [self._score_once(m.model, self.reference, study.measure.batch_size) for m in members]
         return RewardModel(
             models=[m.model for m in members],
             training_flops=sum(m.flops for m in members),
@@ -177,7 +180,23 @@ class Arms:
             rule=arm.rule,
             uncertainty=arm.uncertainty,
             scales=[(s.mean().item(), s.std().item()) for s in scores],
+            scorer=self._score_once,
         )
+
+    def _score_once(self, model: PreTrainedModel, sequences: Sequences, batch_size: int) -> torch.Tensor:
+        """`score`, kept for sequences that last as long as the task: three ensembles combine the same members."""
+        task = self.task
+        lasting = (
+            self.reference,
+            task.policy.sequences,
+            *(s for p in (task.test, task.shifted) for s in (p.chosen, p.rejected)),
+        )
+        if not any(sequences is one for one in lasting):
+            return score(model, sequences, batch_size)
+        key = (id(model), id(sequences))
+        if key not in self._member_scores:
+            self._member_scores[key] = score(model, sequences, batch_size)
+        return self._member_scores[key]
 
     def _single(self, stage: Stage) -> RewardModel:
         flops = forward_flops(stage.model, self.mean_length)
