@@ -74,14 +74,13 @@ claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
 followup := followup
-STUDIES := claim ablations followup sweep
 
-$(STUDIES:%=lab-%): lab-%: $(VENV)/.ummrm
+lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
 	$(RUN) -m ummrm lab run $($*) --output build/lab-$*
 	mkdir -p ummrm/lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json ummrm/lab/results/$*/
 
-lab-findings: $(STUDIES:%=lab-%)
+lab-findings: lab-claim lab-ablations lab-followup lab-sweep
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png ummrm/lab/results/claim/
 	$(RUN) tools/findings.py docs/findings.md
 

@@ -14,7 +14,7 @@ from ummrm.lab.store import COLUMNS, read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from findings import RESULTS, filled, prose  # noqa: E402
+from findings import RESULTS, filled, made, prose  # noqa: E402
 
 PAGE = ROOT / "docs/findings.md"
 KEPT = sorted(path.name for path in RESULTS.iterdir())
@@ -56,9 +56,7 @@ def test_every_table_is_what_the_kept_studies_give():
 
 def test_every_number_in_the_text_stands_in_a_table_or_a_configuration():
     text = PAGE.read_text()
-    known = {
-        number.lstrip("+") for line in text.splitlines() if line.startswith("|") for number in NUMBER.findall(line)
-    }
+    known = {number.lstrip("+") for number in NUMBER.findall(made(text))}
     for name in KEPT:
         known |= numbers(kept(name)[0].to_dict())
     said = [number.lstrip("+") for number in NUMBER.findall(prose(text).replace("−", "-"))]
@@ -116,7 +114,8 @@ def test_a_table_that_cannot_be_made_is_an_error(text, message):
 def test_tables_are_picked_from_and_text_is_told_from_tables():
     wish = "<!-- table claim idiosyncratic | columns: arm; accuracy; parameters | arm: dense -->\n"
     text = f"Before 1.5.\n\n{wish}stale\n<!-- end -->\n\n`2.5`\n\n    3.5\n\nafter 4.5"
-    made = filled(text)
+    new = filled(text)
     rows = [row for row in study_tables(RESULTS / "claim")["idiosyncratic"].rows if row[0] == "dense"]
-    assert made.count("|\n") == 3 and f"| dense | {rows[0][5]} | 47,520 |\n<!-- end -->" in made and "stale" not in made
-    assert NUMBER.findall(prose(made)) == ["1.5", "4.5"]
+    assert new.count("|\n") == 3 and f"| dense | {rows[0][5]} | 47,520 |\n<!-- end -->" in new and "stale" not in new
+    assert NUMBER.findall(prose(new)) == ["1.5", "4.5"]
+    assert made(f"| 6.5 |\n{new}").splitlines()[-1] == f"| dense | {rows[0][5]} | 47,520 |" and "6.5" not in made(new)

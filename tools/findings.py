@@ -45,8 +45,13 @@ def filled(text: str, results: Path = RESULTS) -> str:
     return _BLOCK.sub(table, text)
 
 
+def made(text: str) -> str:
+    """The tables of `text` that are made of studies; those written by hand are prose."""
+    return "".join(match[5] for match in _BLOCK.finditer(text))
+
+
 def prose(text: str) -> str:
-    """`text` without its tables, comments and code."""
+    """`text` without the tables made of studies, comments and code."""
     return re.sub(r"```.*?```|`[^`\n]*`|<!--.*?-->|^    [^\n]*$", "", _BLOCK.sub("", text), flags=re.S | re.M)
 
 

@@ -273,7 +273,7 @@ def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("bits")
     axes[1, 0].set_ylabel("rise of the preference loss, nats a pair")
-    axes[0, 0].legend(frameon=False)
+    legend_below(figure, axes[0, 0], columns=4)
     axes[1, 0].legend(frameon=False, title="left out")
     return figure
 
