@@ -68,8 +68,7 @@ demo-real: $(VENV)/.real
 lab: $(VENV)/.ummrm
 	$(RUN) -m ummrm lab run cpu --output build/lab
 
-# an interrupted run goes on where it was when the command is given again
-# Studies whose tables are kept, which docs/findings.md stands on.
+# Studies whose tables are kept, which docs/findings.md stands on. An interrupted one goes on when the command is given again.
 claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep

@@ -297,17 +297,18 @@ class StudyConfig:
         Other arms, other regimes, labels and the number of seeds and processes are left out, so that a study can grow.
         """
         made, stages = dataclasses.asdict(self.arms[arm]), dataclasses.asdict(self.resolve(arm))
-        for name in ("rloo", "grpo", "dense"):
+        for name in ("rloo", "grpo", "dense"):  # `dense` is among the stages
             del made[name]
+        measure = dataclasses.asdict(self.measure)
+        if not measure["mixtures"]:
+            del measure["mixtures"]  # so that units from before it existed stay good
         parts = {
             "regime": dataclasses.asdict(self.regimes[regime].task),
             "arm": {**made, "label": "", "ppo": False},
             "dense": stages.pop("dense"),
             "stages": stages,
-            **{
-                name: dataclasses.asdict(getattr(self, name))
-                for name in ("model", "upcycle", "moe", "merge", "alpha", "measure")
-            },
+            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "upcycle", "moe", "merge", "alpha")},
+            "measure": measure,
             "members": self.members,
             "device": self.device,
         }
@@ -338,7 +339,8 @@ def load_study(source: str | Path) -> StudyConfig:
         FileNotFoundError: there is neither such a file nor such a name.
         ValueError: it is not YAML, or not a study; says where.
     """
-    return read_yaml(_study_file(source), lambda data: StudyConfig.from_dict(_extended(data)))
+    path = _study_file(source)
+    return read_yaml(path, lambda data: StudyConfig.from_dict(_extended(data, (path,))))
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -347,9 +349,9 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _study_file(source: str | Path) -> Path:
-    """A study's file, given by its path or by the name of a shipped one."""
-    path = Path(source)
+def _study_file(source: str | Path, beside: Path | None = None) -> Path:
+    """A study's file, given by its path, seen from the folder `beside` if given, or by the name of a shipped one."""
+    path = Path(source) if beside is None else beside / source
     if path.is_file():
         return path
     shipped = shipped_studies()
@@ -358,15 +360,20 @@ def _study_file(source: str | Path) -> Path:
     return shipped[str(source)]
 
 
-def _extended(data: Any, below: tuple[Path, ...] = ()) -> Any:
-    """A study's plain data with the sections of the study that it extends, where it has none of its own."""
+def _extended(data: Any, files: tuple[Path, ...]) -> Any:
+    """A study's plain data with the sections of the study that it extends, where it has none of its own.
+
+    `files`: its file, the last one, and those that extend it.
+    """
     if not isinstance(data, Mapping) or "extends" not in data:
         return data  # whole, or for `build` to refuse
-    base = _study_file(data["extends"])
-    if base in below:
+    if not isinstance(data["extends"], str):
+        raise ValueError(f"`extends` must be the name or the file of a study, got {data['extends']!r}.")
+    base = _study_file(data["extends"], files[-1].parent)
+    if base.resolve() in (file.resolve() for file in files):
         raise ValueError(f"`extends` must not lead back to where it came from, got {data['extends']!r}.")
     sections = {name: value for name, value in data.items() if name != "extends"}
-    return {**read_yaml(base, lambda found: _extended(found, (*below, base))), **sections}
+    return {**read_yaml(base, lambda found: _extended(found, (*files, base))), **sections}
 
 
 def _with_kinds(data: Any) -> Any:

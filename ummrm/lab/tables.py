@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from .compare import OUTCOMES, Comparison, Runs
 from .config import OPTIMISERS, StudyConfig
+from .specialisation import SHARED
 from .statistics import mean_interval
 
 
@@ -171,9 +172,9 @@ def left_out_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     instruction regime: rise of the preference loss in millinats a pair, mean and half the 95% t interval over seeds.
     """
     shown = {
-        "the shared expert": lambda costs: costs[0],
-        "the dearest routed expert": lambda costs: max(costs[1:]),
-        "a routed expert, mean": lambda costs: sum(costs[1:]) / len(costs[1:]),
+        "the shared expert": lambda shared, routed: shared,
+        "the dearest routed expert": lambda shared, routed: max(routed),
+        "a routed expert, mean": lambda shared, routed: sum(routed) / len(routed),
     }
     found = [row for row in experts if row["arm"] == "moe" and row["measure"] == "ablation_cost"]
     last = max((row["step"] for row in found), default=None)
@@ -181,11 +182,11 @@ def left_out_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     for regime in study.regimes:
         here = [row for row in found if row["regime"] == regime and row["step"] == last]
         for instruction in dict.fromkeys(row["regime_of_pairs"] for row in here):
-            by_seed: dict[int, list[float]] = {}
-            for row in here:  # the shared expert first
-                if row["regime_of_pairs"] == instruction:
-                    by_seed.setdefault(row["seed"], []).append(1000 * row["value"])
-            cells = [_spread((pick(costs) for costs in by_seed.values()), 1) for pick in shown.values()]
+            costs: dict[int, tuple[list[float], list[float]]] = {}  # of each seed: shared, routed
+            for row in (row for row in here if row["regime_of_pairs"] == instruction):
+                costs.setdefault(row["seed"], ([], []))[row["expert"] != SHARED].append(1000 * row["value"])
+            each = [(shared, routed) for (shared,), routed in costs.values()]
+            cells = [_spread((pick(*seed) for seed in each), 1) for pick in shown.values()]
             rows.append((f"{study.title(regime)}, {instruction}", *cells))
     return Table("", ("pairs", *shown), tuple(rows))
 
