@@ -107,7 +107,10 @@ def assert_same_but_for_blas(a, b):
     Now and then a sum next to a boundary is rounded the other way and passed on; a rounding too many or too few in a
     kernel would show in most elements.
     """
-    assert (a != b).double().mean() <= 0.03
+    if not a.is_floating_point():
+        assert torch.equal(a, b)
+        return
+    assert (a != b).sum() <= 0.03 * a.numel()
     torch.testing.assert_close(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=8 * torch.finfo(a.dtype).eps)
 
 
