@@ -157,6 +157,13 @@ def test_results_of_another_configuration_are_not_mixed_in(finished):
         run_study(other, folder, progress=False)
 
 
+def test_a_studys_mixture_is_the_one_that_its_primary_arm_comes_from():
+    other = {"other": {"kind": "moe", "upcycle": {"num_experts_per_tok": 1}}}
+    assert tiny_study(other).mixture == "moe" and load_study("cpu").mixture == "moe"
+    assert load_study("ablations").mixture is None, "its only mixture is another one"
+    assert load_study("followup").regimes["idiosyncratic"] == load_study("cpu").regimes["idiosyncratic"]
+
+
 def test_what_was_run_before_stays_good():
     """A unit of the claim study as it was kept: new fields of the configuration must not make it another one."""
     assert load_study("cpu").fingerprint("idiosyncratic", "merged_1", "best_of_n") == "c1f11eac1ac9cd92"

@@ -312,7 +312,7 @@ class Arms:
         if not self.study.measure.mixtures:
             return {}
         mixture = self.moe(stages)
-        rows = mixture.record["specialisation"]
+        rows = [row for row in mixture.record["specialisation"] if row["measure"] != "ablation_cost"]
         last = max(row["step"] for row in rows)
         start = upcycle(self.dense(stages).model, dataclasses.replace(stages.upcycle, expert_noise=0.0), copy=True)
         distances = [{"step": last, **row} for row in expert_distances(mixture.model, start)]

@@ -108,8 +108,8 @@ class MeasureConfig:
         reference_pairs: training pairs over which an ensemble's members are normalised.
         specialisation_points: times during the mixture's training at which its experts are measured, the end included.
         specialisation_pairs: held-out pairs for that.
-        mixtures: whether merged models report on the mixtures that they come from: their specialisation at the end, and
-            how far experts are from each other and from the dense model's FFN.
+        mixtures: whether merged models report on the mixtures that they come from: their gates at the end, and how far
+            experts are from each other and from the dense model's FFN.
         latency_batch: sequences in the batch whose forward is timed.
         latency_rounds: timed forwards.
     """
@@ -256,6 +256,20 @@ class StudyConfig:
             merge=_changed(self.merge, {**share, **config.merge}, f"{where}.merge"),
             alpha=_changed(self.alpha, config.learning, f"{where}.learning"),
         )
+
+    @property
+    def mixture(self) -> str | None:
+        """The arm that is the primary comparison's arm before merging; None where the study has none."""
+        wanted = self.resolve(self.primary.arm)
+        for name, arm in self.arms.items():
+            stages = self.resolve(name)
+            if arm.kind == "moe" and (stages.dense, stages.upcycle, stages.moe) == (
+                wanted.dense,
+                wanted.upcycle,
+                wanted.moe,
+            ):
+                return name
+        return None
 
     def label(self, arm: str) -> str:
         """An arm's name in tables and plots."""

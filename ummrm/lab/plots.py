@@ -210,7 +210,7 @@ def shared_share(study: StudyConfig, runs: Runs) -> Figure | None:
         axis.errorbar(
             [learned[n] for n in names], mean, yerr=error, fmt="D-", color="#D55E00", capsize=3, label="merged"
         )
-        for name, color in ((study.primary.against, "#0072B2"), ("moe", "#E69F00")):
+        for name, color in ((study.primary.against, "#0072B2"), (study.mixture, "#E69F00")):
             if name in study.arms and (found := runs.interval(regime, name, optimiser, outcome)):
                 axis.axhline(found[0], color=color, linestyle="--", label=f"{study.label(name)} (mean)")
         axis.set(title=study.title(regime), xlabel="λ, the shared expert's share of the merge")
@@ -221,14 +221,16 @@ def shared_share(study: StudyConfig, runs: Runs) -> Figure | None:
 
 def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
     """Slot shares and learned merge weights, each seed's experts sorted from most to least: indices mean nothing."""
-    last = max((row["step"] for row in experts if row["measure"] == "slot_share"), default=None)
+    name = study.mixture
+    mixture = [row for row in experts if row["arm"] == name]
+    last = max((row["step"] for row in mixture if row["measure"] == "slot_share"), default=None)
     if last is None:
         return None
     regimes = list(study.regimes)
     figure = Figure(figsize=(5.2 * len(regimes) + 0.6, 6.6), layout="constrained")
     axes = figure.subplots(2, len(regimes), squeeze=False, sharey="row")
     for column, regime in enumerate(regimes):
-        usage = [r for r in experts if r["regime"] == regime and r["arm"] == "moe"]
+        usage = [r for r in mixture if r["regime"] == regime]
         merged = [r for r in experts if r["regime"] == regime and r["arm"] == study.primary.arm]
         shares = _sorted_profiles([r for r in usage if r["measure"] == "slot_share" and r["step"] == last], 0)
         shared = study.upcycle.num_shared_experts
@@ -247,7 +249,8 @@ def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
 
 def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
     """Mutual information of gate and instruction regime over training, and what leaving an expert out costs."""
-    rows = [r for r in experts if r["arm"] == "moe"]
+    name = study.mixture
+    rows = [r for r in experts if r["arm"] == name]
     if not any(r["measure"] == "mutual_information" for r in rows):
         return None
     regimes = list(study.regimes)

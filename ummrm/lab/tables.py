@@ -142,10 +142,10 @@ def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     interval over seeds; `by chance` the same with regimes dealt out to sequences at random. The shared gate weight is
     the shared expert's, mean over tokens; `largest` is the largest routed expert's share of a layer.
     """
-    rows = []
+    name, rows = study.mixture, []
     for regime in study.regimes:
         here = [row for row in experts if row["regime"] == regime]
-        mixture = [row for row in here if row["arm"] == "moe"]
+        mixture = [row for row in here if row["arm"] == name]
         last = max((row["step"] for row in mixture), default=None)
         informed = [row for row in mixture if row["measure"] == "mutual_information"]
         for step in sorted({row["step"] for row in informed}):
@@ -176,7 +176,8 @@ def left_out_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
         "the dearest routed expert": lambda shared, routed: max(routed),
         "a routed expert, mean": lambda shared, routed: sum(routed) / len(routed),
     }
-    found = [row for row in experts if row["arm"] == "moe" and row["measure"] == "ablation_cost"]
+    mixture = study.mixture
+    found = [row for row in experts if row["arm"] == mixture and row["measure"] == "ablation_cost"]
     last = max((row["step"] for row in found), default=None)
     rows = []
     for regime in study.regimes:
