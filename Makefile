@@ -5,7 +5,7 @@
 #   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
-#   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to ummrm/lab/results/claim
+#   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier of tests (what CI runs)
@@ -29,6 +29,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # -P: the checkout itself stays off sys.path, so that what is tested is what was installed
 RUN := $(BIN)/python -P
+# the laboratory is no part of what is installed
+LAB := $(BIN)/python -m lab
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
 .DELETE_ON_ERROR:
@@ -50,23 +52,23 @@ $(VENV)/.cmake: $(VENV)/.made
 
 # without isolation the build compiles against the torch just installed and keeps its object files between runs
 $(VENV)/.ummrm: $(VENV)/.torch pyproject.toml setup.py tools/build_backend.py $(NATIVE)
-	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[demo]"
+	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[lab]"
 	touch $@
 
 # what else a goal needs, so that the demo does not wait for the tests' tools
 $(VENV)/.test: | $(VENV)/.cmake
 $(VENV)/.real $(VENV)/.test: $(VENV)/.%: $(VENV)/.ummrm
-	$(PIP) install --no-build-isolation -e ".[demo,$*]"
+	$(PIP) install --no-build-isolation -e ".[lab,$*]"
 	touch $@
 
 demo: $(VENV)/.ummrm
-	$(RUN) -m ummrm demo --recipe recipes/demo.yaml --output build/demo
+	$(LAB) demo --output build/demo
 
 demo-real: $(VENV)/.real
-	$(RUN) -m ummrm demo --recipe recipes/demo-real.yaml --output build/demo-real
+	$(LAB) demo demo-real --output build/demo-real
 
 lab: $(VENV)/.ummrm
-	$(RUN) -m ummrm lab run cpu --output build/lab
+	$(LAB) run cpu --output build/lab
 
 # Studies whose tables are kept, which docs/findings.md stands on. An interrupted one goes on when the command is given again.
 claim := cpu --first-seed 1000 --seeds 24
@@ -75,16 +77,16 @@ sweep := sweep
 followup := followup
 
 lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
-	$(RUN) -m ummrm lab run $($*) --output build/lab-$*
-	mkdir -p ummrm/lab/results/$*
-	cp build/lab-$*/*.csv build/lab-$*/study.json ummrm/lab/results/$*/
+	$(LAB) run $($*) --output build/lab-$*
+	mkdir -p lab/results/$*
+	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
 
 lab-findings: lab-claim lab-ablations lab-followup lab-sweep
-	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png ummrm/lab/results/claim/
-	$(RUN) tools/findings.py docs/findings.md
+	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
+	$(LAB) findings docs/findings.md
 
 lab-gpu: $(VENV)/.ummrm
-	$(RUN) -m ummrm lab run gpu --output build/lab-gpu
+	$(LAB) run gpu --output build/lab-gpu
 
 # The kernels' build beside pip and the extension's, which leave a core idle most of the time; then pytest alone. As a goal
 # of its own only, since other goals, the benchmarks above all, are not to run side by side.

@@ -130,11 +130,9 @@ except ModuleNotFoundError as error:
     ext_modules, cmdclass = [], {}
 
 setup(
-    packages=[*find_packages(include=["ummrm", "ummrm.*"]), "ummrm.triton_kernels"],
-    # Under the package's own name: a top-level `kernels` would shadow Hugging Face's.
-    package_dir={"ummrm.triton_kernels": "kernels/triton"},
-    include_package_data=False,  # the tables of studies are in the sdist, not in wheels
-    package_data={"ummrm.triton_kernels": ["tuned.json"], "ummrm.lab": ["configs/*.yaml"]},
+    packages=find_packages(include=["ummrm", "ummrm.*"]),
+    include_package_data=False,  # what the source archive holds beside the package stays there
+    package_data={"ummrm": ["py.typed"], "ummrm.ops.triton_kernels": ["tuned.json"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

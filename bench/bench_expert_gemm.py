@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ummrm import ops, reference
+from ummrm import ops
+from ummrm.ops import reference
 
 from . import rivals
 from .harness import Case

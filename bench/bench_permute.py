@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ummrm import ops, reference
+from ummrm import ops
+from ummrm.ops import reference
 
 from . import rivals
 from .harness import Case

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ummrm import backends
+from ummrm.ops import backends
 
 from . import rivals, workload
 from .harness import Contest, about

@@ -17,7 +17,7 @@ RESULTS = ROOT / "bench" / "results"
 STAGES = ("build", "test", "sanitize", "bench", "triton")
 FORMAT = 1
 
-# Everything that a result on a GPU depends on, apart from what checks it. `_autograd.py` is the half of `_library.py`
+# Everything that a result on a GPU depends on, apart from what checks it. `autograd.py` is the half of `library.py`
 # that decides which operators a backward runs.
 SOURCES = (
     "kernels",
@@ -26,9 +26,10 @@ SOURCES = (
     "CMakeLists.txt",
     "setup.py",
     "tools/cuda_build.py",
-    "ummrm/_library.py",
-    "ummrm/_autograd.py",
-    "ummrm/backends.py",
+    "ummrm/ops/library.py",
+    "ummrm/ops/autograd.py",
+    "ummrm/ops/backends.py",
+    "ummrm/ops/triton_kernels",
 )
 _MADE = {"__pycache__", ".DS_Store"}
 

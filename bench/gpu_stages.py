@@ -21,11 +21,11 @@ PIP = [*PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-ind
 
 _SHOW_BUILD = """
 import json, torch
-from ummrm import _library
-info = _library.build_info()
-print(json.dumps({"cuda_archs": list(info["cuda_archs"]), "compiler": info["compiler"], "file": _library.__file__,
+from ummrm.ops import library
+info = library.build_info()
+print(json.dumps({"cuda_archs": list(info["cuda_archs"]), "compiler": info["compiler"], "file": library.__file__,
                   "torch_cuda": torch.version.cuda, "sees_gpu": torch.cuda.is_available(),
-                  "tile_table": repr(_library.tile_table())}))
+                  "tile_table": repr(library.tile_table())}))
 """
 
 

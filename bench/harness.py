@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import ummrm
-from ummrm import _library, backends
+from ummrm.ops import backends, library
 
 from . import timing
 from .workload import Layer
@@ -249,7 +249,7 @@ def about(device):
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "build": _library.build_info(),
+        "build": library.build_info(),
         "allocator": {
             name: os.environ.get(name, "default")
             for name in ("GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF")
@@ -260,5 +260,5 @@ def about(device):
         properties = torch.cuda.get_device_properties(device)
         record |= {"device": properties.name, "l2_bytes": properties.L2_cache_size, "memory": properties.total_memory}
         record["versions"]["cuda"] = torch.version.cuda
-        record["tile_table"] = repr(_library.tile_table())
+        record["tile_table"] = repr(library.tile_table())
     return record

@@ -1,9 +1,10 @@
 """Measures the tiles of the Triton GEMMs on the GPU at hand, and keeps the fastest for each shape.
 
 `python -m bench.tune_triton --hidden 4096 --intermediate 14336 --tokens 16384` measures every configuration of the
-table (kernels/triton/configurations.py) at the products of such a layer, and the up-projection with the activation in
-its epilogue against the two launched one after the other, and writes the file that the kernels read when they are
-imported. It is run ahead of time, never by a training run: what a call computes must depend on shapes alone.
+table (ummrm/ops/triton_kernels/configurations.py) at the products of such a layer, and the up-projection with the
+activation in its epilogue against the two launched one after the other, and writes the file that the kernels read
+when they are imported. It is run ahead of time, never by a training run: what a call computes must depend on shapes
+alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from types import ModuleType
 
 import torch
 
-from ummrm import backends, ops
+from ummrm import ops
+from ummrm.ops import backends
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ROUNDS, _SECONDS = 3, 0.1  # a configuration is timed so often, each time for about so long
@@ -61,7 +63,7 @@ class Product:
 
 def products(hidden: int, intermediate: int, tokens: int, experts: int, top_k: int, shared: int, glu: bool, dtype):
     """The products of one layer, forward and backward, on random rows; what is fused after what it replaces."""
-    gemm, moe = (importlib.import_module(f"ummrm.triton_kernels.{name}") for name in ("expert_gemm", "moe_ffn"))
+    gemm, moe = (importlib.import_module(f"ummrm.ops.triton_kernels.{name}") for name in ("expert_gemm", "moe_ffn"))
     make = {"dtype": dtype, "device": "cuda"}
     indices = torch.rand(tokens, experts, device="cuda").argsort(-1)[:, :top_k].int().contiguous()
     (_, sorted_to_slot, offsets), raw = ops.sort_slots(indices, experts), torch.ops.ummrm
@@ -138,7 +140,7 @@ def main() -> None:
         parser.error("a GPU must be at hand, got none; run this where the model will be trained")
 
     backends.use_backend("triton")
-    from ummrm.triton_kernels import configurations
+    from ummrm.ops.triton_kernels import configurations
 
     output = arguments.output or configurations.TUNED
     chosen = configurations.read_tuned(output)

@@ -1,5 +1,5 @@
 // The extension `ummrm._C`: every operator's schema, and what Python sees beside the operators. Kernels are registered
-// where they are written, one file a stem; fakes and autograd in ummrm/_library.py and ummrm/_autograd.py.
+// where they are written, one file a stem; fakes and autograd in ummrm/ops/library.py and ummrm/ops/autograd.py.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>

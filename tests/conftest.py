@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from ummrm import backends
+from ummrm.ops import backends
 
 
 def pytest_addoption(parser):

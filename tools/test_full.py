@@ -112,16 +112,24 @@ OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts",
 def emulated():
     """The operators' tests with csrc's CUDA path and the CUDA kernels, on the host emulator."""
     build = ROOT / "build" / "emulated"
-    run(sys.executable, ROOT / "tests/emulated_extension.py", build)
+    run(sys.executable, ROOT / "tests/support/emulated_extension.py", build)
     library = ["--library", build / "ummrm_emulated.so"]
-    run(sys.executable, "-P", "-m", "pytest", "-q", *library, *(ROOT / f"tests/test_{stem}.py" for stem in OPERATORS))
+    run(
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        *library,
+        *(ROOT / f"tests/ops/test_{stem}.py" for stem in OPERATORS),
+    )
     run(sys.executable, "-P", "-m", "pytest", "-q", *library, "--device=cpu", "-m", "sanitize", ROOT / "tests/gpu")
 
 
 def triton36():
     """The compile check of the Triton kernels, whole, under the oldest Triton that is supported."""
     python = make_environment("python3.12-torch2.11")
-    run(python, "-P", "-m", "pytest", "-q", "-m", "full", ROOT / "tests/test_triton_compile.py")
+    run(python, "-P", "-m", "pytest", "-q", "-m", "full", ROOT / "tests/ops/test_triton_compile.py")
 
 
 def interpreter(name):
@@ -156,7 +164,7 @@ def test_environment(name):
     # Not editable: the checkout's own extension and its record belong to the environment that develops it.
     run(python, "-m", "pip", "--quiet", "install", f"{ROOT}[test]", **build)
     run(python, "-m", "pip", "--quiet", "install", "--no-deps", "--force-reinstall", ROOT, **build)
-    show = "from ummrm import _library; print('CUDA kernels for', _library.build_info()['cuda_archs'])"
+    show = "from ummrm.ops import library; print('CUDA kernels for', library.build_info()['cuda_archs'])"
     run(python, "-P", "-c", show)
     run(python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
 

@@ -5,17 +5,11 @@ The method is UMM-RM (arXiv 2512.00724). `upcycle`, `prepare_merge` and `merge` 
 transformers' Auto classes.
 """
 
-from . import experts_interface as _experts_interface
-from ._library import check
-from .backends import use_backend
 from .config import MergeConfig, UpcycleConfig
-from .dense import FFNPaths
-from .families import Family
-from .layers import MergedFFN, UpcycledFFN
-from .losses import auxiliary_loss, preference_loss
-from .merge import merge, merge_coefficients, prepare_merge
-from .modeling import register_family
-from .normalization import (
+from .hf import experts_interface as _experts_interface
+from .hf.families import Family
+from .hf.modeling import register_family
+from .hf.normalization import (
     RewardNormalization,
     fold_reward_normalization,
     measure_rewards,
@@ -23,9 +17,16 @@ from .normalization import (
     score,
     set_reward_normalization,
 )
-from .saving import save_pretrained
+from .hf.saving import save_pretrained
+from .merge import merge, merge_coefficients, prepare_merge
+from .nn.dense import FFNPaths
+from .nn.losses import auxiliary_loss, preference_loss
+from .nn.merging_ffn import MergingFFN
+from .nn.routing_statistics import record_routing_statistics
+from .nn.upcycled_ffn import UpcycledFFN
+from .ops.backends import use_backend
+from .ops.library import check
 from .upcycle import upcycle
-from .usage import record_usage
 
 _experts_interface.register()
 
@@ -35,7 +36,7 @@ __all__ = [
     "FFNPaths",
     "Family",
     "MergeConfig",
-    "MergedFFN",
+    "MergingFFN",
     "RewardNormalization",
     "UpcycleConfig",
     "UpcycledFFN",
@@ -47,7 +48,7 @@ __all__ = [
     "merge_coefficients",
     "prepare_merge",
     "preference_loss",
-    "record_usage",
+    "record_routing_statistics",
     "register_family",
     "reward_normalization",
     "save_pretrained",

@@ -5,8 +5,8 @@ import sys
 try:
     from .cli import main
 except ModuleNotFoundError as error:
-    if error.name in ("typer", "rich", "yaml", "matplotlib"):
-        sys.exit(f"error: the command line needs {error.name}; pip install 'ummrm[demo]'")
+    if error.name in ("typer", "rich", "yaml"):
+        sys.exit(f"error: the command line needs {error.name}; pip install 'ummrm[cli]'")
     raise
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ GATES = ("shared_complement", "fixed")
 ROUTERS = ("linear", "mlp")
 ROUTER_NOISES = (None, "jitter", "learned")
 BALANCING_LOSSES = ("switch", "cv_squared")
-ALPHA_INITS = ("uniform", "usage")
+ALPHA_INITS = ("uniform", "routing")
 ALPHA_GRANULARITIES = ("layer", "projection")
 
 
@@ -189,8 +189,8 @@ class MergeConfig(_Config):
         shared_share: lambda, the shared experts' share of the merge, 0 to 1 (the paper finds 0.5 best; XFT used
             0.75). With `learn_shared_share` it is the starting value and must lie strictly between 0 and 1.
         learn_shared_share: learn lambda too, as `sigmoid(l)` with one scalar l for the model.
-        alpha_init: `"uniform"`, or `"usage"`: softmax(alpha) starts at each expert's measured share of the routed
-            gate weight (see `record_usage`).
+        alpha_init: `"uniform"`, or `"routing"`: softmax(alpha) starts at each expert's measured share of the routed
+            gate weight (see `record_routing_statistics`).
         alpha_per: `"layer"` (one alpha for the whole FFN) or `"projection"` (one for each of gate, up and down).
     """
 

@@ -11,34 +11,38 @@ import functools
 import torch
 from torch import nn
 
-from . import card, saving
 from .config import MergeConfig
-from .layers import Experts, MergedFFN, MergeShare, UpcycledFFN, merged_ffns, upcycled_ffns
-from .modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .hf import card, saving
+from .hf.modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .nn.experts import Experts
+from .nn.merging_ffn import MergeShare, MergingFFN, merging_ffns
+from .nn.routing_statistics import RoutingStatistics
+from .nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
 from .upcycle import transplant
-from .usage import GateUsage
 
-_USAGE_FLOOR = 1e-4  # an expert that was never used still starts with a finite alpha
+_SHARE_FLOOR = 1e-4  # an expert that was never used still starts with a finite alpha
 
 
-def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: GateUsage | None = None) -> nn.Module:
+def prepare_merge(
+    moe: nn.Module, config: MergeConfig | None = None, statistics: RoutingStatistics | None = None
+) -> nn.Module:
     """Puts an upcycled network into its merge phase, in place: experts frozen, merge weights learnable.
 
-    Every `UpcycledFFN` becomes a `MergedFFN`, which merges its experts on every forward and runs the merged dense FFN.
+    Every `UpcycledFFN` becomes a `MergingFFN`, which merges its experts on every forward and runs the merged dense FFN.
     Afterwards only alpha (and lambda, if `learn_shared_share`) requires a gradient; train it on the same preference
     data, with any loop: `[p for p in moe.parameters() if p.requires_grad]`. Routers are dropped.
 
     Args:
         moe: a model from `ummrm.upcycle`, or any network with `UpcycledFFN` modules.
         config: lambda, granularity and start of alpha; the default is `MergeConfig()`.
-        usage: measured gate usage (`record_usage`), required by `alpha_init="usage"`.
+        statistics: measured routing statistics (`record_routing_statistics`), required by `alpha_init="routing"`.
 
     Returns:
         `moe` itself.
 
     Raises:
         TypeError: `moe` holds no `UpcycledFFN`, or `config` is of another type.
-        ValueError: `alpha_init="usage"` without a fitting `usage`, `moe` is an `UpcycledFFN` alone, or it holds
+        ValueError: `alpha_init="routing"` without a fitting `statistics`, `moe` is an `UpcycledFFN` alone, or it holds
             adapters. `moe` is then unchanged.
     """
     config = MergeConfig() if config is None else config
@@ -48,7 +52,7 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
     if not ffns:
         raise TypeError(
             f"`moe` must hold UpcycledFFN modules, got a {type(moe).__name__} with none"
-            + ("; it is in its merge phase already." if merged_ffns(moe) else "; call ummrm.upcycle first.")
+            + ("; it is in its merge phase already." if merging_ffns(moe) else "; call ummrm.upcycle first.")
         )
     if "" in ffns:
         raise ValueError(
@@ -62,12 +66,12 @@ def prepare_merge(moe: nn.Module, config: MergeConfig | None = None, usage: Gate
             f"`moe` must hold no adapters, got a {type(moe).__name__} whose experts are wrapped; fold them into the "
             "experts first: `moe = peft_model.merge_and_unload()`."
         )
-    shares = _usage_shares(ffns, usage) if config.alpha_init == "usage" else {}
+    shares = _routed_shares(ffns, statistics) if config.alpha_init == "routing" else {}
     share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
-    merged = {name: MergedFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
+    merged = {name: MergingFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
     for name, gate_share in shares.items():
         alpha = merged[name].alpha
-        alpha.data.copy_(gate_share.clamp_min(_USAGE_FLOOR).log().to(alpha).expand_as(alpha))
+        alpha.data.copy_(gate_share.clamp_min(_SHARE_FLOOR).log().to(alpha).expand_as(alpha))
 
     replacement = {id(ffn): merged[name] for name, ffn in ffns.items()}
     for name, module in list(moe.named_modules(remove_duplicate=False)):  # an FFN may be used in several places
@@ -94,13 +98,13 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
     Returns:
         For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
         `save_pretrained` saving whole or not at all, with a model card (README.md) that says how it was made. For any
-        other network: a copy with each `MergedFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
+        other network: a copy with each `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
         given. Merged weights are bit for bit those that the merge phase's forward used.
 
     Raises:
         TypeError: `moe` is not in its merge phase.
     """
-    ffns = merged_ffns(moe)
+    ffns = merging_ffns(moe)
     if not ffns:
         raise TypeError(
             f"`moe` must be in its merge phase, got a {type(moe).__name__}"
@@ -142,20 +146,21 @@ def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         TypeError: `moe` is not in its merge phase.
     """
-    ffns = merged_ffns(moe)
+    ffns = merging_ffns(moe)
     if not ffns:
         raise TypeError(f"`moe` must be in its merge phase (ummrm.prepare_merge), got a {type(moe).__name__}.")
     return {name: ffn.coefficients().detach() for name, ffn in ffns.items()}
 
 
-def _usage_shares(ffns: dict[str, UpcycledFFN], usage: GateUsage | None) -> dict[str, torch.Tensor]:
-    remedy = "measure it first: `with record_usage(moe) as usage: ...forwards...`, then pass usage=usage."
-    if usage is None:
-        raise ValueError(f'`usage` must be given for alpha_init="usage", got None; {remedy}')
-    shares = usage.gate_shares
+def _routed_shares(ffns: dict[str, UpcycledFFN], statistics: RoutingStatistics | None) -> dict[str, torch.Tensor]:
+    remedy = "measure it first: `with record_routing_statistics(moe) as statistics: ...forwards...`."
+    if statistics is None:
+        raise ValueError(f'`statistics` must be given for alpha_init="routing", got None; {remedy}')
+    shares = statistics.gate_shares
     for name, ffn in ffns.items():
-        if name not in shares or shares[name].numel() != ffn.config.num_experts or usage.tokens[name] == 0:
+        if name not in shares or shares[name].numel() != ffn.config.num_experts or statistics.tokens[name] == 0:
             raise ValueError(
-                f"`usage` must have been recorded on this network with live tokens; it has none for {name}; {remedy}"
+                "`statistics` must have been recorded on this network with live tokens; it has none for "
+                f"{name}; {remedy}"
             )
     return {name: shares[name] for name in ffns}

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import UpcycleConfig
-from .dense import DenseFFN, FFNPaths
-from .detect import find_family
-from .families import Family
-from .layers import UpcycledFFN
-from .modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
-from .probe import prove_paths
+from .hf.detect import find_family
+from .hf.families import Family
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
+from .nn.dense import DenseFFN, FFNPaths
+from .nn.probe import prove_paths
+from .nn.upcycled_ffn import UpcycledFFN
 
 
 class ConsumedModel:
@@ -43,8 +43,8 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
 
     Args:
-        dense: a stock transformers model of a known family (`ummrm.families.FAMILIES`) or of one whose structure leaves
-            no doubt, any task.
+        dense: a stock transformers model of a known family (`ummrm.hf.families.FAMILIES`) or of one whose
+            structure leaves no doubt, any task.
         config: experts, gate, router, layers, auxiliary losses.
         copy: False takes the dense model's tensors over, with no second copy in memory, and leaves `dense` unusable
             (any use raises); True copies them and leaves `dense` as it is.

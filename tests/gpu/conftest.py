@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ummrm import _library
+from ummrm.ops import library
 
 HERE = Path(__file__).parent
 
@@ -22,7 +22,7 @@ def obstacle(config):
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here; `--device cpu` rehearses these tests"
-    if config.getoption("--backend") in (None, "compiled") and not _library.build_info()["cuda_archs"]:
+    if config.getoption("--backend") in (None, "compiled") and not library.build_info()["cuda_archs"]:
         return "the extension was built without CUDA kernels; `--backend triton` tests Triton's"
     return None
 

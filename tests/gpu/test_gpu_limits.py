@@ -8,7 +8,8 @@ from op_inputs import expert_indices, floats, moe_inputs
 from test_moe_ffn import NEED
 
 import ummrm
-from ummrm import _library, ops, reference
+from ummrm import ops
+from ummrm.ops import library, reference
 
 raw = torch.ops.ummrm
 
@@ -25,9 +26,9 @@ def refused(error, function, **arguments):
 @pytest.mark.compiled_only
 @pytest.mark.cuda_only
 def test_the_build_has_kernels(device):
-    info = _library.build_info()
+    info = library.build_info()
     assert info["cuda_archs"], info
-    assert {row["arch"] for row in _library.tile_table()} >= {"any"}
+    assert {row["arch"] for row in library.tile_table()} >= {"any"}
     assert ops.activation(floats(4, 8).to(device)).device.type == "cuda"
 
 

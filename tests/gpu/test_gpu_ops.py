@@ -13,7 +13,8 @@ from test_merge_experts import merge_inputs
 from test_merged_ffn import merged_inputs
 from tolerances import assert_close_to_truth, compare, to_double
 
-from ummrm import ops, reference
+from ummrm import ops
+from ummrm.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

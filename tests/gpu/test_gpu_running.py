@@ -7,7 +7,8 @@ from cases import EVEN, NAMES, ODD, SHAPES, case
 from on_device import Capture, Step, assert_same_bits, late_stream, no_synchronisation, overwrite, own, tensors_in
 from op_inputs import floats, moe_inputs
 
-from ummrm import _library, ops
+from ummrm import ops
+from ummrm.ops import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,7 +164,7 @@ def test_frozen_inputs(device, name):
 @pytest.mark.compiled_only
 def test_launchers_are_the_operators(device):
     z = floats(6, 8).to(device)
-    assert torch.equal(_library.launch.activation(z, "silu", True), ops.activation(z))
+    assert torch.equal(library.launch.activation(z, "silu", True), ops.activation(z))
     logits = floats(20, 4).to(device)
-    launched = _library.launch.route(logits, None, None, 2, "fixed", 0.5)
+    launched = library.launch.route(logits, None, None, 2, "fixed", 0.5)
     assert_same_bits(launched, ops.route(logits, 2, gate="fixed"))

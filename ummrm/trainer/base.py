@@ -18,9 +18,10 @@ from datasets import Dataset
 from torch import nn
 from trl import RewardTrainer
 
-from .. import card
-from ..layers import merged_ffns, upcycled_ffns
-from ..normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
+from ..hf import card
+from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
+from ..nn.merging_ffn import merging_ffns
+from ..nn.upcycled_ffn import upcycled_ffns
 from .lengths import Dropped, LengthFilter, report
 from .metrics import RewardSpread
 
@@ -222,7 +223,7 @@ def _check_same(saved: Mapping[str, object], config, path: str) -> None:
     for key in ("umm", "umm_phase", "umm_merge"):
         theirs, ours = saved.get(key), getattr(config, key, None)
         if key == "umm_phase":
-            theirs = theirs or ("training" if "umm" in saved else "none: a dense model")
+            theirs = theirs or ("mixture" if "umm" in saved else "none: a dense model")
         if theirs != ours:
             raise ValueError(
                 f"`resume_from_checkpoint` must be of the model that is trained, and {path} has {key}={theirs!r} where "
@@ -231,5 +232,5 @@ def _check_same(saved: Mapping[str, object], config, path: str) -> None:
 
 
 def phase_of(model: nn.Module) -> str | None:
-    """`"training"`, `"merging"`, or None for a model without experts."""
-    return "training" if upcycled_ffns(model) else "merging" if merged_ffns(model) else None
+    """`"mixture"`, `"merging"`, or None for a model without experts."""
+    return "mixture" if upcycled_ffns(model) else "merging" if merging_ffns(model) else None

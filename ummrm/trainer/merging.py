@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Subset
 from trl import RewardConfig
 
 from ..config import MergeConfig
-from ..layers import merged_ffns
 from ..merge import merge, prepare_merge
-from ..usage import GateUsage, record_usage
+from ..nn.merging_ffn import merging_ffns
+from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
 from .metrics import averaged, layer_label, normalized_entropy
 
@@ -23,10 +23,10 @@ _PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
 class UmmMergeTrainer(UmmTrainer):
     """`trl.RewardTrainer` for the merge phase: everything but alpha (and lambda, if learned) is frozen.
 
-    Takes every argument and data format of `RewardTrainer` but `peft_config`. A model in its training phase is put
+    Takes every argument and data format of `RewardTrainer` but `peft_config`. A model in its mixture phase is put
     into its merge phase, in place (`ummrm.prepare_merge`); one that is there already (a checkpoint of this trainer)
-    goes on as it is. With `alpha_init="usage"` gate usage is measured on the first batches of the training set, unless
-    it is given. Neither alpha nor lambda is decayed.
+    goes on as it is. With `alpha_init="routing"` routing is measured on the first batches of the training set, unless
+    `statistics` are given. Neither alpha nor lambda is decayed.
 
     Logged beside TRL's metrics: `lambda`, `merge_entropy` and `max_merge_share` (of softmax(alpha): how far the merge
     has left uniform), each also as `<metric>/layer_<i>`, and every `alpha/layer_<i>/expert_<e>` (with the projection in
@@ -37,15 +37,15 @@ class UmmMergeTrainer(UmmTrainer):
         args: `RewardConfig`; by default one with a learning rate of 0.05 that saves to `<model>-Merge`.
         rest: further positional arguments of `RewardTrainer`.
         merge_config: lambda, start and granularity of alpha; the default is `MergeConfig()`.
-        usage: measured gate usage for `alpha_init="usage"`.
-        usage_batches: how many batches of `per_device_train_batch_size` pairs to measure it on otherwise.
+        statistics: measured routing statistics for `alpha_init="routing"`.
+        statistics_batches: how many batches of `per_device_train_batch_size` pairs to measure it on otherwise.
         log_layers: False leaves out the per-layer entries of the log.
         kwargs: keyword arguments of `RewardTrainer`.
 
     Raises:
         TypeError: the model is dense or wrapped by PEFT.
         ValueError: `merge_config` differs from that of a model already in its merge phase; `peft_config` is given; an
-            optimizer is given before alpha exists; `usage` is given without `alpha_init="usage"`.
+            optimizer is given before alpha exists; `statistics` is given without `alpha_init="routing"`.
     """
 
     _name = "UMM-RM merge"
@@ -56,8 +56,8 @@ class UmmMergeTrainer(UmmTrainer):
         args: RewardConfig | None = None,
         *rest,
         merge_config: MergeConfig | None = None,
-        usage: GateUsage | None = None,
-        usage_batches: int = 32,
+        statistics: RoutingStatistics | None = None,
+        statistics_batches: int = 32,
         log_layers: bool = True,
         **kwargs,
     ) -> None:
@@ -68,28 +68,30 @@ class UmmMergeTrainer(UmmTrainer):
             )
         if merge_config is not None and not isinstance(merge_config, MergeConfig):
             raise TypeError(f"`merge_config` must be a MergeConfig, got {type(merge_config).__name__}.")
-        measured = (merge_config or MergeConfig()).alpha_init == "usage"
-        if usage is not None and not measured:
-            raise ValueError('`usage` must be None unless merge_config has alpha_init="usage"; drop it or set that.')
-        if measured and usage is None and (not isinstance(usage_batches, int) or usage_batches < 1):
-            raise ValueError(f"`usage_batches` must be an integer of at least 1, got {usage_batches!r}.")
+        measured = (merge_config or MergeConfig()).alpha_init == "routing"
+        if statistics is not None and not measured:
+            raise ValueError(
+                '`statistics` must be None unless merge_config has alpha_init="routing"; drop it or set that.'
+            )
+        if measured and statistics is None and (not isinstance(statistics_batches, int) or statistics_batches < 1):
+            raise ValueError(f"`statistics_batches` must be an integer of at least 1, got {statistics_batches!r}.")
         self._merge_config = merge_config
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             on_cpu = not torch.accelerator.is_available()  # TRL's default, bf16, is refused there unless asked for
             args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE, use_cpu=on_cpu)
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
-        if phase_of(self.model) == "training":
+        if phase_of(self.model) == "mixture":
             if self.optimizer is not None:
                 raise ValueError(
-                    "`optimizers` must not be given with a model of the training phase, which has no alpha yet; "
+                    "`optimizers` must not be given with a model of the mixture phase, which has no alpha yet; "
                     "call ummrm.prepare_merge(model, merge_config) first and build the optimizer on what requires a "
                     "gradient, or set `optim` in RewardConfig."
                 )
-            if measured and usage is None:
-                usage = self._measured_usage(usage_batches)
-            prepare_merge(self.model, merge_config, usage)
-        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merged_ffns(self.model).items())}
+            if measured and statistics is None:
+                statistics = self._measured_statistics(statistics_batches)
+            prepare_merge(self.model, merge_config, statistics)
+        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self.model).items())}
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)
@@ -102,11 +104,11 @@ class UmmMergeTrainer(UmmTrainer):
             raise ValueError(
                 f"`merge_config` must be that of the model, which is in its merge phase already with "
                 f"{model.config.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
-                "the model of the training phase."
+                "the model of the mixture phase."
             )
 
     @torch.no_grad()
-    def _measured_usage(self, batches: int) -> GateUsage:
+    def _measured_statistics(self, batches: int) -> RoutingStatistics:
         size = self.args.per_device_train_batch_size
         data = self.train_dataset
         if hasattr(data, "__len__"):
@@ -114,13 +116,13 @@ class UmmMergeTrainer(UmmTrainer):
         loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
         training = self.model.training
         self.model.eval()
-        with record_usage(self.model) as usage:
+        with record_routing_statistics(self.model) as statistics:
             for _, batch in zip(range(batches), loader, strict=False):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
                 self.model(**batch)
         self.model.train(training)
-        return usage
+        return statistics
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """None: a decayed alpha would be pulled to the uniform merge, and lambda to one half."""

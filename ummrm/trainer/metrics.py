@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..losses import RoutingReport
+from ..nn.losses import RoutingReport
 
 
 def layer_label(name: str, ordinal: int) -> str:

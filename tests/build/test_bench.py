@@ -1,0 +1,393 @@
+"""The benchmark harness, without a GPU: rotation, rounds, events, memory, deadline, records, and a real run."""
+
+import contextlib
+import json
+import time
+import types
+
+import checkout  # noqa: F401  (for `bench`)
+import pytest
+import torch
+
+from bench import harness, record, report, rivals, timing, workload
+
+SMALL = workload.Layer(32, 16, 24, 4, 2)
+CPU = torch.device("cpu")
+
+
+def test_sets_pass_the_cache_three_times():
+    cache = 60 << 20
+    for size in (1, 1 << 20, 20 << 20, 59 << 20, 61 << 20, 179 << 20):
+        count = timing.sets_needed(size, cache)
+        assert count * size >= 3 * cache > (count - 1) * size
+    assert timing.sets_needed(180 << 20, cache) == timing.sets_needed(1 << 40, cache) == 1
+    assert timing.sets_needed(5, 0) == timing.sets_needed(0, 0) == 1
+
+
+def test_bytes_of_arguments_count_shared_memory_once():
+    a = torch.randn(4, 8)
+    assert timing.tensor_bytes({"a": a, "views": [a[1], a.T], "b": torch.randn(2), "k": 3, "none": None}) == 128 + 8
+    assert timing.tensor_bytes([]) == 0
+
+
+def test_rounds_follow_the_budget():
+    assert timing.rounds_for(1e-6) == 100 and timing.rounds_for(10.0) == 7 and timing.rounds_for(0.02, budget=0.4) == 20
+    assert timing.rounds_for(0.0) == 100
+
+
+class FakeEvents:
+    """Events on a clock that the timed calls move."""
+
+    def __init__(self):
+        self.now, self.synchronized = 0.0, False
+
+    def __call__(self):
+        events = self
+
+        class Event:
+            def record(self):
+                self.at = events.now
+
+            def elapsed_time(self, other):
+                assert events.synchronized, "read before the device was waited for"
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+    def synchronize(self):
+        self.synchronized = True
+
+
+def test_rounds_rotate_and_are_timed_one_by_one():
+    events, seen = FakeEvents(), []
+
+    def call(index, seconds):
+        def run():
+            seen.append(index)
+            events.now += seconds
+
+        return run
+
+    times = timing.time_rounds([call(0, 1.0), call(1, 2.0), call(2, 4.0)], 7, events, events.synchronize)
+    assert seen == [0, 1, 2, 0, 1, 2, 0] and times == pytest.approx([1, 2, 4, 1, 2, 4, 1])
+    assert timing.summary(times) == {"best": 1, "median": 2, "worst": 4, "rounds": 7}
+
+
+class FakeMeter:
+    """An allocator whose contents the test moves by hand."""
+
+    def __init__(self, allocated):
+        self.level = self.top = allocated
+        self.settled = False
+
+    def add(self, size):
+        self.level += size
+        self.top = max(self.top, self.level)
+
+    def settle(self):
+        self.settled = True
+
+    def allocated(self):
+        return self.level
+
+    def reset_peak(self):
+        self.top = self.level
+
+    def peak(self):
+        return self.top
+
+
+def test_held_memory_is_what_lies_between_forward_and_backward():
+    meter = FakeMeter(1000)
+
+    def forward():
+        meter.add(700)  # 300 are freed again
+        meter.add(-300)
+        out = [torch.randn(10)]
+        meter.add(40)
+        return out
+
+    def backward(out):
+        meter.add(500)
+        return []
+
+    memory = timing.measure_memory(forward, backward, meter)
+    assert memory == {"held_bytes": 400, "peak_bytes": 940} and meter.settled
+
+
+def test_deadline():
+    now = [5.0]
+    deadline = timing.Deadline(3, lambda: now[0])
+    assert not deadline.passed()
+    now[0] = 8.0
+    assert deadline.passed() and not timing.Deadline(None).passed()
+
+
+class Skipped(Exception):
+    pass
+
+
+class FakeBenchmark:
+    """pytest-benchmark's pedantic, with rounds that took what the test says."""
+
+    def __init__(self):
+        self.stats = self
+        self.data = [0.25, 0.5, 0.125]
+
+    def pedantic(self, call, rounds, warmup_rounds):
+        call()
+
+
+def skip(reason):
+    raise Skipped(reason)
+
+
+def contest(recorder, deadline=None):
+    return harness.Contest(CPU, recorder, timing.Deadline(deadline), FakeBenchmark, skip)
+
+
+def double(x):
+    return x * 2
+
+
+def make():
+    return {"x": torch.randn(3, 4, requires_grad=True)}
+
+
+CASE = harness.Case("double", SMALL, torch.float32, "forward+backward", bytes=100)
+
+
+def test_a_contender_is_compared_then_timed_and_recorded():
+    recorder = record.Recorder()
+    contest(recorder)(CASE, "ummrm", double, make, lambda x: x + x)
+    (entry,) = recorder.entries
+    assert entry["outcome"] == "measured" and entry["compared"] and entry["timing"] == "wall"
+    assert entry["best"] == 0.125 and entry["median"] == 0.25 and entry["rounds"] == 3
+    assert entry["sizes"] == {"t": 32, "h": 16, "i": 24, "e": 4, "k": 2, "s": 1, "routing": "balanced"}
+    json.dumps(entry)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * 2.001,  # another output
+        lambda x: (x * 2).detach() + 0 * x,  # the output, and another gradient
+        lambda x: [x * 2, x],  # one too many
+    ],
+)
+def test_a_contender_that_computes_something_else_is_not_timed(wrong):
+    recorder = record.Recorder()
+    with pytest.raises((AssertionError, ValueError)):
+        contest(recorder)(CASE, "wrong", wrong, make, double)
+    (entry,) = recorder.entries
+    assert entry["outcome"].startswith("failed: ") and "median" not in entry
+
+
+def test_indices_are_compared_exactly_and_nan_never_passes():
+    same = torch.tensor([1, 2])
+    harness.assert_same("x", [same.int()], [same], torch.float32)
+    with pytest.raises(AssertionError):
+        harness.assert_same("x", [same + 1], [same], torch.float32)
+    with pytest.raises(AssertionError):
+        harness.assert_same("x", [torch.tensor([1.0, float("nan")])], [torch.ones(2)], torch.bfloat16)
+
+
+def test_out_of_memory_and_the_deadline_are_outcomes():
+    recorder = record.Recorder()
+
+    def hungry(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Skipped, match="out of memory"):
+        patch.setattr(timing.CudaMeter, "settle", lambda self: None)
+        contest(recorder)(CASE, "hungry", hungry, make)
+    with pytest.raises(Skipped, match="not run: time"):
+        contest(recorder, deadline=-1)(CASE, "late", double, lambda: pytest.fail("inputs were made"))
+    assert [e["outcome"] for e in recorder.entries] == ["out of memory", "not run: time"]
+
+
+def test_a_reference_without_memory_is_said_and_does_not_stop_the_contender(monkeypatch):
+    def hungry(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing.CudaMeter, "settle", lambda self: None)
+    recorder = record.Recorder()
+    contest(recorder)(CASE, "ummrm", double, make, hungry)
+    (entry,) = recorder.entries
+    assert entry["outcome"] == "measured" and entry["compared"] is False
+
+
+def test_a_dtype_without_native_products_is_not_timed(monkeypatch):
+    monkeypatch.setattr(harness, "machine_rates", lambda d: {"mm_flops_float32": 1e9, "mm_flops_bfloat16": 1e7})
+    recorder, case = record.Recorder(), harness.Case("gemm", SMALL, torch.bfloat16, flops=10)
+    with pytest.raises(Skipped, match=r"bfloat16 reaches 0\.0 GFLOP/s"):
+        contest(recorder)(case, "ummrm", double, make)
+    assert recorder.entries[0]["outcome"].startswith("not run: torch.mm in bfloat16")
+
+
+class FakeCuda:
+    """As much of torch.cuda as the harness uses, on the host's clock: what it does with a device, without one."""
+
+    def __init__(self, monkeypatch):
+        self.replays, self.captured, self.sleeps = 0, 0, 0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = time.perf_counter()
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                fake.replays += 1
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def capture(graph):
+            fake.captured += 1
+            yield
+
+        def sleep(cycles):
+            fake.sleeps += 1
+
+        stand_ins = {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": Stream,
+            "current_stream": Stream,
+            "stream": contextlib.nullcontext,
+            "graph": capture,
+            "_sleep": sleep,
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: 4096,
+            "max_memory_allocated": lambda: 8192,
+            "reset_peak_memory_stats": lambda: None,
+            "get_device_properties": lambda d: types.SimpleNamespace(L2_cache_size=640, name="none", total_memory=1),
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["events", "graph"])
+def test_what_is_done_on_cuda(monkeypatch, graph):
+    """Inputs are rotated, memory is measured, and times are those of events or of a replayed graph's share."""
+    cuda, recorder, made, seen = FakeCuda(monkeypatch), record.Recorder(), [], set()
+
+    def make():
+        made.append(torch.randn(8, 8))
+        return {"x": made[-1]}
+
+    def triple(x):
+        seen.add(x.data_ptr())
+        return x * 3
+
+    on_cuda = harness.Contest(types.SimpleNamespace(type="cuda"), recorder, timing.Deadline(), None, skip)
+    on_cuda(harness.Case("triple", SMALL, torch.float32, bytes=512), "ummrm", triple, make, triple, graph=graph)
+    (entry,) = recorder.entries
+    assert entry["input_sets"] == len(made) == len(seen) == 8  # 256 bytes each, past 3 * 640
+    assert not torch.equal(made[0], made[1]) and cuda.sleeps == 2
+    assert entry["timing"] == ("graph" if graph else "events") and entry["rounds"] == 100
+    assert entry["peak_bytes"] == 4096 and entry["held_bytes"] == -256 and 0 < entry["best"] <= entry["median"]
+    assert (cuda.captured, cuda.replays > 100) == ((1, True) if graph else (0, False))
+
+
+def test_output_gradients_are_the_same_for_all_and_random():
+    first, second = (harness.Call(double, make(), True) for _ in range(2))
+    for call in (first, second):
+        call()
+    assert torch.equal(first._grads[0], second._grads[0]) and first._grads[0].std() > 0.3
+
+
+def test_the_commit_is_unknown_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness._commit() == "unknown"
+
+
+def test_a_record_survives_a_cut(tmp_path):
+    path = tmp_path / "run.jsonl"
+    recorder = record.Recorder(path)
+    recorder.write("about", {"device": "a"})
+    recorder.write("entry", {"n": 1})
+    recorder.write("entry", {"n": 2})
+    path.write_text(path.read_text() + '{"entry": {"n"')
+    assert record.read_record(path) == {"about": {"device": "a"}, "entries": [{"n": 1}, {"n": 2}]}
+
+
+def test_the_most_important_cases_come_first():
+    layers = workload.SIZES["cuda"]["moe_ffn"]
+    cases = [
+        ("moe_ffn", {"layer": w, "direction": d}) for w in reversed(layers) for d in ("forward", "forward+backward")
+    ]
+    cases += [("projection", {}), ("permute", {}), ("route_and_sort", {}), ("sort_slots", {})]
+    ordered = sorted(cases, key=lambda case: workload.importance(*case))
+    assert {name for name, _ in ordered[:2]} == {"permute", "route_and_sort"}
+    assert ordered[2] == ("moe_ffn", {"layer": layers[0], "direction": "forward+backward"})
+    assert {name for name, _ in ordered[-2:]} == {"projection", "sort_slots"}
+
+
+def test_routing_of_the_workloads():
+    """Skewed: the first expert has several times the last's share, none is empty; no two logits of a token are near."""
+    for routing, low, high in (("balanced", 0.8, 1.25), ("skewed", 3, 200)):
+        for e, k in ((8, 2), (7, 5)):
+            layer = workload.Layer(4096, 8, 8, e, k, 1, routing)
+            logits = workload.router_logits(layer, CPU)
+            counts = rivals.route(logits, k)[3]
+            ratio = counts[0] / counts[-1]
+            assert (low if k < 5 else min(low, 1.5)) < ratio < high and counts.min() > 0
+            assert logits.sort(-1).values.diff().min() >= 2**-15
+
+
+def test_the_dense_ffn_has_the_layers_flops():
+    inputs = rivals.equal_flops_inputs(SMALL, torch.float32, CPU)
+    dense = 2 * SMALL.t * (inputs["up"].numel() + inputs["down"].numel())
+    assert dense == 6 * SMALL.rows * SMALL.h * SMALL.i
+    assert rivals.equal_flops_ffn(**inputs).shape == (SMALL.t, SMALL.h)
+
+
+@pytest.mark.parametrize("label", [*rivals.LAYERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["balanced", "skewed"])
+def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
+    """Outputs and every gradient, with the same weights and inputs, as before each timing."""
+    from ummrm import ops
+
+    layer = workload.Layer(48, 16, 24, 5, 3, 2, routing)
+    arguments = workload.layer_inputs(layer, dtype, CPU)
+    want = harness.Call(ops.moe_ffn, arguments, True).results()
+    got = harness.Call(rivals.LAYERS[label], arguments, True).results()
+    harness.assert_same(label, got, want, dtype)
+
+
+def test_a_real_run_on_the_cpu(tmp_path, capsys, monkeypatch):
+    """A record line by line, the table, and no verdict on targets that are not the CPU's."""
+    import ummrm
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # within which pytest-benchmark times nothing
+    output = tmp_path / "run.jsonl"
+    threads = torch.get_num_threads()
+    kept, code = report.run("cpu", threads, "sort_slots", deadline=200, record=output, backend="reference")
+    ummrm.use_backend("compiled")  # pytest ran in this process
+    assert code == 0, capsys.readouterr().out
+    assert kept == record.read_record(output)
+    assert {(e["suite"], e["label"], e["outcome"]) for e in kept["entries"]} == {
+        ("sort_slots", label, "measured") for label in ("ummrm", "torch sort")
+    }
+    assert kept["about"]["backend"] == "reference" and "reference kernels" in report.text(kept)
+    assert kept["about"]["rates"]["copy_bytes"] > 0 and kept["about"]["threads"] == threads
+    text = report.text(kept)
+    assert "over ummrm" in text and "targets" not in text
+
+
+def test_a_run_past_its_deadline_records_what_is_left(tmp_path, capsys):
+    kept, code = report.run("cpu", torch.get_num_threads(), "sort_slots", deadline=0)
+    assert code == 0 and [e["outcome"] for e in kept["entries"]] == ["not run: time"] * 2
+    assert "2 contenders not run: time" in report.text(kept)

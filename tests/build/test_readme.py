@@ -1,0 +1,74 @@
+"""The code of README.md and of docs/ runs as it stands, block after block, and links and commands exist."""
+
+import re
+from pathlib import Path
+
+from checkout import ROOT
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForSequenceClassification
+from trl_inputs import make_tokenizer
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# what a page asks its reader to bring
+GIVEN = {"docs/training.md": lambda: {"dense": tiny_model("llama"), "tokenizer": make_tokenizer()}}
+RUN_HERE = {"README.md": 5, "docs/training.md": 7}  # blocks of code
+
+
+def text(page):
+    return (ROOT / page).read_text()
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.M | re.S)
+
+
+def run(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    namespace = {"__name__": "page", **GIVEN.get(page, dict)()}
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+def test_every_page_with_code_is_run():
+    assert {page: len(blocks(page)) for page in RUN_HERE} == RUN_HERE
+    others = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    for page in set(PAGES) - set(RUN_HERE):
+        assert not blocks(page) or any(f'exec(compile(code, "{page}"' in test for test in others), page
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    namespace = run("README.md", tmp_path, monkeypatch)
+    assert type(namespace["merged"]).__name__ == "LlamaForSequenceClassification"
+    assert (tmp_path / "merged-rm" / "model.safetensors").is_file()
+    network, dense = namespace["network"], namespace["dense_network"]
+    assert type(dense[1].ffn) is torch.nn.Sequential
+    torch.testing.assert_close(dense(namespace["x"]), network(namespace["x"]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_training_pages_code_runs(tmp_path, monkeypatch):
+    namespace = run("docs/training.md", tmp_path, monkeypatch)
+    assert (tmp_path / "merged-rm" / "README.md").is_file() and namespace["loss"].item() > 0
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged-rm")
+    raw, normalized = namespace["raw"], namespace["normalized"]
+    kept = loaded.config.reward_normalization
+    torch.testing.assert_close(normalized, (raw - kept["mean"]) / kept["std"])
+    assert type(namespace["dense_again"]) is type(loaded)
+    assert {"eval_easy_accuracy", "eval_hard_accuracy"} <= namespace["final"].keys()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text(page)) if not link.startswith("http")]
+    assert links or page != "README.md"
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+TARGETS = sorted({target for page in PAGES for target in re.findall(r"(?:`|^)make ([a-z-]+)", text(page), re.M)})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_targets_exist(target):
+    assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", (ROOT / "Makefile").read_text(), re.M)

@@ -1,0 +1,117 @@
+"""docs/findings.md says what the kept studies say: tables, numbers in the text, and that the studies are whole."""
+
+import csv
+import json
+import re
+
+import pytest
+from checkout import ROOT
+
+from lab import StudyConfig, load_study, study_tables
+from lab.compare import Runs, compare, write_comparisons
+from lab.findings import RESULTS, filled, made, prose
+from lab.store import COLUMNS, read_table
+
+PAGE = ROOT / "docs/findings.md"
+KEPT = sorted(path.name for path in RESULTS.iterdir())
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)")
+
+
+def kept(name):
+    facts = json.loads((RESULTS / name / "study.json").read_text())
+    return StudyConfig.from_dict(facts["study"]), RESULTS / name
+
+
+def numbers(data):
+    """All numbers of a study's configuration, as a text may write them."""
+    if isinstance(data, dict):
+        return {n for value in data.values() for n in numbers(value)}
+    if isinstance(data, (list, tuple)):
+        return {n for value in data for n in numbers(value)}
+    return {f"{data:g}", str(data)} if isinstance(data, float) else set()
+
+
+def cells(path):
+    """A CSV file's rows, numbers as floats."""
+
+    def cell(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with open(path, newline="") as file:
+        return [[cell(text) for text in row] for row in csv.reader(file)]
+
+
+def test_every_table_is_what_the_kept_studies_give():
+    text = PAGE.read_text()
+    assert text.count("<!-- table ") >= 6
+    assert filled(text) == text, "run python -m lab findings"
+
+
+def test_every_number_in_the_text_stands_in_a_table_or_a_configuration():
+    text = PAGE.read_text()
+    known = {number.lstrip("+") for number in NUMBER.findall(made(text))}
+    for name in KEPT:
+        known |= numbers(kept(name)[0].to_dict())
+    said = [number.lstrip("+") for number in NUMBER.findall(prose(text).replace("−", "-"))]
+    assert len(said) >= 10 and not sorted(set(said) - known)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_study_is_whole_and_its_command_gives_it(name):
+    study, folder = kept(name)
+    rows = read_table(folder, "runs")
+    wanted = {
+        (r, s, a, o) for r in study.regimes for s in study.seed_range for a in study.arms for o in study.optimisers(a)
+    }
+    assert {(row["regime"], row["seed"], row["arm"], row["optimiser"]) for row in rows} == wanted
+    assert len(rows) == len(wanted)
+    shipped = load_study(study.name if study.name != "lab" else "cpu").to_dict()
+    assert {**shipped, "seeds": study.seeds, "first_seed": study.first_seed} == study.to_dict()
+    assert f"make lab-{name}" in PAGE.read_text()
+    command, *options = re.search(rf"^{name} := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    made, given = load_study(command), dict(zip(options[::2], options[1::2], strict=True))
+    assert made.name == study.name and set(given) <= {"--first-seed", "--seeds"}
+    assert int(given.get("--first-seed", made.first_seed)) == study.first_seed
+    assert int(given.get("--seeds", made.seeds)) == study.seeds
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_comparisons_are_those_of_the_kept_runs(name, tmp_path):
+    study, folder = kept(name)
+    write_comparisons(tmp_path / "comparisons.csv", compare(study, Runs(read_table(folder, "runs"))))
+    again, before = cells(tmp_path / "comparisons.csv"), cells(folder / "comparisons.csv")
+    assert len(again) == len(before) > len(study.regimes)
+    for row, old in zip(again, before, strict=True):
+        for one, other in zip(row, old, strict=True):
+            # another processor's last digits may differ
+            assert one == (pytest.approx(other, rel=1e-9, abs=1e-12) if isinstance(other, float) else other)
+    for table, columns in COLUMNS.items():
+        with open(folder / f"{table}.csv", newline="") as file:
+            assert tuple(next(csv.reader(file))) == columns
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table claim idiosyncratic -->\n", "needs an `<!-- end -->`"),
+        ("<!-- table claim elsewhere -->\n<!-- end -->", "has the tables shared_bias.*got 'elsewhere'"),
+        ("<!-- table claim idiosyncratic | columns: charm -->\n<!-- end -->", "has the columns arm.*got 'charm'"),
+        ("<!-- table claim comparisons | outcome: luck -->\n<!-- end -->", "has the cells .*got 'luck'"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_an_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        filled(text)
+
+
+def test_tables_are_picked_from_and_text_is_told_from_tables():
+    wish = "<!-- table claim idiosyncratic | columns: arm; accuracy; parameters | arm: dense -->\n"
+    text = f"Before 1.5.\n\n{wish}stale\n<!-- end -->\n\n`2.5`\n\n    3.5\n\nafter 4.5"
+    new = filled(text)
+    rows = [row for row in study_tables(RESULTS / "claim")["idiosyncratic"].rows if row[0] == "dense"]
+    assert new.count("|\n") == 3 and f"| dense | {rows[0][5]} | 47,520 |\n<!-- end -->" in new and "stale" not in new
+    assert NUMBER.findall(prose(new)) == ["1.5", "4.5"]
+    assert made(f"| 6.5 |\n{new}").splitlines()[-1] == f"| dense | {rows[0][5]} | 47,520 |" and "6.5" not in made(new)

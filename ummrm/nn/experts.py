@@ -1,0 +1,98 @@
+"""The stacked parameters of a layer's experts, and how a layer hands them to the operators.
+
+Parameters alone: which experts a token goes to is the router's business, and what a layer computes is that of
+`upcycled_ffn.py` and `merging_ffn.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .dense import DenseFFN, FFNSpec
+
+
+class Experts(nn.Module):
+    """The stacked parameters of n experts of one layer; they are run by `ops.moe_ffn` and `ops.merged_ffn`.
+
+    Its forward hands out the parameters. The layers read them that way, never by attribute, since adapters on
+    parameters (PEFT's `target_parameters`) and sharding put the effective tensors in place for a forward only.
+
+    Parameters: `gate_up_proj` [n, 2I, H] (gate rows first) for a gated FFN or `up_proj` [n, I, H] for a plain one,
+    `down_proj` [n, H, I], and `<name>_bias` [n, rows] where the dense FFN had biases.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        spec: FFNSpec,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.spec = num_experts, spec
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))
+
+        self.up_name = "gate_up_proj" if spec.glu else "up_proj"
+        self.register_parameter(self.up_name, parameter(spec.up_rows, spec.hidden_size))
+        self.down_proj = parameter(spec.hidden_size, spec.intermediate_size)
+        self.register_parameter(f"{self.up_name}_bias", parameter(spec.up_rows) if spec.up_bias else None)
+        self.register_parameter("down_proj_bias", parameter(spec.hidden_size) if spec.down_bias else None)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; x is for wrappers of a forward."""
+        return {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
+
+    def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
+        """Random experts: normal weights, zero biases. Upcycling fills them with copies instead."""
+        for name, tensor in self.tensors().items():
+            if name.endswith("bias"):
+                zeros_(tensor)
+            else:
+                normal_(tensor, std=std)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Present parameters under the layout-independent names `up`, `down`, `up_bias`, `down_bias`."""
+        named = {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def up(self) -> nn.Parameter:
+        """[n, 2I or I, H]"""
+        return getattr(self, self.up_name)
+
+    @property
+    def up_bias(self) -> nn.Parameter | None:
+        """[n, 2I or I], or None."""
+        return getattr(self, f"{self.up_name}_bias")
+
+    @torch.no_grad()
+    def copy_from(self, ffn: DenseFFN, noise: float = 0.0) -> None:
+        """Makes every expert a copy of `ffn`, plus normal noise of `noise` times each weight's own std."""
+        fused = ffn.fused()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(fused[name].unsqueeze(0).expand_as(tensor))
+            if noise > 0 and not name.endswith("bias"):
+                std = noise * fused[name].float().std().item()
+                tensor.add_((torch.randn_like(tensor, dtype=torch.float32) * std).to(tensor.dtype))
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        kind = f"{'gated' if s.glu else 'plain'} {s.activation}"
+        return (
+            f"{self.num_experts} x ({s.hidden_size} to {s.intermediate_size}, {kind}, biases={s.up_bias}/{s.down_bias})"
+        )
+
+
+def expert_arguments(shared: Experts, routed: Experts, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    groups = {"shared": shared(x), "routed": routed(x)}
+    return {f"{group}_{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def flatten_tokens(x: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """x [..., H] as [T, H]."""
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
+        raise ValueError(f"`x` must be [..., {hidden_size}] (the FFN's hidden size), got {list(x.shape)}.")
+    return x.reshape(-1, hidden_size)

@@ -1,0 +1,161 @@
+"""The mixture phase of an FFN: routed experts, always-on shared experts and a router in its place.
+
+A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the statistics of
+its last forward for the auxiliary losses; how a whole model is upcycled is `ummrm/upcycle.py`'s business.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import UpcycleConfig
+from .dense import DenseFFN, FFNPaths, FFNSpec
+from .experts import Experts, expert_arguments, flatten_tokens
+from .probe import find_paths, prove_paths
+from .router import ForwardStatistics, Router, in_backward
+
+
+class UpcycledFFN(nn.Module):
+    """A dense FFN upcycled into E routed experts, K active per token, and S always-on shared experts.
+
+    A drop-in replacement: [..., H] in, [..., H] out. `UpcycledFFN.from_dense` makes one from an existing FFN; at that
+    moment it computes exactly what the FFN did. After each forward `statistics` holds what the auxiliary losses need
+    (`ummrm.auxiliary_loss`).
+
+    Args:
+        spec: shape and kind of the FFN.
+        config: number of experts, router, gate.
+        dtype: of the experts; the router is always fp32.
+        device: where parameters are created.
+    """
+
+    def __init__(
+        self,
+        spec: FFNSpec,
+        config: UpcycleConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        self.router = Router(spec.hidden_size, config, device)
+        self.experts = Experts(config.num_experts, spec, dtype, device)
+        self.shared_experts = Experts(config.num_shared_experts, spec, dtype, device)
+        for experts in (self.experts, self.shared_experts):
+            experts.reset_parameters()
+        self.statistics: ForwardStatistics | None = None
+        self.token_mask: torch.Tensor | None = None  # set for one call by a model's layer; the argument wins
+        self._dense_template: tuple[nn.Module, FFNPaths] | None = None
+
+    @classmethod
+    def from_dense(cls, ffn: nn.Module, config: UpcycleConfig, paths: FFNPaths | None = None) -> UpcycledFFN:
+        """Upcycles one FFN module; `ffn` itself is left as it is.
+
+        Args:
+            ffn: a module mapping [..., H] to [..., H] by two (plain) or three (gated) `nn.Linear` projections.
+            config: number of experts, router, gate, expert noise.
+            paths: where its projections are; by default recognised from its structure. Either way proven on random
+                input against the module's own output.
+
+        Returns:
+            A module on the same device and dtype, in the same training mode.
+
+        Raises:
+            ValueError: `ffn` has no structure that can be upcycled; says what was found and the remedy.
+            TypeError: `ffn` or `config` is of another type.
+        """
+        _check_type("ffn", ffn, nn.Module)
+        _check_type("config", config, UpcycleConfig)
+        if isinstance(getattr(ffn, "experts", None), Experts):
+            raise ValueError(f"`ffn` must be a dense FFN, got a {type(ffn).__name__}; it is upcycled already.")
+        paths = find_paths(ffn) if paths is None else prove_paths(ffn, paths)
+        dense = paths.read(ffn)
+        weight = dense.up.weight
+        upcycled = cls(dense.spec, config, dtype=weight.dtype, device=weight.device)
+        upcycled.copy_experts(dense)
+        upcycled._dense_template = (copy.deepcopy(ffn).to("meta"), paths)
+        return upcycled.train(ffn.training)
+
+    def copy_experts(self, dense: DenseFFN) -> None:
+        """Fills all experts with copies of `dense`; only routed experts get `config.expert_noise`."""
+        self.shared_experts.copy_from(dense)
+        self.experts.copy_from(dense, self.config.expert_noise)
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the layer.
+
+        Args:
+            x: [..., H].
+            token_mask: bool of x's leading shape, True for live tokens, False for padding; for a flat x, [T, H], any
+                shape of T flags. A masked token is computed by the shared experts alone and counts in no statistic.
+
+        Returns:
+            [..., H] in x's dtype (the autocast dtype under autocast).
+        """
+        flat = flatten_tokens(x, self.spec.hidden_size)
+        mask = _flatten_mask(self.token_mask if token_mask is None else token_mask, x)
+        routing = self.router(flat, mask)
+        if not in_backward():
+            self.statistics = ForwardStatistics(
+                routing.tokens_per_expert,
+                routing.mean_prob,
+                routing.mean_z,
+                self.config.num_experts_per_tok,
+                routing.shared_weight.detach(),
+                mask is not None,
+            )
+        out = ops.moe_ffn(
+            flat,
+            routing.shared_weight,
+            routing.routed_weights,
+            routing.expert_indices,
+            **expert_arguments(self.shared_experts, self.experts, flat),
+            activation=self.spec.activation,
+            glu=self.spec.glu,
+        )
+        return out.view(x.shape)
+
+    def __getstate__(self) -> dict:
+        # Statistics carry a graph, which can be neither copied nor pickled, and belong to this module's last forward.
+        return {**self.__dict__, "statistics": None, "token_mask": None}
+
+
+def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
+    """The `UpcycledFFN` modules of a network by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
+
+
+def check_masked(model: nn.Module) -> None:
+    """Raises RuntimeError if an FFN's last forward had no token mask, where a model has handed one to its layers.
+
+    Some backbones of transformers 5.0 drop arguments that they do not know, without a word; padding would be routed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    used = [m.statistics for m in model.modules() if isinstance(m, UpcycledFFN) and m.statistics is not None]
+    if not all(statistics.masked for statistics in used):
+        raise RuntimeError(
+            f"the token mask must reach every layer, and {type(model).__name__} of this version of transformers passes "
+            "it on to none; upgrade transformers, or set passes_mask=False in the family's row (ummrm/hf/families.py)."
+        )
+
+
+def _flatten_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    flat = x.dim() == 2 and mask.numel() == x.shape[0]  # OPT flattens its tokens before the FFN
+    if mask.shape != x.shape[:-1] and not flat:
+        raise ValueError(
+            f"`token_mask` must have x's leading shape {list(x.shape[:-1])}, got {list(mask.shape)}; "
+            "pass one flag per token."
+        )
+    return mask.reshape(-1).to(torch.bool)
+
+
+def _check_type(argument: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"`{argument}` must be a {expected.__name__}, got {type(value).__name__}.")

@@ -1,0 +1,274 @@
+"""Autograd of the operators: one autograd node each, on the Autograd key.
+
+The key is registered directly because `torch.library.register_autograd` fails under `torch.func.grad` and is silently
+wrong under jvp. Where a `torch.func` transform or forward-mode AD is active, the plain-torch reference serves instead.
+Nodes save what their kernels need and compute only the gradients that are needed; without recording nothing is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import reference
+from .reference import accumulator
+
+ops = torch.ops.ummrm
+
+
+class _RefuseDoubleBackward(Function):
+    """Identity on gradients whose own backward is the error; put in place when a backward is itself recorded."""
+
+    @staticmethod
+    def forward(ctx, name, anchor, *grads):
+        ctx.name = name
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"ummrm.{ctx.name} supports one backward, and its gradient was differentiated again. "
+            f"For higher derivatives call ummrm.ops.reference.{ctx.name}, which is plain torch."
+        )
+
+
+def _backward_of(name: str):
+    """Decorates a Function's backward: run without recording, without autocast, and not differentiable again."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def backward(ctx, *grads):
+            # Autocast may be on where the user calls backward(), and the forward has settled the dtypes.
+            with torch.no_grad(), torch._C._DisableAutocast():
+                out = function(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return out
+            anchor = torch.empty(0, requires_grad=True)
+            return _RefuseDoubleBackward.apply(name, anchor, *out)
+
+        return staticmethod(backward)
+
+    return decorate
+
+
+def _recording(*args: Any) -> bool:
+    """Whether autograd will want a node: some tensor among `args`, or in a list among them, requires a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _transforming() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _below(op: Any, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
+    return [g if n else None for g, n in zip(grads, need, strict=True)]
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(ctx, logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
+        out = _below(ops.route, logits, mask, clean_logits, top_k, gate, fixed_shared_weight)
+        expert_indices, tokens_per_expert = out[2:4]
+        ctx.mark_non_differentiable(expert_indices, tokens_per_expert)
+        ctx.save_for_backward(logits, mask, clean_logits, expert_indices, tokens_per_expert)
+        ctx.gate = gate, fixed_shared_weight
+        return tuple(out)
+
+    @_backward_of("route")
+    def backward(ctx, grad_shared, grad_routed, _indices, _counts, grad_prob, grad_z):
+        grads = [g.contiguous() for g in (grad_shared, grad_routed, grad_prob, grad_z)]
+        logits, clean = ops.route_backward(*grads, *ctx.saved_tensors, *ctx.gate)
+        need = ctx.needs_input_grad
+        return logits if need[0] else None, None, clean if need[2] else None, None, None, None
+
+
+class _Permute(Function):
+    @staticmethod
+    def forward(ctx, x, sorted_to_slot, expert_offsets, top_k):
+        ctx.save_for_backward(sorted_to_slot, expert_offsets)
+        ctx.top_k = top_k
+        return _below(ops.permute, x, sorted_to_slot, expert_offsets, top_k)
+
+    @_backward_of("permute")
+    def backward(ctx, grad):
+        sorted_to_slot, expert_offsets = ctx.saved_tensors
+        rows = torch.arange(sorted_to_slot.numel(), dtype=torch.int32, device=grad.device)
+        slot_to_sorted = torch.empty_like(rows).scatter_(0, sorted_to_slot.long(), rows)
+        grad_x = ops.unpermute(grad.contiguous(), slot_to_sorted, expert_offsets, None, None, 0, ctx.top_k)
+        return grad_x, None, None, None
+
+
+class _Unpermute(Function):
+    @staticmethod
+    def forward(ctx, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes):
+        ctx.save_for_backward(rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights)
+        ctx.sizes = sizes
+        return _below(ops.unpermute, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes)
+
+    @_backward_of("unpermute")
+    def backward(ctx, grad):
+        rows, shared, routed = ops.unpermute_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        need = ctx.needs_input_grad
+        return *_needed([rows], need[:1]), None, None, *_needed([shared, routed], need[3:5]), None, None
+
+
+class _ExpertGemm(Function):
+    @staticmethod
+    def forward(ctx, shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose):
+        ctx.save_for_backward(shared_rows, routed_rows, shared_proj, routed_proj, offsets)
+        ctx.sizes = num_tokens, transpose
+        args = (shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose)
+        return _below(ops.expert_gemm, *args)
+
+    @_backward_of("expert_gemm")
+    def backward(ctx, grad):
+        shared_rows, routed_rows, shared_proj, routed_proj, offsets = ctx.saved_tensors
+        (num_tokens, transpose), need = ctx.sizes, ctx.needs_input_grad
+        num_shared = shared_proj.shape[0]
+        grads = grad.contiguous().tensor_split([num_shared * num_tokens])
+        out: list[Tensor | None] = [None] * 9
+        if need[0] or need[1]:
+            rows = ops.expert_gemm(*grads, shared_proj, routed_proj, offsets, num_tokens, None, None, not transpose)
+            shared, out[1] = rows.tensor_split([num_shared * num_tokens])
+            if shared.shape[0] != shared_rows.shape[0]:  # every shared expert read the same rows
+                shared = shared.view(num_shared, *shared_rows.shape).sum(0, dtype=accumulator(rows)).to(rows.dtype)
+            out[0] = shared
+        if need[2] or need[3]:
+            inputs = (shared_rows, routed_rows)
+            pair = (*inputs, *grads) if transpose else (*grads, *inputs)
+            out[2:4] = ops.expert_gemm_wgrad(*pair, offsets, num_tokens, num_shared, need[2], need[3])
+        if need[6] or need[7]:
+            out[6:8] = ops.expert_bias_grad(*grads, None, offsets, num_tokens, num_shared, need[6], need[7])
+        return (*_needed(out, need),)
+
+
+class _Activation(Function):
+    @staticmethod
+    def forward(ctx, pre_activation, kind, glu):
+        ctx.save_for_backward(pre_activation)
+        ctx.kind = kind, glu
+        return _below(ops.activation, pre_activation, kind, glu)
+
+    @_backward_of("activation")
+    def backward(ctx, grad):
+        (pre_activation,) = ctx.saved_tensors
+        return ops.activation_backward(grad.contiguous(), pre_activation, None, *ctx.kind)[0], None, None
+
+
+class _MergeExperts(Function):
+    @staticmethod
+    def forward(ctx, coefficients, n, *tensors):
+        ctx.save_for_backward(coefficients, *tensors)
+        ctx.n = n
+        return tuple(_below(ops.merge_experts, list(tensors[:n]), list(tensors[n:]), coefficients))
+
+    @_backward_of("merge_experts")
+    def backward(ctx, *grads):
+        coefficients, *tensors = ctx.saved_tensors
+        n, need = ctx.n, ctx.needs_input_grad
+        shared, routed, grads = tensors[:n], tensors[n:], [g.contiguous() for g in grads]
+        dots = ops.merge_experts_dots(grads, shared, routed) if need[0] else None
+
+        def scaled(i: int) -> Tensor | None:
+            if not need[2 + i]:
+                return None
+            of_shared, of_routed = coefficients[i % n].tensor_split([shared[i % n].shape[0]])
+            c = of_shared if i < n else of_routed
+            return (c.view(-1, *[1] * grads[i % n].dim()) * grads[i % n]).to(tensors[i].dtype)
+
+        return dots, None, *[scaled(i) for i in range(2 * n)]
+
+
+class _MoeFfn(Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, activation, glu = args
+        out, *saved = _below(ops.moe_ffn_forward, *args)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.kind = activation, glu
+        return out
+
+    @_backward_of("moe_ffn")
+    def backward(ctx, grad):
+        need = [n for i, n in enumerate(ctx.needs_input_grad[:12]) if i != 3]  # expert_indices has no gradient
+        grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.kind, need), need)
+        return *grads[:3], None, *grads[3:], None, None
+
+
+class _MergedFfn(Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, activation, glu = args
+        out, pre_activation = _below(ops.merged_ffn_forward, *args)
+        ctx.save_for_backward(*tensors, pre_activation)
+        ctx.kind = activation, glu
+        return out
+
+    @_backward_of("merged_ffn")
+    def backward(ctx, grad):
+        need = list(ctx.needs_input_grad[:10])
+        return (
+            *_needed(ops.merged_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.kind, need), need),
+            None,
+            None,
+        )
+
+
+def _register(
+    library: torch.library.Library,
+    name: str,
+    function: type[Function],
+    composite,
+    apply=lambda function, *args: function.apply(*args),
+) -> None:
+    """Puts `name` on the Autograd key: `composite` under a transform, `function` when recording, else the kernel alone.
+
+    vmap meets an operator before autograd does, and its own fallback knows no tensor lists: it gets `composite` too.
+    """
+    op = getattr(ops, name)
+
+    def kernel(*args):
+        if _transforming():
+            return composite(*args)
+        if _recording(*args):
+            return apply(function, *args)
+        return _below(op, *args)
+
+    library.impl(name, kernel, "Autograd")
+    library.impl(name, composite, "FuncTorchBatched")
+
+
+def _composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
+    return tuple(reference.route(logits, top_k, mask, clean_logits, gate, fixed_shared_weight))
+
+
+def _apply_merge_experts(function, shared, routed, coefficients):
+    return list(function.apply(coefficients, len(routed), *shared, *routed))
+
+
+def _apply_expert_gemm(function, *args):
+    return function.apply(*args, *(None, None, False)[len(args) - 6 :])  # the dispatcher drops trailing defaults
+
+
+def register(library: torch.library.Library) -> None:
+    """Registers every differentiable operator's autograd in `library`."""
+    _register(library, "route", _Route, _composite_route)
+    _register(library, "permute", _Permute, reference.permute)
+    _register(library, "unpermute", _Unpermute, reference.unpermute)
+    _register(library, "expert_gemm", _ExpertGemm, reference.expert_gemm, _apply_expert_gemm)
+    _register(library, "activation", _Activation, reference.activation)
+    _register(library, "merge_experts", _MergeExperts, reference.merge_experts, _apply_merge_experts)
+    _register(library, "moe_ffn", _MoeFfn, reference.moe_ffn)
+    _register(library, "merged_ffn", _MergedFfn, reference.merged_ffn)

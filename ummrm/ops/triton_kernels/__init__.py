@@ -1,0 +1,41 @@
+"""The operators in Triton, for GPUs without nvcc and for AMD: one file an operator.
+
+KERNELS has the functions that `ummrm.ops.backends` registers; they take the arguments of the operators' schemas, check
+them, allocate and launch. Nothing here knows the dispatcher, autograd or the compiled extension.
+"""
+
+from .activation import activation, activation_backward
+from .bias_grad import expert_bias_grad
+from .expert_gemm import expert_gemm, expert_gemm_wgrad
+from .launch import INTERPRETED
+from .merge_experts import merge_experts, merge_experts_dots
+from .moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
+from .permute import permute, unpermute, unpermute_backward
+from .routing import route, route_backward, sort_slots
+
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (
+        route,
+        route_backward,
+        sort_slots,
+        permute,
+        unpermute,
+        unpermute_backward,
+        expert_gemm,
+        expert_gemm_wgrad,
+        expert_bias_grad,
+        activation,
+        activation_backward,
+        merge_experts,
+        merge_experts_dots,
+        moe_ffn,
+        moe_ffn_forward,
+        moe_ffn_backward,
+    )
+}
+
+if INTERPRETED:
+    from .interpreter import install
+
+    install()
