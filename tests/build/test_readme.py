@@ -1,5 +1,6 @@
 """The code of README.md and of docs/ runs as it stands, block after block, and links and commands exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trl_inputs import make_tokenizer
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # what a page asks its reader to bring
 GIVEN = {"docs/training.md": lambda: {"dense": tiny_model("llama"), "tokenizer": make_tokenizer()}}
-RUN_HERE = {"README.md": 5, "docs/training.md": 7}  # blocks of code
+RUN_HERE = {"README.md": 1, "docs/quickstart.md": 5, "docs/training.md": 7}  # blocks of code
 
 
 def text(page):
@@ -39,8 +40,19 @@ def test_every_page_with_code_is_run():
         assert not blocks(page) or any(f'exec(compile(code, "{page}"' in test for test in others), page
 
 
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
+def test_the_readmes_code_makes_a_stock_model_of_a_model_and_pairs(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path / "my-model")
+    make_tokenizer().save_pretrained(tmp_path / "my-model")
+    rows = [{"prompt": f"w{i}", "chosen": " w1 w2", "rejected": f" w3 w{i}"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     namespace = run("README.md", tmp_path, monkeypatch)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged-rm")
+    assert type(merged) is type(tiny_model("llama"))
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in namespace["moe"].parameters())
+
+
+def test_the_quickstarts_code_runs(tmp_path, monkeypatch):
+    namespace = run("docs/quickstart.md", tmp_path, monkeypatch)
     assert type(namespace["merged"]).__name__ == "LlamaForSequenceClassification"
     assert (tmp_path / "merged-rm" / "model.safetensors").is_file()
     network, dense = namespace["network"], namespace["dense_network"]
