@@ -13,7 +13,8 @@ from torch import nn
 
 from .config import MergeConfig
 from .hf import card, saving
-from .hf.modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .hf.merge_share import SHARE_NAME, merge_share
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
 from .nn.experts import Experts
 from .nn.merging_ffn import MergeShare, MergingFFN, merging_ffns
 from .nn.routing_statistics import RoutingStatistics
@@ -124,7 +125,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         type(dense).__name__,
         config.umm_base_model,
         config.umm,
-        config.umm_merge,
+        merge_share(moe).merge_config.to_dict(),
         merge_coefficients(moe),
         config.upcycle_config.num_shared_experts,
         card_notes,

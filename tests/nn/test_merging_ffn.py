@@ -1,6 +1,7 @@
 """MergingFFN and merging of somebody's own network, with no Hugging Face class around it."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -140,3 +141,70 @@ def test_to_dense_without_a_template_is_a_clear_error():
     network.ffns[0]._dense_template = None
     with pytest.raises(ValueError, match=r"MergingFFN.to_dense needs the module .*ummrm.merge\(model\)"):
         network.ffns[0].to_dense()
+
+
+def merging_network(shared_share, seed=0, **options):
+    torch.manual_seed(seed)
+    network = upcycled_network()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return ummrm.prepare_merge(network, MergeConfig(shared_share=shared_share, **options))
+
+
+def test_a_fixed_lambda_is_in_the_state_dict_and_loading_takes_it_over():
+    saved, other, x = merging_network(0.9), merging_network(0.5, seed=1), torch.randn(5, 3)
+    assert not torch.equal(other(x), saved(x))
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other(x), saved(x))
+    for name, coefficients in ummrm.merge_coefficients(other).items():
+        assert torch.equal(coefficients, ummrm.merge_coefficients(saved)[name])
+    assert torch.equal(ummrm.merge(other)(x), ummrm.merge(saved)(x))
+    share = other.ffns[0].umm_merge_share
+    assert share.merge_config == MergeConfig(shared_share=0.9) and repr(share) == "MergeShare(0.9, learned=False)"
+    with torch.no_grad():
+        share.share.fill_(1 / 3)
+    assert share.merge_config == MergeConfig(shared_share=0.33333334)
+    share.share.fill_(math.nan)
+    with pytest.raises(RuntimeError, match=r"`ffns.0.umm_merge_share.share`.* must be a number in \[0, 1\], got nan"):
+        other.load_state_dict(saved.state_dict() | {"ffns.0.umm_merge_share.share": share.share})
+
+
+def test_a_fixed_lambda_is_not_mistaken_for_a_learned_one():
+    fixed, learned = merging_network(0.9), merging_network(0.9, learn_shared_share=True)
+    for target, source in ((fixed, learned), (learned, fixed)):
+        with pytest.raises(RuntimeError, match="Missing key.*umm_merge_share"):
+            target.load_state_dict(source.state_dict())
+
+
+CARRIERS = {
+    "half": lambda n: n.half(),
+    "bfloat16": lambda n: n.bfloat16(),
+    "bfloat16 and back": lambda n: n.bfloat16().float(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda n: pickle.loads(pickle.dumps(n)),
+    "to_empty": lambda n: n.to_empty(device="cpu"),
+    "meta and to_empty": lambda n: n.to("meta").to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("how", CARRIERS)
+def test_a_fixed_lambda_stays_what_it_is_in_fp32(how):
+    """0.9 in bf16 would be 0.8984. A network that lost its weights still has the lambda that it was prepared with."""
+    network = CARRIERS[how](merging_network(0.9))
+    share = network.ffns[1]._share[0]
+    assert share is network.ffns[0]._share[0] is network.ffns[0].umm_merge_share
+    (name,) = (n for n in network.state_dict() if "umm_merge_share" in n)
+    assert network.state_dict()[name].dtype == torch.float32
+    for coefficients in ummrm.merge_coefficients(network).values():
+        torch.testing.assert_close(coefficients[:, :2], torch.full((3, 2), 0.45), rtol=1e-7, atol=0)
+
+
+def test_a_compiled_merge_phase_follows_its_lambda():
+    network, x = merging_network(0.9), torch.randn(5, 3)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), network(x))
+    before = network(x)
+    network.load_state_dict(merging_network(0.25).state_dict())
+    torch.testing.assert_close(compiled(x), network(x))
+    assert not torch.allclose(network(x), before, atol=1e-3)

@@ -220,7 +220,11 @@ def test_a_model_in_its_merge_phase_goes_on_with_the_same_configuration(tmp_path
     trainer = make_trainer(tmp_path, merging_model(), merge_config=MergeConfig(shared_share=0.75), max_steps=1)
     trainer.train()
     assert entries(trainer)[0]["lambda"] == 0.75
-    assert [e["lambda"] for e in entries(make_trained(tmp_path, merging_model()))] == [0.75]
+    set_by_hand = merging_model()
+    set_by_hand.get_buffer("model.umm_merge_share.share").fill_(0.25)
+    assert [e["lambda"] for e in entries(make_trained(tmp_path, set_by_hand))] == [0.25]
+    with pytest.raises(ValueError, match="`merge_config` must be that of the model, .*shared_share=0.25"):
+        make_trainer(tmp_path, set_by_hand, merge_config=MergeConfig(shared_share=0.75))
 
 
 def make_trained(folder, model):

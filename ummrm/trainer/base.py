@@ -19,6 +19,7 @@ from torch import nn
 from trl import RewardTrainer
 
 from ..hf import card
+from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
 from ..nn.merging_ffn import merging_ffns
 from ..nn.upcycled_ffn import upcycled_ffns
@@ -146,6 +147,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path = Path(resume_from_checkpoint) / "config.json"
         if path.is_file():
+            follow_share(self.model)
             _check_same(json.loads(path.read_text()), self.model.config, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

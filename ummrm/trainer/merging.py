@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from trl import RewardConfig
 
 from ..config import MergeConfig
+from ..hf.merge_share import merge_share
 from ..merge import merge, prepare_merge
 from ..nn.merging_ffn import merging_ffns
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
@@ -100,10 +101,11 @@ class UmmMergeTrainer(UmmTrainer):
             if phase is not None:
                 remedy = "fold its adapters first: model.merge_and_unload()"
             raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
-        if phase == "merging" and self._merge_config not in (None, model.config.merge_config):
+        share = merge_share(model)
+        if share is not None and self._merge_config not in (None, share.merge_config):
             raise ValueError(
                 f"`merge_config` must be that of the model, which is in its merge phase already with "
-                f"{model.config.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
+                f"{share.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
                 "the model of the mixture phase."
             )
 
