@@ -1,13 +1,16 @@
 """UmmMergeTrainer: learns alpha (and lambda) alone, logs it, resumes, refuses nonsense, and saves a stock model."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_models import padded_batch, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig
 from trl_inputs import make_dataset, make_moe, make_tokenizer, settings
 
 import ummrm
-from ummrm import MergeConfig, UmmMergeTrainer, UmmRewardTrainer
+from ummrm import MergeConfig, UmmMergeConfig, UmmMergeTrainer, UmmRewardTrainer
 
 LEARNED = MergeConfig(learn_shared_share=True, alpha_per="projection")
 
@@ -147,6 +150,35 @@ def test_the_whole_way_ends_in_a_stock_folder_with_tokenizer_and_card(tmp_path):
     assert (
         f"| over-long pairs, train | {dropped} of 16 |" in card and "| steps | 4 |" in card and "| accuracy |" in card
     )
+
+
+def largest_alpha(model):
+    return max(p.abs().max().item() for n, p in model.named_parameters() if n.endswith("alpha"))
+
+
+def test_a_learning_rate_that_nobody_set_is_the_merge_phases_own(tmp_path):
+    """TRL's, 1e-4, leaves |alpha| at 0.001 after 20 steps: a uniform merge, whatever the data says."""
+    run = {"max_steps": 20, "per_device_train_batch_size": 8}
+    args = settings(tmp_path, learning_rate=RewardConfig(str(tmp_path), use_cpu=True).learning_rate, **run)
+    given = {"train_dataset": make_dataset(8), "processing_class": make_tokenizer()}
+    with pytest.warns(UserWarning, match=r"default learning rate, 0.0001, .* own, 0.05, .*UmmMergeConfig\(lear"):
+        trainer = UmmMergeTrainer(make_moe(), args, **given)
+    assert args.learning_rate == 1e-4 and type(trainer.args) is RewardConfig
+    trainer.train()
+    assert largest_alpha(trainer.model) > 0.1 and entries(trainer)[0]["learning_rate"] == 0.05
+    assert entries(trainer)[-1]["loss"] < entries(trainer)[0]["loss"]
+    assert "| learning rate | 0.05 |" in trainer.training_notes()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learning rate")
+        insisting = settings(tmp_path, UmmMergeConfig, learning_rate=1e-4, **run)
+        slow = UmmMergeTrainer(make_moe(), insisting, **given)
+        slow.train()
+        assert 0 < largest_alpha(slow.model) < 0.01
+        assert UmmMergeConfig(str(tmp_path), use_cpu=True).learning_rate == 0.05
+        moe = ummrm.prepare_merge(make_moe())  # with an optimizer of the user's own the rate is its business
+        optimizer = torch.optim.SGD([p for p in moe.parameters() if p.requires_grad], lr=3.0)
+        UmmMergeTrainer(moe, args, **given, optimizers=(optimizer, None))
 
 
 def test_without_settings_it_learns_at_a_rate_that_moves_alpha(tmp_path, monkeypatch):
