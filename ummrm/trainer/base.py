@@ -111,7 +111,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         if self.accelerator.num_processes == 1:
             return tensor
         on_device = tensor.float() if self.accelerator.device.type == "mps" else tensor
-        return self.accelerator.reduce(on_device.to(self.accelerator.device), "sum").cpu()
+        return self.accelerator.reduce(on_device.to(self.accelerator.device), "sum")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_prefix = metric_key_prefix

@@ -161,10 +161,10 @@ class UmmMergeTrainer(UmmTrainer):
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
                 names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
-                shares = rows.softmax(-1)
+                shares = rows.softmax(-1).tolist()
                 layers[label] = {
                     "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
-                    "max_merge_share": shares.max().item(),
+                    "max_merge_share": max(max(row) for row in shares),
                 }
                 if self.log_layers and mode == "train":
                     for name, row in zip(names, rows.tolist(), strict=True):
