@@ -98,7 +98,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
 
     Returns:
         For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
-        `save_pretrained` saving whole or not at all, with a model card (README.md) that says how it was made. For any
+        `save_pretrained` atomic, with a model card (README.md) that says how it was made. For any
         other network: a copy with each `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
         given. Merged weights are bit for bit those that the merge phase's forward used.
 

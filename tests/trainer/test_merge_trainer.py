@@ -75,7 +75,7 @@ def test_alpha_and_lambda_are_logged(merge_config, tmp_path):
     assert "lambda" in entries(quiet)[0] and not any("/" in key for key in entries(quiet)[0])
 
 
-def test_alpha_starts_from_usage_measured_on_the_training_set(tmp_path):
+def test_alpha_starts_from_routing_measured_on_the_training_set(tmp_path):
     config = MergeConfig(alpha_init="routing")
     trainer = make_trainer(tmp_path, merge_config=config, statistics_batches=2)  # 2 batches of 4 pairs
     moe, data = make_moe(), trainer.train_dataset.select(range(8))
@@ -265,7 +265,7 @@ def make_trained(folder, model):
     return trainer
 
 
-def test_a_checkpoint_of_the_training_phase_is_refused(tmp_path):
+def test_a_checkpoint_of_the_mixture_phase_is_refused(tmp_path):
     trained = UmmRewardTrainer(
         make_moe(),
         settings(tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1),

@@ -1,6 +1,6 @@
 """Losses of a reward model: the preference loss, and the router's auxiliary losses of a whole network.
 
-Auxiliary losses are read from the statistics that each `UpcycledFFN` kept of its last forward (docs/method.md);
+Auxiliary losses are read from the `ForwardStatistics` that each `UpcycledFFN` kept of its last forward (docs/method.md);
 they are means over layers of quantities over live tokens, taken over all data-parallel processes.
 """
 

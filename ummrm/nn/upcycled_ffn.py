@@ -1,7 +1,8 @@
 """The mixture phase of an FFN: routed experts, always-on shared experts and a router in its place.
 
-A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the statistics of
-its last forward for the auxiliary losses; how a whole model is upcycled is `ummrm/upcycle.py`'s business.
+A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the
+`ForwardStatistics` of its last forward for the auxiliary losses; how a whole model is upcycled is
+`ummrm/upcycle.py`'s business.
 """
 
 from __future__ import annotations

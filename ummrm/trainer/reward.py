@@ -1,4 +1,4 @@
-"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses and the experts' statistics."""
+"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses, and routing in the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .metrics import RoutingMetrics
 
 
 class UmmRewardTrainer(UmmTrainer):
-    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, routing statistics logged.
+    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, routing logged.
 
     Takes every argument and data format of `RewardTrainer` (prompts implicit or explicit, conversations, tokenised
     pairs, `margin`, `center_rewards_coefficient`, `peft_config`, ...). The loss is TRL's plus the weighted auxiliary
