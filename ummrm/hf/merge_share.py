@@ -6,6 +6,8 @@ the two differ was not written by ummrm and is refused. What lambda does is `nn/
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..nn.merging_ffn import MergeShare
@@ -18,14 +20,14 @@ def merge_share(model: nn.Module) -> MergeShare | None:
     return next((module for module in model.modules() if isinstance(module, MergeShare)), None)
 
 
-def follow_share(model: nn.Module) -> None:
+def follow_share(model: Any) -> None:
     """Writes the lambda that a model's tensor holds into its configuration."""
     share = merge_share(model)
     if share is not None and not _is_meta(share):
         model.config.umm_merge = share.merge_config.to_dict()
 
 
-def check_share(model: nn.Module, origin: object) -> None:
+def check_share(model: Any, origin: object) -> None:
     """Raises ValueError if the lambda just loaded from `origin` is not the configuration's."""
     share = merge_share(model)
     if share is None or _is_meta(share):

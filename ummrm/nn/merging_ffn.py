@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,10 +160,11 @@ class MergingFFN(nn.Module):
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., H] through the merged dense FFN. `token_mask` is accepted and has no effect: padding is computed."""
         flat = flatten_tokens(x, self.spec.hidden_size)
+        experts: dict[str, Any] = expert_arguments(self.shared_experts, self.experts, flat)
         out = ops.merged_ffn(
             flat,
             self.coefficients(),
-            **expert_arguments(self.shared_experts, self.experts, flat),
+            **experts,
             activation=self.spec.activation,
             glu=self.spec.glu,
         )

@@ -8,6 +8,7 @@ A plain `nn.Module` that works in any training loop, with no Hugging Face class 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,12 +110,13 @@ class UpcycledFFN(nn.Module):
                 routing.shared_weight.detach(),
                 mask is not None,
             )
+        experts: dict[str, Any] = expert_arguments(self.shared_experts, self.experts, flat)
         out = ops.moe_ffn(
             flat,
             routing.shared_weight,
             routing.routed_weights,
             routing.expert_indices,
-            **expert_arguments(self.shared_experts, self.experts, flat),
+            **experts,
             activation=self.spec.activation,
             glu=self.spec.glu,
         )

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ class UmmMergeTrainer(UmmTrainer):
         if call.get("optimizers", (None,))[0] is None and call.get("optimizer_cls_and_kwargs") is None:
             args = _with_a_rate_for_alpha(args)
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
-        if phase_of(self.model) == "mixture":
+        if phase_of(self._network) == "mixture":
             if self.optimizer is not None:
                 raise ValueError(
                     "`optimizers` must not be given with a model of the mixture phase, which has no alpha yet; "
@@ -114,8 +115,8 @@ class UmmMergeTrainer(UmmTrainer):
                 )
             if measured and statistics is None:
                 statistics = self._measured_statistics(statistics_batches)
-            prepare_merge(self.model, merge_config, statistics)
-        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self.model).items())}
+            prepare_merge(self._network, merge_config, statistics)
+        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self._network).items())}
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)
@@ -135,18 +136,18 @@ class UmmMergeTrainer(UmmTrainer):
     @torch.no_grad()
     def _measured_statistics(self, batches: int) -> RoutingStatistics:
         size = self.args.per_device_train_batch_size
-        data = self.train_dataset
+        model, data = self._network, cast(Any, self.train_dataset)
         if hasattr(data, "__len__"):
             data = Subset(data, range(min(len(data), batches * size)))
         loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
-        training = self.model.training
-        self.model.eval()
-        with record_routing_statistics(self.model) as statistics:
+        training = model.training
+        model.eval()
+        with record_routing_statistics(model) as statistics:
             for _, batch in zip(range(batches), loader, strict=False):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
-                self.model(**batch)
-        self.model.train(training)
+                model(**batch)
+        model.train(training)
         return statistics
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -154,10 +155,10 @@ class UmmMergeTrainer(UmmTrainer):
         return []
 
     def _phase_metrics(self, mode: str) -> dict[str, float]:
-        layers, metrics, first = {}, {}, None
+        layers: dict[str, dict[str, float]] = {}
+        metrics: dict[str, float] = {}
         with torch.no_grad():
             for label, ffn in self._alpha.items():
-                first = ffn.coefficients() if first is None else first
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
                 names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
@@ -169,8 +170,9 @@ class UmmMergeTrainer(UmmTrainer):
                 if self.log_layers and mode == "train":
                     for name, row in zip(names, rows.tolist(), strict=True):
                         metrics |= {f"alpha/{label}/{name}expert_{e}": value for e, value in enumerate(row)}
-            shared = next(iter(self._alpha.values())).config.num_shared_experts
-            return {"lambda": first[0, :shared].sum().item()} | averaged(layers, self.log_layers) | metrics
+            first = next(iter(self._alpha.values()))
+            share = first.coefficients()[0, : first.config.num_shared_experts].sum().item()
+        return {"lambda": share} | averaged(layers, self.log_layers) | metrics
 
     def merge(self):
         """The merged, stock model with the weights learned so far; its card says how this training went."""
@@ -180,6 +182,7 @@ class UmmMergeTrainer(UmmTrainer):
         """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
         if self.is_world_process_zero():
             self.merge().save_pretrained(save_directory)
+            assert self.processing_class is not None  # RewardTrainer makes one from the model's name
             self.processing_class.save_pretrained(save_directory)
 
 

@@ -60,8 +60,8 @@ class UmmRewardTrainer(UmmTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
         if len(batches) > 1:
-            counts = sum(_tokens(batch).to(device) for batch in batches)
-            self._step_tokens = self.accelerator.reduce(counts.float(), "sum")
+            counts = torch.stack([_tokens(batch).to(device) for batch in batches])
+            self._step_tokens = self.accelerator.reduce(counts.sum().float(), "sum")
         return batches, num_items
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
