@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 # Not in __all__: a star import must not need TRL.
-_TRAINERS = ("UmmMergeTrainer", "UmmRewardTrainer")
+_TRAINERS = ("UmmMergeConfig", "UmmMergeTrainer", "UmmRewardTrainer")
 _TRAINER_NEEDS = ("trl", "datasets", "accelerate", "peft")
 
 

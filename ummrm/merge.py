@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import MergeConfig
 from .hf import card, saving
-from .hf.modeling import SHARE_NAME, UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .hf.merge_share import SHARE_NAME, merge_share
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
 from .nn.experts import Experts
 from .nn.merging_ffn import MergeShare, MergingFFN, merging_ffns
 from .nn.routing_statistics import RoutingStatistics
@@ -83,8 +85,9 @@ def prepare_merge(
     setattr(holder, SHARE_NAME, share)
     freeze_for_merge(moe)
     if isinstance(moe, UmmPreTrainedMixin):
-        moe.config.umm_phase = "merging"
-        moe.config.umm_merge = config.to_dict()
+        model_config: Any = moe.config
+        model_config.umm_phase = "merging"
+        model_config.umm_merge = config.to_dict()
     return moe
 
 
@@ -97,7 +100,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
 
     Returns:
         For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
-        `save_pretrained` saving whole or not at all, with a model card (README.md) that says how it was made. For any
+        `save_pretrained` atomic, with a model card (README.md) that says how it was made. For any
         other network: a copy with each `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
         given. Merged weights are bit for bit those that the merge phase's forward used.
 
@@ -111,20 +114,22 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
             + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if upcycled_ffns(moe) else " with no experts.")
         )
     if not isinstance(moe, UmmPreTrainedMixin):
-        dense = copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()})
-        return dense.requires_grad_(True).eval()
+        return copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()}).requires_grad_(True).eval()
+    model: Any = moe
+    config = model.config
     with torch.device("meta"):
-        dense = moe.stock_class(stock_config(moe.config))
-    layers = moe.family.layer_list(dense.base_model)
+        dense: Any = model.stock_class(stock_config(config))
+    layers = model.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
-        moe.family.dense_ffn(layers[index], dense.config).write(moe.get_submodule(site).merged_tensors())
+        model.family.dense_ffn(layers[index], dense.config).write(model.get_submodule(site).merged_tensors())
     transplant(moe, dense, clone=True)
-    config = moe.config
+    share = merge_share(moe)
+    assert share is not None
     text = card.merged_card(
         type(dense).__name__,
         config.umm_base_model,
         config.umm,
-        config.umm_merge,
+        share.merge_config.to_dict(),
         merge_coefficients(moe),
         config.upcycle_config.num_shared_experts,
         card_notes,

@@ -1,4 +1,4 @@
-"""Routing statistics is counted over live tokens, once per forward."""
+"""Routing statistics are counted over live tokens, once per forward."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny_models import padded_batch, perturb_experts, tiny_model
 from torch import nn
 
 import ummrm
-from ummrm import UpcycleConfig, record_routing_statistics
+from ummrm import UpcycleConfig, ops, record_routing_statistics
 
 NAMES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 
@@ -15,7 +15,7 @@ def model(**config):
     return perturb_experts(ummrm.upcycle(tiny_model("llama"), UpcycleConfig(**config)))
 
 
-def test_usage_counts_live_tokens_over_all_forwards():
+def test_statistics_count_live_tokens_over_all_forwards():
     moe = model(num_experts=4, num_experts_per_tok=3, router_init_std=0.5)
     batches = [padded_batch(), padded_batch(side="left")]
     routings = []
@@ -59,3 +59,13 @@ def test_networks_without_experts_are_refused():
         record_routing_statistics(nn.Linear(2, 2)),
     ):
         pass
+
+
+def test_recording_never_waits_for_the_device():
+    """Meta tensors have no values that a host could read."""
+    logits, mask = torch.empty(9, 4, device="meta"), torch.empty(9, dtype=torch.bool, device="meta")
+    with record_routing_statistics(model(num_experts=4, num_experts_per_tok=3)) as statistics:
+        for _ in range(2):
+            statistics.add(NAMES[0], ops.route(logits, 3, mask=mask))
+    with pytest.raises(NotImplementedError):
+        statistics.tokens  # noqa: B018  a view has to

@@ -88,7 +88,7 @@ def make_moe(seed=0, config=CONFIG, model_type="llama"):
     return perturb_experts(ummrm.upcycle(tiny_model(model_type), config))
 
 
-def settings(folder, **overrides):
+def settings(folder, kind=RewardConfig, **overrides):
     """Plain fp32 training on the CPU, without what a tiny run has no use for; overridden at will."""
     defaults = {
         "use_cpu": True,
@@ -104,4 +104,4 @@ def settings(folder, **overrides):
         "lr_scheduler_type": "linear",
         "dataloader_pin_memory": False,
     }
-    return RewardConfig(str(folder), **{**defaults, **overrides})
+    return kind(str(folder), **{**defaults, **overrides})

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_parallel import half_of, make_batch, meet
-from test_parallel import make_model as make_mixture
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from two_processes import half_of, make_batch, meet
+from two_processes import make_model as make_mixture
 
 import ummrm
 from ummrm import MergeConfig, auxiliary_loss
@@ -19,7 +19,7 @@ LEARNING_RATE = 0.05
 
 def make_model(phase):
     moe = make_mixture()
-    return ummrm.prepare_merge(moe, MergeConfig()).train() if phase == "merging" else moe
+    return ummrm.prepare_merge(moe, MergeConfig(shared_share=0.9)).train() if phase == "merging" else moe
 
 
 def loss_of(model, batch, phase):
@@ -60,6 +60,8 @@ def test_two_shards_train_as_one_process(tmp_path, phase, dtype):
     sharded = torch.load(tmp_path / "state.pt")
     moe = make_model(phase)
     before = {name: p.detach().clone() for name, p in moe.named_parameters()}
+    if phase == "merging":
+        assert torch.equal(sharded["model.umm_merge_share.share"], torch.tensor([0.9]))
     for _ in range(2):
         moe.zero_grad()
         step(moe, loss_of(moe, make_batch(), phase))

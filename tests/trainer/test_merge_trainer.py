@@ -1,13 +1,16 @@
 """UmmMergeTrainer: learns alpha (and lambda) alone, logs it, resumes, refuses nonsense, and saves a stock model."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_models import padded_batch, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig
 from trl_inputs import make_dataset, make_moe, make_tokenizer, settings
 
 import ummrm
-from ummrm import MergeConfig, UmmMergeTrainer, UmmRewardTrainer
+from ummrm import MergeConfig, UmmMergeConfig, UmmMergeTrainer, UmmRewardTrainer
 
 LEARNED = MergeConfig(learn_shared_share=True, alpha_per="projection")
 
@@ -72,7 +75,7 @@ def test_alpha_and_lambda_are_logged(merge_config, tmp_path):
     assert "lambda" in entries(quiet)[0] and not any("/" in key for key in entries(quiet)[0])
 
 
-def test_alpha_starts_from_usage_measured_on_the_training_set(tmp_path):
+def test_alpha_starts_from_routing_measured_on_the_training_set(tmp_path):
     config = MergeConfig(alpha_init="routing")
     trainer = make_trainer(tmp_path, merge_config=config, statistics_batches=2)  # 2 batches of 4 pairs
     moe, data = make_moe(), trainer.train_dataset.select(range(8))
@@ -149,6 +152,35 @@ def test_the_whole_way_ends_in_a_stock_folder_with_tokenizer_and_card(tmp_path):
     )
 
 
+def largest_alpha(model):
+    return max(p.abs().max().item() for n, p in model.named_parameters() if n.endswith("alpha"))
+
+
+def test_a_learning_rate_that_nobody_set_is_the_merge_phases_own(tmp_path):
+    """TRL's, 1e-4, leaves |alpha| at 0.001 after 20 steps: a uniform merge, whatever the data says."""
+    run = {"max_steps": 20, "per_device_train_batch_size": 8}
+    args = settings(tmp_path, learning_rate=RewardConfig(str(tmp_path), use_cpu=True).learning_rate, **run)
+    given = {"train_dataset": make_dataset(8), "processing_class": make_tokenizer()}
+    with pytest.warns(UserWarning, match=r"default learning rate, 0.0001, .* own, 0.05, .*UmmMergeConfig\(lear"):
+        trainer = UmmMergeTrainer(make_moe(), args, **given)
+    assert args.learning_rate == 1e-4 and type(trainer.args) is RewardConfig
+    trainer.train()
+    assert largest_alpha(trainer.model) > 0.1 and entries(trainer)[0]["learning_rate"] == 0.05
+    assert entries(trainer)[-1]["loss"] < entries(trainer)[0]["loss"]
+    assert "| learning rate | 0.05 |" in trainer.training_notes()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learning rate")
+        insisting = settings(tmp_path, UmmMergeConfig, learning_rate=1e-4, **run)
+        slow = UmmMergeTrainer(make_moe(), insisting, **given)
+        slow.train()
+        assert 0 < largest_alpha(slow.model) < 0.01
+        assert UmmMergeConfig(str(tmp_path), use_cpu=True).learning_rate == 0.05
+        moe = ummrm.prepare_merge(make_moe())  # with an optimizer of the user's own the rate is its business
+        optimizer = torch.optim.SGD([p for p in moe.parameters() if p.requires_grad], lr=3.0)
+        UmmMergeTrainer(moe, args, **given, optimizers=(optimizer, None))
+
+
 def test_without_settings_it_learns_at_a_rate_that_moves_alpha(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     moe = make_moe()
@@ -220,7 +252,11 @@ def test_a_model_in_its_merge_phase_goes_on_with_the_same_configuration(tmp_path
     trainer = make_trainer(tmp_path, merging_model(), merge_config=MergeConfig(shared_share=0.75), max_steps=1)
     trainer.train()
     assert entries(trainer)[0]["lambda"] == 0.75
-    assert [e["lambda"] for e in entries(make_trained(tmp_path, merging_model()))] == [0.75]
+    set_by_hand = merging_model()
+    set_by_hand.get_buffer("model.umm_merge_share.share").fill_(0.25)
+    assert [e["lambda"] for e in entries(make_trained(tmp_path, set_by_hand))] == [0.25]
+    with pytest.raises(ValueError, match="`merge_config` must be that of the model, .*shared_share=0.25"):
+        make_trainer(tmp_path, set_by_hand, merge_config=MergeConfig(shared_share=0.75))
 
 
 def make_trained(folder, model):
@@ -229,7 +265,7 @@ def make_trained(folder, model):
     return trainer
 
 
-def test_a_checkpoint_of_the_training_phase_is_refused(tmp_path):
+def test_a_checkpoint_of_the_mixture_phase_is_refused(tmp_path):
     trained = UmmRewardTrainer(
         make_moe(),
         settings(tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1),

@@ -30,11 +30,11 @@ from ..nn.router import Router, in_backward
 from ..nn.upcycled_ffn import UpcycledFFN, check_masked
 from . import saving
 from .families import FAMILIES, Family
+from .merge_share import SHARE_NAME, check_share, follow_share
 from .rope_keys_v4 import write_rope_keys_v4
 
 PHASES = ("mixture", "merging")
 _FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
-SHARE_NAME = "umm_merge_share"
 
 
 class UmmConfigMixin:
@@ -120,7 +120,8 @@ class UmmPreTrainedMixin:
         """As in transformers; missing expert or router weights are an error, never a random initialisation.
 
         Raises:
-            ValueError: the folder is not an upcycled model of this family, or lacks some of its weights.
+            ValueError: the folder is not an upcycled model of this family, lacks some of its weights, or has another
+                fixed lambda in its weights than in its configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -130,11 +131,19 @@ class UmmPreTrainedMixin:
                 f"{pretrained_model_name_or_path}: {len(missing)} expert or router weights are missing, first "
                 f"{missing[0]!r}; the folder is incomplete or of another configuration. Save the model again."
             )
+        check_share(model, pretrained_model_name_or_path)
         freeze_for_merge(model)  # loading makes new parameters
         return (model, info) if wants_info else model
 
+    def load_state_dict(self, *args, **kwargs):
+        """As in torch; a fixed lambda that comes with the weights goes into the configuration too."""
+        result = super().load_state_dict(*args, **kwargs)
+        follow_share(self)
+        return result
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers, but whole or not at all (see `ummrm.hf.saving`)."""
+        follow_share(self)
         saving.save_atomically(super().save_pretrained, save_directory, **kwargs)
 
 

@@ -1,7 +1,7 @@
 """Losses of a reward model: the preference loss, and the router's auxiliary losses of a whole network.
 
-Auxiliary losses are read from the statistics that each `UpcycledFFN` kept of its last forward (docs/method.md);
-they are means over layers of quantities over live tokens, taken over all data-parallel processes.
+Auxiliary losses are read from the `ForwardStatistics` that each `UpcycledFFN` kept of its last forward
+(docs/method.md); they are means over layers of quantities over live tokens, taken over all data-parallel processes.
 """
 
 from __future__ import annotations
@@ -170,22 +170,24 @@ def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) ->
             f"auxiliary_loss reads the last forward's routing statistics, and {', '.join(missing)} has run none; "
             "call the model first."
         )
-    for name, ffn in ffns.items():
-        _check_gradient(name, ffn)
-    packed = [_packed(ffn.statistics) for ffn in ffns.values()]
+    packed = [_packed(_with_gradient(name, ffn)) for name, ffn in ffns.items()]
     device = packed[0].device
     summed = sum_over_processes(torch.cat([p.to(device) for p in packed]), group).split([len(p) for p in packed])
     return {name: _report(ffn, total) for (name, ffn), total in zip(ffns.items(), summed, strict=True)}
 
 
-def _check_gradient(name: str, ffn: UpcycledFFN) -> None:
+def _with_gradient(name: str, ffn: UpcycledFFN) -> ForwardStatistics:
+    """What the FFN's last forward left, with the router's gradient if that is trained."""
+    statistics = ffn.statistics
+    assert statistics is not None
     wants = ffn.training and torch.is_grad_enabled() and ffn.router.weight.requires_grad
-    if wants and not ffn.statistics.mean_prob.requires_grad:
+    if wants and not statistics.mean_prob.requires_grad:
         raise RuntimeError(
             f"the routing statistics of {name} carry no gradient although its router is trained: the forward ran "
             "without autograd, as reentrant activation checkpointing does. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, and no torch.no_grad() around the forward.'
         )
+    return statistics
 
 
 def _packed(s: ForwardStatistics) -> torch.Tensor:

@@ -7,7 +7,10 @@ business.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,30 +23,78 @@ from .upcycled_ffn import UpcycledFFN
 
 
 class MergeShare(nn.Module):
-    """lambda, the shared experts' share of the merge: one scalar for a model, fixed or learned as sigmoid(l)."""
+    """lambda, the shared experts' share of the merge: one number for a model, fixed or learned as sigmoid(l).
+
+    In the state dict either way: `share` [1] if fixed, `logit` [1] if learned. Either starts at `config.shared_share`;
+    from then on the tensor says what lambda is, whoever loads or sets it. The fixed one is fp32 whatever the network is
+    cast to, and `to_empty` keeps it.
+    """
+
+    share: torch.Tensor
+    logit: nn.Parameter
 
     def __init__(self, config: MergeConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
+        # one element, not a scalar: sharding libraries refuse parameters without dimensions
+        start = torch.empty(1, dtype=torch.float32, device=device)
         if config.learn_shared_share:
-            # one element, not a scalar: sharding libraries refuse parameters without dimensions
-            self.logit = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
-            self.reset_parameters()
+            self.logit = nn.Parameter(start)
+        else:
+            self.register_buffer("share", start)
+        self.reset_parameters()
 
-    def reset_parameters(self, constant_=nn.init.constant_) -> None:
-        """Starts a learnable lambda at `config.shared_share`."""
+    def reset_parameters(self, constant_: Callable[..., object] = nn.init.constant_) -> None:
+        """Starts lambda at `config.shared_share`."""
+        share = self.config.shared_share
         if self.config.learn_shared_share:
-            share = self.config.shared_share
             constant_(self.logit, math.log(share / (1 - share)))
+        else:
+            constant_(self.share, share)
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
         """lambda, [1], of `like`'s dtype and device."""
-        if self.config.learn_shared_share:
-            return self.logit.sigmoid().to(like)
-        return torch.full((1,), self.config.shared_share, dtype=like.dtype, device=like.device)
+        return self.logit.sigmoid().to(like) if self.config.learn_shared_share else self.share.to(like)
+
+    @property
+    def merge_config(self) -> MergeConfig:
+        """`config` with `shared_share()`.
+
+        Raises:
+            ValueError: the tensor was set to no number in [0, 1].
+        """
+        return dataclasses.replace(self.config, shared_share=self.shared_share())
+
+    def shared_share(self) -> float:
+        """The start of a learned lambda; of a fixed one the fewest digits that are, in fp32, what the tensor holds."""
+        configured = self.config.shared_share
+        if self.config.learn_shared_share or self.share.is_meta:
+            return configured
+        value = self.share.item()
+        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+        return next((s for s in (configured, *shorter) if torch.tensor(s, dtype=torch.float32).item() == value), value)
+
+    def _apply(self, fn, recurse=True):
+        held = self._buffers.get("share")
+        super()._apply(fn, recurse)
+        if held is None or self.share.is_meta:
+            return self
+        if held.is_meta:
+            self.share = torch.empty(1, dtype=torch.float32, device=self.share.device)
+            self.reset_parameters()
+        else:  # not what `fn` made of it, which a cast has rounded and to_empty left unset
+            self.share = held.to(self.share.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
+        share = state_dict.get(f"{prefix}share")
+        if torch.is_tensor(share) and share.numel() == 1 and not share.is_meta and not 0 <= share.item() <= 1:
+            errors.append(f"`{prefix}share`, a fixed lambda, must be a number in [0, 1], got {share.item()}.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
 
     def extra_repr(self) -> str:
-        return f"{self.config.shared_share}, learned={self.config.learn_shared_share}"
+        return f"{self.shared_share()}, learned={self.config.learn_shared_share}"
 
 
 class MergingFFN(nn.Module):
@@ -109,10 +160,11 @@ class MergingFFN(nn.Module):
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., H] through the merged dense FFN. `token_mask` is accepted and has no effect: padding is computed."""
         flat = flatten_tokens(x, self.spec.hidden_size)
+        experts: dict[str, Any] = expert_arguments(self.shared_experts, self.experts, flat)
         out = ops.merged_ffn(
             flat,
             self.coefficients(),
-            **expert_arguments(self.shared_experts, self.experts, flat),
+            **experts,
             activation=self.spec.activation,
             glu=self.spec.glu,
         )

@@ -1,12 +1,14 @@
 """The mixture phase of an FFN: routed experts, always-on shared experts and a router in its place.
 
-A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the statistics of
-its last forward for the auxiliary losses; how a whole model is upcycled is `ummrm/upcycle.py`'s business.
+A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the
+`ForwardStatistics` of its last forward for the auxiliary losses; how a whole model is upcycled is
+`ummrm/upcycle.py`'s business.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,12 +110,13 @@ class UpcycledFFN(nn.Module):
                 routing.shared_weight.detach(),
                 mask is not None,
             )
+        experts: dict[str, Any] = expert_arguments(self.shared_experts, self.experts, flat)
         out = ops.moe_ffn(
             flat,
             routing.shared_weight,
             routing.routed_weights,
             routing.expert_indices,
-            **expert_arguments(self.shared_experts, self.experts, flat),
+            **experts,
             activation=self.spec.activation,
             glu=self.spec.glu,
         )

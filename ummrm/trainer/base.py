@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from torch import nn
 from trl import RewardTrainer
 
 from ..hf import card
+from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
 from ..nn.merging_ffn import merging_ffns
 from ..nn.upcycled_ffn import upcycled_ffns
@@ -57,11 +59,17 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             self._check_model(model)
         super().__init__(model, args, *rest, **kwargs)
         if isinstance(model, str):
-            self._check_model(self.model)
+            self._check_model(self._network)
 
     @abc.abstractmethod
     def _check_model(self, model: nn.Module) -> None:
         """Raises TypeError unless the trainer can train `model`."""
+
+    @property
+    def _network(self) -> Any:
+        """The model that is trained: a `PreTrainedModel`, or a `PeftModel` around one; it is always there."""
+        assert self.model is not None
+        return self.model
 
     # ---- data --------------------------------------------------------------------------------------------------
 
@@ -89,7 +97,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if self._network.training else "eval"
         self._spread[mode].add(outputs.logits)
         loss = self._extra_loss(model, loss, mode)
         return (loss, outputs) if return_outputs else loss
@@ -110,7 +118,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         if self.accelerator.num_processes == 1:
             return tensor
         on_device = tensor.float() if self.accelerator.device.type == "mps" else tensor
-        return self.accelerator.reduce(on_device.to(self.accelerator.device), "sum").cpu()
+        return self.accelerator.reduce(on_device.to(self.accelerator.device), "sum")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_prefix = metric_key_prefix
@@ -119,7 +127,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if self._network.training else "eval"
         extra = self._spread[mode].flush(self._sum_over_processes) | self._phase_metrics(mode)
         if mode == "eval":
             # TRL calls every evaluation set's metrics eval_accuracy, ..., so that of several sets the last one wins.
@@ -134,19 +142,20 @@ class UmmTrainer(RewardTrainer, abc.ABC):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        if reward_normalization(self.model) is not None:
+        if reward_normalization(self._network) is not None:
             warnings.warn(
                 "the model's reward normalisation describes it before this training and is dropped; measure it again "
                 "afterwards: trainer.normalize_rewards().",
                 stacklevel=2,
             )
-            set_reward_normalization(self.model, None)
+            set_reward_normalization(self._network, None)
         return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path = Path(resume_from_checkpoint) / "config.json"
         if path.is_file():
-            _check_same(json.loads(path.read_text()), self.model.config, resume_from_checkpoint)
+            follow_share(self._network)
+            _check_same(json.loads(path.read_text()), self._network.config, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @torch.no_grad()
@@ -163,17 +172,18 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             dataset = self.train_dataset
         else:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
-        training, rewards = self.model.training, []
-        self.model.eval()
+        model, rewards = self._network, []
+        training = model.training
+        model.eval()
         for batch in self.get_eval_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             batch.pop("margin", None)
-            pairs = torch.stack(score(self.model, batch).chunk(2), dim=1)  # by pair, as the loader counts
+            pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
             rewards.append(self.accelerator.gather_for_metrics(pairs).double().cpu().flatten())
-        self.model.train(training)
+        model.train(training)
         normalization = of_rewards(torch.cat(rewards))
-        set_reward_normalization(self.model, normalization)
-        if hasattr(self.model, "peft_config"):
+        set_reward_normalization(self._network, normalization)
+        if hasattr(model, "peft_config"):
             warnings.warn(
                 "saving adapters saves no model configuration, so the reward normalisation stays in this process: fold "
                 "the adapters in (merge_and_unload) and save that model, or set_reward_normalization on it later.",
@@ -183,22 +193,23 @@ class UmmTrainer(RewardTrainer, abc.ABC):
 
     # ---- the card ----------------------------------------------------------------------------------------------
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / card.FILE
+            path = Path(str(self.args.output_dir)) / card.FILE
             text = path.read_text(encoding="utf-8")
             # TRL names a local base model "None"
-            base = card.base_model_text(getattr(self.model.config, "umm_base_model", None))
+            base = card.base_model_text(getattr(self._network.config, "umm_base_model", None))
             text = text.replace("[None](https://huggingface.co/None)", base)
             text = text.replace('pipeline(model="None"', 'pipeline(model="path/of/this/folder"')
             path.write_text(f"{text}\n\n{self.training_notes()}", encoding="utf-8")
 
     def training_notes(self) -> str:
         """Markdown on what this trainer did: data, settings, and the last logged metrics."""
-        names = {f"{type(self).__name__} data": _dataset_name(self.train_dataset)}
-        if hasattr(self.train_dataset, "__len__"):
-            names["pairs"] = len(self.train_dataset)
+        data: Any = self.train_dataset
+        names: dict[str, object] = {f"{type(self).__name__} data": _dataset_name(data)}
+        if hasattr(data, "__len__"):
+            names["pairs"] = len(data)
         names |= {f"over-long pairs, {name}": f"{d.long} of {d.total}" for name, d in self.long_pairs.items()}
         names |= {"steps": self.state.global_step, "learning rate": self.args.learning_rate}
         names |= {"pairs per step": self.args.train_batch_size * self.args.gradient_accumulation_steps}

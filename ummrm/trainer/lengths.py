@@ -63,6 +63,7 @@ def report(name: str, dropped: Dropped, max_length: int, warn: bool) -> None:
         )
     if not warn:
         return
+    assert dropped.total is not None  # streams warn for themselves
     which = f"{dropped.long} of {dropped.total} pairs ({dropped.long / dropped.total:.1%}) of the {name} set"
     if dropped.kept:
         warnings.warn(

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from trl import RewardConfig
+from trl import RewardConfig, RewardTrainer
 
 from ..config import MergeConfig
+from ..hf.merge_share import merge_share
 from ..merge import merge, prepare_merge
 from ..nn.merging_ffn import merging_ffns
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
 from .metrics import averaged, layer_label, normalized_entropy
 
-LEARNING_RATE = 5e-2  # of alpha where no RewardConfig is given; its default, 1e-4, would leave alpha where it starts
+# What every study of the laboratory learns alpha with. Largest |alpha| of a tiny model after 20 steps: 0.36, after 100:
+# 1.5; at RewardConfig's 1e-4 0.0007 and 0.003.
+LEARNING_RATE = 5e-2
 _PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
+
+
+@dataclass
+class UmmMergeConfig(RewardConfig):
+    """`trl.RewardConfig` with a learning rate that moves alpha: 0.05.
+
+    RewardConfig's default, 1e-4, is one for weights: alpha would stay where it starts.
+    """
+
+    learning_rate: float = field(default=LEARNING_RATE, metadata={"help": "The initial learning rate of alpha."})
 
 
 class UmmMergeTrainer(UmmTrainer):
@@ -34,7 +52,8 @@ class UmmMergeTrainer(UmmTrainer):
 
     Args:
         model: an upcycled model, the path of one, in either phase.
-        args: `RewardConfig`; by default one with a learning rate of 0.05 that saves to `<model>-Merge`.
+        args: `UmmMergeConfig` or `RewardConfig`, left as it is; by default one that saves to `<model>-Merge`. A
+            RewardConfig with RewardConfig's default learning rate gets that of `UmmMergeConfig`.
         rest: further positional arguments of `RewardTrainer`.
         merge_config: lambda, start and granularity of alpha; the default is `MergeConfig()`.
         statistics: measured routing statistics for `alpha_init="routing"`.
@@ -46,6 +65,9 @@ class UmmMergeTrainer(UmmTrainer):
         TypeError: the model is dense or wrapped by PEFT.
         ValueError: `merge_config` differs from that of a model already in its merge phase; `peft_config` is given; an
             optimizer is given before alpha exists; `statistics` is given without `alpha_init="routing"`.
+
+    Warns:
+        UserWarning: a learning rate that nobody set was replaced by the merge phase's own.
     """
 
     _name = "UMM-RM merge"
@@ -79,9 +101,12 @@ class UmmMergeTrainer(UmmTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             on_cpu = not torch.accelerator.is_available()  # TRL's default, bf16, is refused there unless asked for
-            args = RewardConfig(f"{Path(name).name}-Merge", learning_rate=LEARNING_RATE, use_cpu=on_cpu)
+            args = UmmMergeConfig(f"{Path(name).name}-Merge", use_cpu=on_cpu)
+        call = inspect.signature(RewardTrainer.__init__).bind_partial(self, model, args, *rest, **kwargs).arguments
+        if call.get("optimizers", (None,))[0] is None and call.get("optimizer_cls_and_kwargs") is None:
+            args = _with_a_rate_for_alpha(args)
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
-        if phase_of(self.model) == "mixture":
+        if phase_of(self._network) == "mixture":
             if self.optimizer is not None:
                 raise ValueError(
                     "`optimizers` must not be given with a model of the mixture phase, which has no alpha yet; "
@@ -90,8 +115,8 @@ class UmmMergeTrainer(UmmTrainer):
                 )
             if measured and statistics is None:
                 statistics = self._measured_statistics(statistics_batches)
-            prepare_merge(self.model, merge_config, statistics)
-        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self.model).items())}
+            prepare_merge(self._network, merge_config, statistics)
+        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self._network).items())}
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)
@@ -100,28 +125,29 @@ class UmmMergeTrainer(UmmTrainer):
             if phase is not None:
                 remedy = "fold its adapters first: model.merge_and_unload()"
             raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
-        if phase == "merging" and self._merge_config not in (None, model.config.merge_config):
+        share = merge_share(model)
+        if share is not None and self._merge_config not in (None, share.merge_config):
             raise ValueError(
                 f"`merge_config` must be that of the model, which is in its merge phase already with "
-                f"{model.config.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
+                f"{share.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
                 "the model of the mixture phase."
             )
 
     @torch.no_grad()
     def _measured_statistics(self, batches: int) -> RoutingStatistics:
         size = self.args.per_device_train_batch_size
-        data = self.train_dataset
+        model, data = self._network, cast(Any, self.train_dataset)
         if hasattr(data, "__len__"):
             data = Subset(data, range(min(len(data), batches * size)))
         loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
-        training = self.model.training
-        self.model.eval()
-        with record_routing_statistics(self.model) as statistics:
+        training = model.training
+        model.eval()
+        with record_routing_statistics(model) as statistics:
             for _, batch in zip(range(batches), loader, strict=False):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
-                self.model(**batch)
-        self.model.train(training)
+                model(**batch)
+        model.train(training)
         return statistics
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -129,23 +155,24 @@ class UmmMergeTrainer(UmmTrainer):
         return []
 
     def _phase_metrics(self, mode: str) -> dict[str, float]:
-        layers, metrics, first = {}, {}, None
+        layers: dict[str, dict[str, float]] = {}
+        metrics: dict[str, float] = {}
         with torch.no_grad():
             for label, ffn in self._alpha.items():
-                first = ffn.coefficients() if first is None else first
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
                 names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
-                shares = rows.softmax(-1)
+                shares = rows.softmax(-1).tolist()
                 layers[label] = {
                     "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
-                    "max_merge_share": shares.max().item(),
+                    "max_merge_share": max(max(row) for row in shares),
                 }
                 if self.log_layers and mode == "train":
                     for name, row in zip(names, rows.tolist(), strict=True):
                         metrics |= {f"alpha/{label}/{name}expert_{e}": value for e, value in enumerate(row)}
-            shared = next(iter(self._alpha.values())).config.num_shared_experts
-            return {"lambda": first[0, :shared].sum().item()} | averaged(layers, self.log_layers) | metrics
+            first = next(iter(self._alpha.values()))
+            share = first.coefficients()[0, : first.config.num_shared_experts].sum().item()
+        return {"lambda": share} | averaged(layers, self.log_layers) | metrics
 
     def merge(self):
         """The merged, stock model with the weights learned so far; its card says how this training went."""
@@ -155,4 +182,22 @@ class UmmMergeTrainer(UmmTrainer):
         """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
         if self.is_world_process_zero():
             self.merge().save_pretrained(save_directory)
+            assert self.processing_class is not None  # RewardTrainer makes one from the model's name
             self.processing_class.save_pretrained(save_directory)
+
+
+def _with_a_rate_for_alpha(args: RewardConfig) -> RewardConfig:
+    """`args`, or a copy with the merge phase's learning rate where its own is the one that RewardConfig has unasked."""
+    default = next(f.default for f in fields(RewardConfig) if f.name == "learning_rate")
+    if isinstance(args, UmmMergeConfig) or args.learning_rate != default:
+        return args
+    if args.process_index == 0:
+        warnings.warn(
+            f"`args` has RewardConfig's default learning rate, {default:g}, at which alpha stays where it starts; the "
+            f"merge phase's own, {LEARNING_RATE:g}, is used instead. Set another one in RewardConfig, or insist with "
+            f"UmmMergeConfig(learning_rate={default:g}).",
+            stacklevel=3,
+        )
+    args = copy.copy(args)
+    args.learning_rate = LEARNING_RATE
+    return args

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..nn.device_sum import DeviceSum, read_all, widest
 from ..nn.losses import RoutingReport
 
 
@@ -20,24 +22,18 @@ def layer_label(name: str, ordinal: int) -> str:
 class RoutingMetrics:
     """Routing of the batches since the last `flush`, layer by layer, weighted by live tokens."""
 
+    _MEANS = ("aux_loss", "load_balancing_loss", "z_loss", "shared_weight")
+
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._sums: dict[str, DeviceSum] = {}
 
     def add(self, reports: dict[str, RoutingReport]) -> None:
         """Counts one batch's reports (already summed over processes)."""
         for name, report in reports.items():
-            live = report.live_tokens
-            quantities = {
-                "aux_loss": report.loss.detach() * live,
-                "load_balancing_loss": report.load_balancing * live,
-                "z_loss": report.z * live,
-                "shared_weight": report.shared_weight * live,
-                "fractions": report.fractions * live,
-                "live": live,
-            }
-            sums = self._sums.setdefault(name, {})
-            for key, value in quantities.items():
-                sums[key] = sums[key] + value if key in sums else value
+            live = report.live_tokens.to(widest(report.live_tokens.device))
+            means = torch.stack([report.loss.detach(), report.load_balancing, report.z, report.shared_weight])
+            values = torch.cat([means.to(live), report.fractions.to(live), torch.ones_like(live)[None]]) * live
+            self._sums.setdefault(name, DeviceSum()).add(values)
 
     def flush(self, per_layer: bool) -> dict[str, float]:
         """Means since the last flush, over layers and, if asked for, of each layer; empty if there was no batch.
@@ -46,12 +42,12 @@ class RoutingMetrics:
         of the shares divided by log E (1 when balanced, and for one expert).
         """
         layers = {}
-        for ordinal, (name, sums) in enumerate(self._sums.items()):
-            live = sums["live"].clamp_min(1)
-            shares = (sums["fractions"] / live).cpu()
-            values = {key: (sums[key] / live).item() for key in sums if key not in ("fractions", "live")}
-            values["max_expert_share"] = shares.max().item()
-            values["expert_entropy"] = normalized_entropy(shares)
+        for ordinal, (name, sums) in enumerate(zip(self._sums, read_all(list(self._sums.values())), strict=True)):
+            *totals, live = sums
+            means = [total / max(live, 1.0) for total in totals]
+            shares = means[len(self._MEANS) :]
+            values = dict(zip(self._MEANS, means, strict=False))
+            values |= {"max_expert_share": max(shares), "expert_entropy": normalized_entropy(shares)}
             layers[layer_label(name, ordinal)] = values
         self._sums.clear()
         return averaged(layers, per_layer)
@@ -61,26 +57,27 @@ class RewardSpread:
     """Standard deviation of the rewards since the last `flush`, over all processes."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = DeviceSum()  # how many, their sum, the sum of their squares
 
     def add(self, rewards: Tensor) -> None:
         """Counts one batch's rewards, any shape."""
-        rewards = rewards.detach().float().cpu().double()
-        self._sums += torch.stack([torch.tensor(rewards.numel()).double(), rewards.sum(), rewards.square().sum()])
+        rewards = rewards.detach().to(widest(rewards.device))
+        count = torch.full_like(rewards.sum(), rewards.numel())
+        self._sums.add(torch.stack([count, rewards.sum(), rewards.square().sum()]))
 
     def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`std_reward`, the population standard deviation; empty if there was no batch."""
-        count, total, squares = reduce(self._sums).tolist()
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        sums = self._sums.value()
+        self._sums = DeviceSum()
+        count, total, squares = reduce(torch.zeros(3, dtype=torch.float64) if sums is None else sums).tolist()
         return {"std_reward": max(squares / count - (total / count) ** 2, 0.0) ** 0.5} if count else {}
 
 
-def normalized_entropy(shares: Tensor) -> float:
-    """Entropy of non-negative shares [E] that sum to one, divided by log E: 1 when even, 0 when one has all."""
-    if shares.numel() == 1:
+def normalized_entropy(shares: Sequence[float]) -> float:
+    """Entropy of E non-negative shares that sum to one, divided by log E: 1 when even, 0 when one has all."""
+    if len(shares) == 1:
         return 1.0
-    entropy = -torch.special.xlogy(shares, shares).sum() / torch.tensor(float(shares.numel())).log()
-    return entropy.item() + 0.0
+    return -sum(share * math.log(share) for share in shares if share != 0) / math.log(len(shares)) + 0.0
 
 
 def averaged(layers: dict[str, dict[str, float]], per_layer: bool) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses and the experts' statistics."""
+"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses, and routing in the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .metrics import RoutingMetrics
 
 
 class UmmRewardTrainer(UmmTrainer):
-    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, routing statistics logged.
+    """`trl.RewardTrainer` for an upcycled model: auxiliary losses added and logged, routing logged.
 
     Takes every argument and data format of `RewardTrainer` (prompts implicit or explicit, conversations, tokenised
     pairs, `margin`, `center_rewards_coefficient`, `peft_config`, ...). The loss is TRL's plus the weighted auxiliary
@@ -60,8 +60,8 @@ class UmmRewardTrainer(UmmTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
         if len(batches) > 1:
-            counts = sum(_tokens(batch).to(device) for batch in batches)
-            self._step_tokens = self.accelerator.reduce(counts.float(), "sum")
+            counts = torch.stack([_tokens(batch).to(device) for batch in batches])
+            self._step_tokens = self.accelerator.reduce(counts.sum().float(), "sum")
         return batches, num_items
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
