@@ -11,7 +11,11 @@ bf16 or fp16; statistics and gate weights are fp32, or fp64 beside fp64 inputs. 
 
 Every function raises, naming the argument, what it expected, what came and the remedy: ValueError for shapes, devices
 and settings, TypeError for dtypes, IndexError for an index out of range (on CUDA only under `ummrm.check(True)`). NaN
-propagates and never raises. Gradients are differentiable once; `reference.py` serves higher derivatives.
+propagates and never raises.
+
+Kernels compute first derivatives. Where a gradient is to be differentiated again (`create_graph=True`, `torch.func`) or
+comes in batches (`is_grads_batched`), `reference.py` computes it instead: right to any order, dense over all experts
+and so slower, and its values may differ from the kernels' in the order of sums.
 """
 
 from __future__ import annotations
