@@ -91,7 +91,7 @@ def test_graph_of_a_whole_layer(device, shape):
     t, h, i, e, k, s = SHAPES[shape]
 
     def layer(x, router, **experts):
-        routing = ops.route(x.float() @ router.T, k)
+        routing = ops.route(x.float() @ router.T, top_k=k)
         return [ops.moe_ffn(x, *routing[:3], **experts), routing.mean_prob, routing.mean_z]
 
     def arguments():

@@ -205,10 +205,10 @@ def test_learned_noise_starts_at_the_papers_standard_deviation():
     config = UpcycleConfig(num_experts=6, num_experts_per_tok=2, router_noise="learned", router_init_std=0.0)
     router = Router(HIDDEN, config)
     captured = []
-    original = ummrm.router.ops.route
+    original = ummrm.nn.router.ops.route
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ummrm.router.ops, "route", lambda logits, *a, **k: captured.append(logits) or original(logits, *a, **k)
+            ummrm.nn.router.ops, "route", lambda logits, *a, **k: captured.append(logits) or original(logits, *a, **k)
         )
         router(torch.randn(4000, HIDDEN))
     assert captured[0].std().item() == pytest.approx(math.log(2) + 0.01, rel=0.03)

@@ -35,7 +35,7 @@ def cases():
     merged = merged_inputs(T, H, INTERMEDIATE, E, S, dtype=torch.float64, requires_grad=False)
     experts = [floats(S, 3, **make)], [floats(E, 3, **make)]
     return {
-        "route": (lambda x: ops.route(x, K).routed_weights, floats(T, E, **make)),
+        "route": (lambda x: ops.route(x, top_k=K).routed_weights, floats(T, E, **make)),
         "permute": (lambda x: ops.permute(x, sorted_to_slot, offsets, K), floats(T, H, **make)),
         "unpermute": (
             lambda x: ops.unpermute(x, slot_to_sorted, offsets, shared, routed, S, K),
@@ -174,7 +174,7 @@ def test_autocast_of_the_other_operators():
         assert seen["x"] == half and all(seen[n] == torch.float32 for n in (*PARAMETERS, "coefficients"))
 
         logits = floats(T, E, dtype=half, requires_grad=True)
-        routing = ops.route(logits, K)
+        routing = ops.route(logits, top_k=K)
         assert mode.seen["route"]["logits"] == torch.float32 and routing.mean_prob.dtype == torch.float32
         assert torch.autograd.grad(routing.mean_z, logits)[0].dtype == half
         assert ops.activation(floats(2, 4)).dtype == torch.float32
@@ -276,7 +276,7 @@ def test_export():
                 self.register_buffer(name, self.arguments[name])
 
         def forward(self, x, logits):
-            routing = ops.route(logits, K)
+            routing = ops.route(logits, top_k=K)
             experts = {name: getattr(self, name) for name in PARAMETERS}
             return ops.moe_ffn(x, *routing[:3], **experts)
 

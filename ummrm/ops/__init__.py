@@ -44,9 +44,10 @@ _ops = torch.ops.ummrm
 
 def route(
     logits: Tensor,
-    top_k: int,
     mask: Tensor | None = None,
     clean_logits: Tensor | None = None,
+    *,
+    top_k: int,
     gate: str = "shared_complement",
     fixed_shared_weight: float = 0.5,
 ) -> RouteOutput:
@@ -63,9 +64,9 @@ def route(
 
     Args:
         logits: [T, E], float.
-        top_k: K, 1 to E.
         mask: bool [T], True for live tokens; None: all are live.
         clean_logits: float [T, E], what the statistics are taken from when `logits` carry router noise.
+        top_k: K, 1 to E.
         gate: `"shared_complement"` or `"fixed"`.
         fixed_shared_weight: the shared weight of `gate="fixed"`, 0 to 1.
 

@@ -104,7 +104,7 @@ class _Route(Function):
         ctx.settings = top_k, gate, fixed_shared_weight
         return tuple(out)
 
-    @_backward_of(lambda saved, settings: (_composite_route, (*saved[:3], *settings)))
+    @_backward_of(lambda saved, settings: (composite_route, (*saved[:3], *settings)))
     def backward(ctx, grad_shared, grad_routed, _indices, _counts, grad_prob, grad_z):
         grads = [g.contiguous() for g in (grad_shared, grad_routed, grad_prob, grad_z)]
         logits, clean = ops.route_backward(*grads, *ctx.saved_tensors, *ctx.settings[1:])
@@ -268,8 +268,10 @@ def _register(
     library.impl(name, composite, "FuncTorchBatched")
 
 
-def _composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
-    return tuple(reference.route(logits, top_k, mask, clean_logits, gate, fixed_shared_weight))
+def composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
+    """`reference.route` with the schema's arguments and results."""
+    settings = {"top_k": top_k, "gate": gate, "fixed_shared_weight": fixed_shared_weight}
+    return tuple(reference.route(logits, mask, clean_logits, **settings))
 
 
 def _merge_experts_flat(coefficients, n, *tensors):
@@ -286,7 +288,7 @@ def _apply_expert_gemm(function, *args):
 
 def register(library: torch.library.Library) -> None:
     """Registers every differentiable operator's autograd in `library`."""
-    _register(library, "route", _Route, _composite_route)
+    _register(library, "route", _Route, composite_route)
     _register(library, "permute", _Permute, reference.permute)
     _register(library, "unpermute", _Unpermute, reference.unpermute)
     _register(library, "expert_gemm", _ExpertGemm, reference.expert_gemm, _apply_expert_gemm)

@@ -54,9 +54,10 @@ def _live_rows(values: Tensor, live: Tensor) -> Tensor:
 
 def route(
     logits: Tensor,
-    top_k: int,
     mask: Tensor | None = None,
     clean_logits: Tensor | None = None,
+    *,
+    top_k: int,
     gate: str = "shared_complement",
     fixed_shared_weight: float = 0.5,
 ) -> RouteOutput:
