@@ -50,7 +50,7 @@ def all_inputs():
 
 
 def flat(name, arguments):
-    """`ops.<name>` as a function of its differentiable tensors alone, to its differentiable outputs; and those tensors."""
+    """`ops.<name>` as a function of its differentiable tensors alone, to its differentiable outputs, and those."""
     lists = {n: v for n, v in arguments.items() if isinstance(v, list)}
     names = [n for n, v in arguments.items() if n in lists or (isinstance(v, torch.Tensor) and v.requires_grad)]
 

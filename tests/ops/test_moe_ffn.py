@@ -308,7 +308,7 @@ GOOD = moe_inputs(5, 4, 3, 3, 2, 2, requires_grad=False)
         ({"x": torch.randn(5)}, ValueError, "x"),
         ({"x": torch.randn(5, 4, 1)}, ValueError, "x"),
         ({"x": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "x"),
-        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "shared_weight"),
+        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "x"),
         ({"shared_weight": torch.rand(4)}, ValueError, "shared_weight"),
         ({"shared_weight": torch.rand(5, 1)}, ValueError, "shared_weight"),
         ({"shared_weight": torch.rand(5).bfloat16()}, TypeError, "shared_weight"),

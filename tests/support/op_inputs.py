@@ -105,15 +105,33 @@ def assert_deterministic(function):
             assert torch.equal(a, b)
 
 
+def on_meta(value):
+    """Tensors, also in lists, on the meta device; everything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [on_meta(v) for v in value]
+    return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
+
+
 def assert_refused(name, good, override, error, *arguments):
     """`ops.<name>` with `override` over good arguments raises `error`, naming an argument, expectation and value.
 
-    Where two arguments disagree either may be named: give both.
+    Where two arguments disagree either may be named: give both. Meta tensors are refused alike, but for what is wrong
+    in an index's value.
     """
     op = getattr(ops, name)
     op(**good)
     with pytest.raises(error) as caught:
         op(**(good | override))
-    message = str(caught.value)
+    messages = [str(caught.value)]
+    if error is not IndexError and not any(getattr(v, "is_meta", False) for v in override.values()):
+        op(**{n: on_meta(v) for n, v in good.items()})
+        with pytest.raises(error) as caught:
+            op(**{n: on_meta(v) for n, v in (good | override).items()})
+        messages.append(str(caught.value))
+    for message in messages:
+        _assert_helpful(message, arguments)
+
+
+def _assert_helpful(message, arguments):
     assert any(f"`{argument}`" in message for argument in arguments), message
     assert message.startswith("ummrm.") and "must" in message and "got" in message and "; " in message, message

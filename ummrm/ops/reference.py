@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {
+# The activations that an expert may have, by the names that the kernels know them by.
+ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -296,7 +297,7 @@ def _stack_needed(
 
 
 def activation(pre_activation: Tensor, kind: str = "silu", glu: bool = True) -> Tensor:
-    z, act = pre_activation.to(accumulator(pre_activation)), _ACTIVATIONS[kind]
+    z, act = pre_activation.to(accumulator(pre_activation)), ACTIVATIONS[kind]
     if glu:
         gate, up = z.chunk(2, dim=-1)
         return (act(gate) * up).to(pre_activation.dtype)
@@ -324,11 +325,11 @@ def activation_backward(
     weighted = g if row_weights is None else g * row_weights.unsqueeze(-1)
     if glu:
         gate, up = z.chunk(2, dim=-1)
-        act = _ACTIVATIONS[kind](gate)
+        act = ACTIVATIONS[kind](gate)
         out = act * up
         grad_z = torch.cat([weighted * up * _activation_derivative(gate, kind), weighted * act], dim=-1)
     else:
-        out = _ACTIVATIONS[kind](z)
+        out = ACTIVATIONS[kind](z)
         grad_z = weighted * _activation_derivative(z, kind)
     if row_weights is None:
         return grad_z.to(dtype), grad.new_empty(0), g.new_empty(0)
