@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import NAMES, ODD, case
 from on_device import own
+from op_cases import NAMES, ODD, case
 from op_inputs import expert_indices, floats, moe_inputs
 from test_moe_ffn import NEED
 

@@ -5,8 +5,8 @@ The reference runs on the CPU in the same dtype as well: that is the plain torch
 
 import pytest
 import torch
-from cases import EVEN, NAMES, ODD, case
 from on_device import by_columns, interleaved, on
+from op_cases import EVEN, NAMES, ODD, case
 from op_inputs import expert_indices, floats, gate_dtype, gate_weights, moe_inputs
 from test_expert_gemm import gemm_inputs
 from test_merge_experts import merge_inputs

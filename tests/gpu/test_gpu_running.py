@@ -3,8 +3,8 @@ under torch.compile and autocast, and without touching their inputs."""
 
 import pytest
 import torch
-from cases import EVEN, NAMES, ODD, SHAPES, case
 from on_device import Capture, Step, assert_same_bits, late_stream, no_synchronisation, overwrite, own, tensors_in
+from op_cases import EVEN, NAMES, ODD, SHAPES, case
 from op_inputs import floats, moe_inputs
 
 from ummrm import ops

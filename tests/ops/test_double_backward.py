@@ -8,9 +8,9 @@ import functools
 
 import pytest
 import torch
-from op_inputs import expert_indices, floats, gate_weights, moe_inputs
+from op_cases import case
+from op_inputs import floats, moe_inputs
 from test_library import NAMES, cases
-from test_merged_ffn import merged_inputs
 
 from ummrm import ops
 from ummrm.ops import reference
@@ -19,53 +19,27 @@ T, H, INTERMEDIATE, E, K, S = 4, 3, 2, 3, 2, 2
 WIDE = {"dtype": torch.float64, "requires_grad": True}
 
 
-def all_inputs():
-    """name: (function, every argument by name, with all that may require a gradient requiring it)."""
-    indices = expert_indices(T, E, K, "some_dead")
-    slot_to_sorted, sorted_to_slot, offsets = ops.sort_slots(indices, E)
-    shared, routed = gate_weights(indices, torch.float64, requires_grad=True)
-    maps = {"expert_offsets": offsets, "top_k": K}
-    rows = {"slot_to_sorted": slot_to_sorted, "shared_weight": shared, "routed_weights": routed}
-    gemm = {"shared_proj": floats(S, 3, H, **WIDE), "routed_proj": floats(E, 3, H, **WIDE)}
-    biases = {"shared_bias": floats(S, 3, **WIDE), "routed_bias": floats(E, 3, **WIDE)}
-    experts = {"shared": [floats(S, 3, **WIDE)], "routed": [floats(E, 3, **WIDE)]}
-    noisy = {
-        "logits": floats(T, E, **WIDE),
-        "clean_logits": floats(T, E, **WIDE),
-        "mask": torch.tensor([1, 0, 1, 1]) > 0,
-    }
-    return {
-        "route": noisy | {"top_k": K},
-        "permute": maps | {"x": floats(T, H, **WIDE), "sorted_to_slot": sorted_to_slot},
-        "unpermute": maps | rows | {"rows": floats(S * T + T * K, H, **WIDE), "num_shared_experts": S},
-        "expert_gemm": gemm
-        | biases
-        | {"shared_rows": floats(T, H, **WIDE), "routed_rows": floats(T * K, H, **WIDE)}
-        | {"expert_offsets": offsets, "num_tokens": T},
-        "activation": {"pre_activation": floats(T, 6, **WIDE), "kind": "gelu_tanh"},
-        "merge_experts": experts | {"coefficients": torch.rand(1, S + E, **WIDE)},
-        "moe_ffn": moe_inputs(T, H, INTERMEDIATE, E, K, S, kind="some_dead", dtype=torch.float64),
-        "merged_ffn": merged_inputs(T, H, INTERMEDIATE, E, S, dtype=torch.float64),
-    }
+def flat(function, arguments):
+    """`function` of its differentiable tensors alone, to its differentiable outputs; and those tensors."""
+    leaves, structure = torch.utils._pytree.tree_flatten(arguments)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
-
-def flat(name, arguments):
-    """`ops.<name>` as a function of its differentiable tensors alone, to its differentiable outputs, and those."""
-    lists = {n: v for n, v in arguments.items() if isinstance(v, list)}
-    names = [n for n, v in arguments.items() if n in lists or (isinstance(v, torch.Tensor) and v.requires_grad)]
-
-    def function(*tensors):
-        given = {n: [t] if n in lists else t for n, t in zip(names, tensors, strict=True)}
-        out = getattr(ops, name)(**arguments | given)
+    def of_tensors(*tensors):
+        given = dict(zip(at, tensors, strict=True))
+        mixed = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        out = function(**torch.utils._pytree.tree_unflatten(mixed, structure))
         return tuple(o for o in (out if isinstance(out, (tuple, list)) else (out,)) if o.is_floating_point())
 
-    return function, [arguments[n][0] if n in lists else arguments[n] for n in names]
+    return of_tensors, [leaves[i] for i in at]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradgradcheck(backend, name):
     """Every second derivative, in fp64: each input with each other, and with the incoming gradient."""
-    function, tensors = flat(name, all_inputs()[name])
+    op, arguments = case(name, (T, H, INTERMEDIATE, E, K, S), torch.float64)
+    if name == "route":
+        arguments["clean_logits"] = floats(T, E, **WIDE)
+    function, tensors = flat(op, arguments)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 

@@ -15,6 +15,8 @@ def floats(*shape, dtype=torch.float32, requires_grad=False, scale=1.0):
 def expert_indices(num_tokens, num_experts, top_k, kind="random"):
     """int32 [T, K], distinct in each row. Kinds: random; first (experts 0..K-1 only); hole (none to expert 0 if K < E);
     some_dead and all_dead (rows of -1)."""
+    if num_experts == 0:
+        return torch.full((num_tokens, top_k), -1, dtype=torch.int32)
     scores = torch.rand(num_tokens, num_experts)
     if kind == "first":
         scores = -torch.arange(num_experts, dtype=torch.float32).expand(num_tokens, -1)
@@ -46,12 +48,13 @@ def gate_dtype(dtype):
 def expert_parameters(h, i, e, s, glu=True, biases=True, dtype=torch.float32, requires_grad=True):
     """The eight parameter arguments of `moe_ffn` and `merged_ffn`; all experts distinct."""
     up = 2 * i if glu else i
+    up_scale, down_scale = max(h, 1) ** -0.5, max(i, 1) ** -0.5
     make = {"dtype": dtype, "requires_grad": requires_grad}
     parameters = {
-        "shared_up": floats(s, up, h, scale=h**-0.5, **make),
-        "routed_up": floats(e, up, h, scale=h**-0.5, **make),
-        "shared_down": floats(s, h, i, scale=i**-0.5, **make),
-        "routed_down": floats(e, h, i, scale=i**-0.5, **make),
+        "shared_up": floats(s, up, h, scale=up_scale, **make),
+        "routed_up": floats(e, up, h, scale=up_scale, **make),
+        "shared_down": floats(s, h, i, scale=down_scale, **make),
+        "routed_down": floats(e, h, i, scale=down_scale, **make),
     }
     if biases:
         parameters |= {

@@ -200,7 +200,7 @@ def unpermute_backward(
     if routed_weights is not None:
         grad_routed_weights = torch.where(live, (g.unsqueeze(1) * routed.to(acc)).sum(-1), 0.0)
         grad_slots = grad_slots * routed_weights.unsqueeze(-1)
-    grad_slots = torch.where(live.unsqueeze(-1), grad_slots, 0.0).reshape(-1, hidden)
+    grad_slots = torch.where(live.unsqueeze(-1), grad_slots, 0.0).reshape(num_tokens * top_k, hidden)
     grad_sorted = torch.zeros_like(grad_slots).index_copy(0, slot_to_sorted.long(), grad_slots)
     grad_rows = torch.cat([grad_shared.repeat(num_shared_experts, 1), grad_sorted]).to(rows.dtype)
     return grad_rows, grad_shared_weight, grad_routed_weights
@@ -339,7 +339,7 @@ def activation_backward(
 def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tensor) -> list[Tensor]:
     merged = []
     for s, r, c in zip(shared, routed, coefficients, strict=True):
-        total = torch.zeros_like(r[0], dtype=accumulator(r))
+        total = r.new_zeros(r.shape[1:], dtype=accumulator(r))
         for weight, coefficient in zip([*s, *r], c, strict=True):
             total = total + coefficient * weight.to(total.dtype)
         merged.append(total.to(r.dtype))
