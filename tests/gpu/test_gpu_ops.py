@@ -19,7 +19,7 @@ from ummrm.ops import reference
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("random", "first", "hole", "some_dead", "all_dead")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 raw = torch.ops.ummrm
 

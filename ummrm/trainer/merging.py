@@ -11,13 +11,13 @@ from trl import RewardConfig
 
 from ..config import MergeConfig
 from ..merge import merge, prepare_merge
+from ..nn.dense import PROJECTIONS
 from ..nn.merging_ffn import merging_ffns
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
 from .metrics import averaged, layer_label, normalized_entropy
 
 LEARNING_RATE = 5e-2  # of alpha where no RewardConfig is given; its default, 1e-4, would leave alpha where it starts
-_PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
 
 
 class UmmMergeTrainer(UmmTrainer):
@@ -135,7 +135,7 @@ class UmmMergeTrainer(UmmTrainer):
                 first = ffn.coefficients() if first is None else first
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
-                names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
+                names = [f"{p}/" for p in PROJECTIONS[-len(rows) :]] if alpha.dim() == 2 else [""]
                 shares = rows.softmax(-1)
                 layers[label] = {
                     "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
