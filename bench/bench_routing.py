@@ -11,7 +11,7 @@ from .workload import router_logits
 
 
 def ours(logits, top_k):
-    return ops.route(logits, top_k)
+    return ops.route(logits, top_k=top_k)
 
 
 @pytest.mark.parametrize("label", ["ummrm", "torch eager"])
@@ -34,7 +34,7 @@ def bench_route_and_sort(contest, device, layer, label):
         return {"logits": router_logits(layer, device)}
 
     def both(logits):
-        routing = ops.route(logits, layer.k)
+        routing = ops.route(logits, top_k=layer.k)
         return [*routing, *ops.sort_slots(routing.expert_indices, layer.e)]
 
     def eager(logits):

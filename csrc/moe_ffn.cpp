@@ -85,7 +85,7 @@ Tensor shared_gate_grad(const Tensor& dots, const Tensor& wide_grad, const Optio
 Tensor routed_gate_grad(const Tensor& dots, const Tensor& slot_to_sorted, const Tensor& expert_indices,
                         const Tensor& wide_grad, const OptionalTensor& bias, const Sizes& n) {
   const Tensor of_slots = dots.slice(0, n.shared_rows()).index_select(0, slot_to_sorted).view({n.tokens, n.top_k});
-  if (!bias.has_value()) return of_slots;
+  if (!bias.has_value() || n.num_experts == 0) return of_slots;  // no expert, no index that gather could take
   const Tensor from_bias = bias_dots(wide_grad, *bias).gather(1, expert_indices.clamp_min(0).to(at::kLong));
   return of_slots + from_bias.masked_fill(expert_indices.lt(0), 0);
 }

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ummrm.nn.dense import ACTIVATIONS
 from ummrm.nn.experts import Experts
 from ummrm.nn.losses import preference_loss
 from ummrm.nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
+from ummrm.ops.reference import ACTIVATIONS
 
 from ..tasks import PreferencePairs, Sequences
 

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ummrm.nn.dense import PROJECTIONS
+
 from ..figures import FONT, legend_below
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def alpha(result: RecipeResult) -> Figure:
         per_projection = result.config.merge.alpha_per == "projection"
         for i, row in enumerate(routed if per_projection else routed[:1]):
             rows.append(row)
-            labels.append(f"{label} {_projections(len(routed))[i]}" if per_projection else label)
+            labels.append(f"{label} {PROJECTIONS[-len(routed) :][i]}" if per_projection else label)
     weights = np.array(rows)
     uniform = 1 / weights.shape[1]
     figure = Figure(figsize=(max(6.4, 2.2 + 0.75 * weights.shape[1]), 1.9 + 0.5 * len(labels)), layout="constrained")
@@ -207,7 +209,3 @@ def _layer_labels(names: list[str]) -> list[str]:
         number = next((part for part in name.split(".") if part.isdigit()), None)
         labels.append(name if number is None else f"layer {number}")
     return labels if len(set(labels)) == len(labels) else names
-
-
-def _projections(count: int) -> tuple[str, ...]:
-    return ("gate", "up", "down") if count == 3 else ("up", "down")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import NAMES, ODD, case
 from on_device import own
+from op_cases import NAMES, ODD, case
 from op_inputs import expert_indices, floats, moe_inputs
 from test_moe_ffn import NEED
 
@@ -46,8 +46,8 @@ def test_double_precision_is_refused(device, name):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda d: ops.route(torch.randn(5, 257, device=d), 2), "256"),
-        (lambda d: ops.route(torch.randn(5, 20, device=d), 17), "16"),
+        (lambda d: ops.route(torch.randn(5, 257, device=d), top_k=2), "256"),
+        (lambda d: ops.route(torch.randn(5, 20, device=d), top_k=17), "16"),
         (lambda d: ops.sort_slots(torch.zeros(5, 2, dtype=torch.int32, device=d), 257), "256"),
     ],
 )

@@ -5,8 +5,8 @@ The reference runs on the CPU in the same dtype as well: that is the plain torch
 
 import pytest
 import torch
-from cases import EVEN, NAMES, ODD, case
 from on_device import by_columns, interleaved, on
+from op_cases import EVEN, NAMES, ODD, case
 from op_inputs import expert_indices, floats, gate_dtype, gate_weights, moe_inputs
 from test_expert_gemm import gemm_inputs
 from test_merge_experts import merge_inputs
@@ -19,7 +19,7 @@ from ummrm.ops import reference
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("random", "first", "hole", "some_dead", "all_dead")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 raw = torch.ops.ummrm
 
@@ -81,15 +81,15 @@ def test_route_ties_and_nan(device):
     """Ties go to the lower index; NaN logits give NaN weights and valid, distinct indices, and do not spread."""
     ties = torch.randint(0, 3, (200, 9)).float()
     want = [sorted(range(9), key=lambda e: (-row[e], e))[:6] for row in ties.tolist()]
-    assert ops.route(ties.to(device), 6).expert_indices.tolist() == want
+    assert ops.route(ties.to(device), top_k=6).expert_indices.tolist() == want
     logits = floats(50, 5)
     logits[7, 3], logits[9] = float("nan"), -float("inf")
-    out = [o.cpu() for o in ops.route(logits.to(device), 3)]
+    out = [o.cpu() for o in ops.route(logits.to(device), top_k=3)]
     bad = torch.zeros(50, dtype=torch.bool)
     bad[7] = bad[9] = True
     assert torch.equal(out[0].isnan(), bad) and torch.equal(out[1].isnan().any(-1), bad)
     assert out[2][bad].tolist() == [[0, 1, 2]] * 2 and out[3].sum() == 150
-    masked = [o.cpu() for o in ops.route(logits.to(device), 3, (~bad).to(device))]
+    masked = [o.cpu() for o in ops.route(logits.to(device), (~bad).to(device), top_k=3)]
     assert all(o.isfinite().all() for o in masked) and masked[2][bad].eq(-1).all() and masked[3].sum() == 144
 
 

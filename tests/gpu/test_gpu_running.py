@@ -3,8 +3,8 @@ under torch.compile and autocast, and without touching their inputs."""
 
 import pytest
 import torch
-from cases import EVEN, NAMES, ODD, SHAPES, case
 from on_device import Capture, Step, assert_same_bits, late_stream, no_synchronisation, overwrite, own, tensors_in
+from op_cases import EVEN, NAMES, ODD, SHAPES, case
 from op_inputs import floats, moe_inputs
 
 from ummrm import ops
@@ -91,7 +91,7 @@ def test_graph_of_a_whole_layer(device, shape):
     t, h, i, e, k, s = SHAPES[shape]
 
     def layer(x, router, **experts):
-        routing = ops.route(x.float() @ router.T, k)
+        routing = ops.route(x.float() @ router.T, top_k=k)
         return [ops.moe_ffn(x, *routing[:3], **experts), routing.mean_prob, routing.mean_z]
 
     def arguments():

@@ -23,6 +23,7 @@ from ummrm.config import GATES
 from ummrm.hf.families import FAMILIES, HF_ACTIVATIONS
 from ummrm.hf.modeling import stock_classes, umm_class
 from ummrm.nn.upcycled_ffn import upcycled_ffns
+from ummrm.ops.reference import ACTIVATIONS
 
 CASES = [(family.model_type, stock) for family in FAMILIES.values() for stock in stock_classes(family)]
 IDS = [stock.__name__ for _, stock in CASES]
@@ -96,6 +97,10 @@ def test_upcycled_logits_equal_the_dense_ones(model_type, gate, top_k, num_share
 def test_upcycled_logits_equal_the_dense_ones_in_other_settings(model_type, setting):
     dense = tiny_model(model_type)
     assert_equal_outputs(ummrm.upcycle(dense, setting, copy=True), dense, padded_batch())
+
+
+def test_transformers_names_cover_every_activation_and_no_other():
+    assert set(HF_ACTIVATIONS.values()) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name", HF_ACTIVATIONS)

@@ -217,3 +217,21 @@ def test_generation_with_a_cache_equals_generation_without():
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = moe.generate(**batch, use_cache=True, **kwargs)
     assert torch.equal(cached, moe.generate(**batch, use_cache=False, **kwargs))
+
+
+def test_a_gradient_penalty_is_the_dense_models():
+    """A new mixture computes what the dense model does, so its second derivatives are the dense model's as well."""
+    dense, batch = tiny_model("llama").double(), padded_batch()
+    dense.set_attn_implementation("eager")  # torch's fused attention has no second derivative
+    embeddings = dense.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.input_layernorm.weight", "score.weight"]
+
+    def penalty(model):
+        reward = model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits.sum()
+        (gradient,) = torch.autograd.grad(reward, embeddings, create_graph=True)
+        value, parameters = gradient.square().sum(), dict(model.named_parameters())
+        return value, *torch.autograd.grad(value, [embeddings, *(parameters[n] for n in names)])
+
+    want = penalty(dense)
+    for got, expected in zip(penalty(ummrm.upcycle(dense, CONFIG)), want, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -7,8 +7,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ummrm import FFNPaths
-from ummrm.nn.dense import ACTIVATIONS, apply_ffn
+from ummrm.nn.dense import apply_ffn, register_transposed_linear
 from ummrm.nn.probe import find_paths, prove_paths
+from ummrm.ops.reference import ACTIVATIONS
 
 
 class Gated(nn.Module):
@@ -85,6 +86,20 @@ def test_fused_and_transposed_projections_are_recognised_and_written(name, gate_
     assert all(
         p.is_contiguous() and p.shape == q.shape for p, q in zip(target.parameters(), ffn.parameters(), strict=True)
     )
+
+
+def test_a_linear_map_is_known_once_it_is_registered(monkeypatch):
+    class Transposed(Conv1D):
+        pass
+
+    monkeypatch.setattr("ummrm.nn.dense._transposed", [])
+    ffn, paths = nn.Sequential(Transposed(18, 10), nn.SiLU(), nn.Linear(18, 10)), FFNPaths(up="0", down="2")
+    with pytest.raises(
+        ValueError, match="`up` must be the path of an nn.Linear .*got '0', a Transposed"
+    ):
+        paths.read(ffn)
+    register_transposed_linear(Transposed)
+    assert paths.read(ffn).spec.up_rows == 18
 
 
 class FunctionalDropout(Gated):

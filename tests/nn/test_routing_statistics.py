@@ -66,6 +66,6 @@ def test_recording_never_waits_for_the_device():
     logits, mask = torch.empty(9, 4, device="meta"), torch.empty(9, dtype=torch.bool, device="meta")
     with record_routing_statistics(model(num_experts=4, num_experts_per_tok=3)) as statistics:
         for _ in range(2):
-            statistics.add(NAMES[0], ops.route(logits, 3, mask=mask))
+            statistics.add(NAMES[0], ops.route(logits, mask, top_k=3))
     with pytest.raises(NotImplementedError):
         statistics.tokens  # noqa: B018  a view has to

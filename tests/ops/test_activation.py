@@ -9,7 +9,7 @@ from ummrm import ops
 from ummrm.ops import reference
 
 poisoned = pytest.mark.usefixtures("poisoned")
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+KINDS = tuple(reference.ACTIVATIONS)
 SIZES = [(1, 1), (3, 5), (17, 31), (65, 96), (2, 1030)]
 raw = torch.ops.ummrm
 

@@ -209,7 +209,7 @@ GOOD = merged_inputs(5, 4, 3, 3, 2, requires_grad=False)
         ({"x": torch.randn(5)}, ValueError, "x"),
         ({"x": torch.randn(5, 3)}, ValueError, "routed_up"),
         ({"x": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "x"),
-        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "coefficients"),
+        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "x"),
         ({"coefficients": torch.rand(2, 5)}, ValueError, "coefficients"),
         ({"coefficients": torch.rand(3, 4)}, ValueError, "coefficients"),
         ({"coefficients": torch.rand(5)}, ValueError, "coefficients"),

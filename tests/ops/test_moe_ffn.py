@@ -102,7 +102,7 @@ def test_gradcheck_with_the_router(gate, glu, s):
     router = floats(e, h, dtype=torch.float64, requires_grad=True, scale=2)
 
     def function(x, router, *tensors):
-        routing = ops.route(x @ router.T, k, mask, gate=gate, fixed_shared_weight=0.4)
+        routing = ops.route(x @ router.T, mask, top_k=k, gate=gate, fixed_shared_weight=0.4)
         out = ops.moe_ffn(x, *routing[:3], **dict(zip(names, tensors, strict=True)), glu=glu)
         return out, routing.mean_prob, routing.mean_z
 
@@ -117,7 +117,7 @@ def test_equal_experts_are_the_dense_ffn(backend):
     out_dense = ops.moe_ffn(x, torch.ones(20), torch.zeros(20, 1), torch.full((20, 1), -1, dtype=torch.int32), **dense)
     copies = {n: dense[n.replace("routed", "shared")].repeat(4 if "routed" in n else 1, *[1] * (v.dim() - 1))
               for n, v in dense.items()}  # fmt: skip
-    out = ops.moe_ffn(x, *ops.route(logits, 2)[:3], **copies)
+    out = ops.moe_ffn(x, *ops.route(logits, top_k=2)[:3], **copies)
     torch.testing.assert_close(out, out_dense, rtol=1e-5, atol=1e-5)
     (grad,) = torch.autograd.grad(out.square().sum(), logits)
     assert grad.abs().max() < 1e-3 * out.square().sum()
@@ -308,7 +308,7 @@ GOOD = moe_inputs(5, 4, 3, 3, 2, 2, requires_grad=False)
         ({"x": torch.randn(5)}, ValueError, "x"),
         ({"x": torch.randn(5, 4, 1)}, ValueError, "x"),
         ({"x": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "x"),
-        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "shared_weight"),
+        ({"x": torch.randn(5, 4, device="meta")}, ValueError, "x"),
         ({"shared_weight": torch.rand(4)}, ValueError, "shared_weight"),
         ({"shared_weight": torch.rand(5, 1)}, ValueError, "shared_weight"),
         ({"shared_weight": torch.rand(5).bfloat16()}, TypeError, "shared_weight"),

@@ -42,7 +42,7 @@ def test_route_gradcheck(backend, gate, clean):
     mask = torch.tensor([True, True, False, True])
 
     def differentiable(logits, clean_logits):
-        out = ops.route(logits, 3, mask, clean_logits, gate, 0.3)
+        out = ops.route(logits, mask, clean_logits, top_k=3, gate=gate, fixed_shared_weight=0.3)
         return out.shared_weight, out.routed_weights, out.mean_prob, out.mean_z
 
     assert torch.autograd.gradcheck(differentiable, (logits, clean_logits))
@@ -55,7 +55,7 @@ def test_reference_backward_is_the_derivative(gate, clean):
     logits = floats(9, 5, dtype=torch.float64, requires_grad=True)
     clean_logits = floats(9, 5, dtype=torch.float64, requires_grad=True) if clean else None
     mask = torch.rand(9) < 0.7
-    out = reference.route(logits, 3, mask, clean_logits, gate, 0.3)
+    out = reference.route(logits, mask, clean_logits, top_k=3, gate=gate, fixed_shared_weight=0.3)
     grads = [torch.randn_like(out[i]) for i in (0, 1, 4, 5)]
     loss = sum((out[i] * g).sum() for i, g in zip((0, 1, 4, 5), grads, strict=True))
     want = torch.autograd.grad(loss, [logits, clean_logits] if clean else [logits])
@@ -68,22 +68,22 @@ def test_reference_backward_is_the_derivative(gate, clean):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_go_to_the_lower_index(dtype):
     logits = torch.randint(0, 3, (200, 9)).to(dtype)
-    indices = ops.route(logits, 6).expert_indices
+    indices = ops.route(logits, top_k=6).expert_indices
     want = [sorted(range(9), key=lambda e: (-row[e], e))[:6] for row in logits.tolist()]
     assert indices.tolist() == want
-    assert ops.route(torch.zeros(3, 9, dtype=dtype), 9).expert_indices.tolist() == [list(range(9))] * 3
+    assert ops.route(torch.zeros(3, 9, dtype=dtype), top_k=9).expert_indices.tolist() == [list(range(9))] * 3
 
 
 def test_ranking_does_not_depend_on_the_rounding_of_exp():
     """Far from the largest, neighbouring floats have equal softmax, but they are no tie."""
     low = torch.tensor(-60.0)
     logits = torch.stack([torch.tensor(0.0), low, torch.nextafter(low, torch.tensor(0.0)), low]).unsqueeze(0)
-    assert ops.route(logits, 4).expert_indices.tolist() == [[0, 2, 1, 3]]
+    assert ops.route(logits, top_k=4).expert_indices.tolist() == [[0, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gate_weights_sum_to_one(gate):
-    out = ops.route(floats(50, 8, scale=4), 3, gate=gate, fixed_shared_weight=0.25)
+    out = ops.route(floats(50, 8, scale=4), top_k=3, gate=gate, fixed_shared_weight=0.25)
     torch.testing.assert_close(out.shared_weight + out.routed_weights.sum(-1), torch.ones(50))
     assert (out.routed_weights[:, :-1] >= out.routed_weights[:, 1:]).all()
 
@@ -91,8 +91,10 @@ def test_gate_weights_sum_to_one(gate):
 def test_single_choices():
     logits = floats(11, 4)
     p = logits.softmax(-1).amax(-1)
-    torch.testing.assert_close(ops.route(logits, 1).routed_weights[:, 0], p)  # K=1: p_(1), since softmax of one is 1
-    one = ops.route(floats(11, 1), 1)
+    torch.testing.assert_close(
+        ops.route(logits, top_k=1).routed_weights[:, 0], p
+    )  # K=1: p_(1), since softmax of one is 1
+    one = ops.route(floats(11, 1), top_k=1)
     assert (one.shared_weight == 0).all() and (one.routed_weights == 1).all()  # E=1: nothing left for the shared expert
 
 
@@ -102,7 +104,7 @@ def test_nan_rows(backend, bad):
     with torch.no_grad():
         logits[1, 3] = bad
         logits[2] = -float("inf")
-    out = ops.route(logits, 3)
+    out = ops.route(logits, top_k=3)
     assert out.shared_weight[1:3].isnan().all() and out.routed_weights[1:3].isnan().all()
     assert out.expert_indices[1:3].tolist() == [[0, 1, 2]] * 2
     assert out.shared_weight[[0, 3]].isfinite().all() and out.mean_prob.isnan().all() and not out.mean_z.isfinite()
@@ -117,10 +119,10 @@ def test_masked_nan_is_invisible(backend):
     with torch.no_grad():
         logits[1] = float("nan")
         logits[3, 0] = float("inf")
-    out = ops.route(logits, 2, mask)
+    out = ops.route(logits, mask, top_k=2)
     assert out.expert_indices[~mask].eq(-1).all() and out.routed_weights[~mask].eq(0).all()
     assert out.shared_weight[~mask].eq(1).all()
-    want = ops.route(logits[mask].detach(), 2)
+    want = ops.route(logits[mask].detach(), top_k=2)
     torch.testing.assert_close(out.mean_prob, want.mean_prob)
     torch.testing.assert_close(out.mean_z, want.mean_z)
     assert torch.equal(out.tokens_per_expert, want.tokens_per_expert)
@@ -131,14 +133,14 @@ def test_masked_nan_is_invisible(backend):
 
 
 def test_large_logits_do_not_overflow():
-    out = ops.route(torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]]), 2)
+    out = ops.route(torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]]), top_k=2)
     assert out.shared_weight[0] == 0 and out.expert_indices.tolist() == [[0, 2], [0, 1]]
     torch.testing.assert_close(out.shared_weight[1], torch.tensor(2 / 3))
 
 
 def test_route_without_tokens(backend):
     logits = torch.empty(0, 4, requires_grad=True)
-    out = ops.route(logits, 2, torch.empty(0, dtype=torch.bool))
+    out = ops.route(logits, torch.empty(0, dtype=torch.bool), top_k=2)
     assert [list(t.shape) for t in out] == [[0], [0, 2], [0, 2], [4], [4], []]
     assert out.tokens_per_expert.eq(0).all() and out.mean_prob.eq(0).all() and out.mean_z == 0
     (grad,) = torch.autograd.grad(out.mean_prob.sum() + out.mean_z, logits)
@@ -147,18 +149,18 @@ def test_route_without_tokens(backend):
 
 def test_route_strided_inputs(backend):
     logits, mask = floats(20, 6), torch.rand(20) < 0.6
-    want = ops.route(logits, 3, mask, logits * 2)
+    want = ops.route(logits, mask, logits * 2, top_k=3)
     views = strided(logits), strided(mask.unsqueeze(0))[0], strided(logits * 2)
-    for a, b in zip(want, ops.route(views[0], 3, *views[1:]), strict=True):
+    for a, b in zip(want, ops.route(*views, top_k=3), strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(want, ops.route(logits.T.contiguous().T, 3, mask, views[2]), strict=True):
+    for a, b in zip(want, ops.route(logits.T.contiguous().T, mask, views[2], top_k=3), strict=True):
         assert torch.equal(a, b)
 
 
 def test_route_does_not_change_its_inputs():
     logits, mask = floats(9, 6, requires_grad=True), torch.rand(9) < 0.5
     before = logits.detach().clone(), mask.clone()
-    torch.autograd.grad(ops.route(logits, 2, mask).shared_weight.sum(), logits)
+    torch.autograd.grad(ops.route(logits, mask, top_k=2).shared_weight.sum(), logits)
     assert torch.equal(logits, before[0]) and torch.equal(mask, before[1])
 
 
@@ -166,7 +168,7 @@ def test_route_is_deterministic():
     logits = floats(3000, 16, dtype=torch.bfloat16, requires_grad=True)
 
     def both():
-        out = ops.route(logits, 4, None)
+        out = ops.route(logits, top_k=4)
         loss = out.routed_weights.square().sum() + out.mean_prob.square().sum() + out.mean_z
         return [*out, *torch.autograd.grad(loss, logits)]
 
@@ -269,7 +271,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.ummrm.route.default, (logits, mask, None, 2, "shared_complement", 0.5))
     torch.library.opcheck(torch.ops.ummrm.route.default, (logits, None, clean, 2, "fixed", 0.5))
     torch.library.opcheck(torch.ops.ummrm.sort_slots.default, (expert_indices(6, 5, 2), 5))
-    out = ops.route(logits.detach(), 2, mask)
+    out = ops.route(logits.detach(), mask, top_k=2)
     grads = [torch.randn_like(out[i]) for i in (0, 1, 4, 5)]
     arguments = (*grads, logits.detach(), mask, None, out[2], out[3], "fixed", 0.5)
     torch.library.opcheck(torch.ops.ummrm.route_backward.default, arguments)
@@ -279,7 +281,7 @@ def test_compiled(compiled):
     logits, mask = floats(10, 5, requires_grad=True), torch.rand(10) < 0.7
 
     def function(logits):
-        out = ops.route(logits, 2, mask)
+        out = ops.route(logits, mask, top_k=2)
         slots = ops.sort_slots(out.expert_indices, 5)
         return out.routed_weights * 2, out.mean_prob, slots[0]
 

@@ -15,6 +15,8 @@ def floats(*shape, dtype=torch.float32, requires_grad=False, scale=1.0):
 def expert_indices(num_tokens, num_experts, top_k, kind="random"):
     """int32 [T, K], distinct in each row. Kinds: random; first (experts 0..K-1 only); hole (none to expert 0 if K < E);
     some_dead and all_dead (rows of -1)."""
+    if num_experts == 0:
+        return torch.full((num_tokens, top_k), -1, dtype=torch.int32)
     scores = torch.rand(num_tokens, num_experts)
     if kind == "first":
         scores = -torch.arange(num_experts, dtype=torch.float32).expand(num_tokens, -1)
@@ -46,12 +48,13 @@ def gate_dtype(dtype):
 def expert_parameters(h, i, e, s, glu=True, biases=True, dtype=torch.float32, requires_grad=True):
     """The eight parameter arguments of `moe_ffn` and `merged_ffn`; all experts distinct."""
     up = 2 * i if glu else i
+    up_scale, down_scale = max(h, 1) ** -0.5, max(i, 1) ** -0.5
     make = {"dtype": dtype, "requires_grad": requires_grad}
     parameters = {
-        "shared_up": floats(s, up, h, scale=h**-0.5, **make),
-        "routed_up": floats(e, up, h, scale=h**-0.5, **make),
-        "shared_down": floats(s, h, i, scale=i**-0.5, **make),
-        "routed_down": floats(e, h, i, scale=i**-0.5, **make),
+        "shared_up": floats(s, up, h, scale=up_scale, **make),
+        "routed_up": floats(e, up, h, scale=up_scale, **make),
+        "shared_down": floats(s, h, i, scale=down_scale, **make),
+        "routed_down": floats(e, h, i, scale=down_scale, **make),
     }
     if biases:
         parameters |= {
@@ -105,15 +108,33 @@ def assert_deterministic(function):
             assert torch.equal(a, b)
 
 
+def on_meta(value):
+    """Tensors, also in lists, on the meta device; everything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [on_meta(v) for v in value]
+    return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
+
+
 def assert_refused(name, good, override, error, *arguments):
     """`ops.<name>` with `override` over good arguments raises `error`, naming an argument, expectation and value.
 
-    Where two arguments disagree either may be named: give both.
+    Where two arguments disagree either may be named: give both. Meta tensors are refused alike, but for what is wrong
+    in an index's value.
     """
     op = getattr(ops, name)
     op(**good)
     with pytest.raises(error) as caught:
         op(**(good | override))
-    message = str(caught.value)
+    messages = [str(caught.value)]
+    if error is not IndexError and not any(getattr(v, "is_meta", False) for v in override.values()):
+        op(**{n: on_meta(v) for n, v in good.items()})
+        with pytest.raises(error) as caught:
+            op(**{n: on_meta(v) for n, v in (good | override).items()})
+        messages.append(str(caught.value))
+    for message in messages:
+        _assert_helpful(message, arguments)
+
+
+def _assert_helpful(message, arguments):
     assert any(f"`{argument}`" in message for argument in arguments), message
     assert message.startswith("ummrm.") and "must" in message and "got" in message and "; " in message, message

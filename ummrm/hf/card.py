@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..nn.dense import PROJECTIONS
+
 FILE = "README.md"
 _MARK = "<!-- card written by ummrm; remove this line to keep your own text at the next save -->"
-_PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
 
 
 def merged_card(
@@ -100,7 +101,7 @@ def _weights(coefficients: Mapping[str, Tensor], num_shared: int) -> str:
     columns = [f"shared {i}" for i in range(num_shared)] + [f"expert {i}" for i in range(num_routed)]
     rows = []
     for name, matrix in coefficients.items():
-        names = _PROJECTIONS[len(matrix)]
+        names = PROJECTIONS[-len(matrix) :]
         if (matrix == matrix[0]).all():
             names, matrix = ("",), matrix[:1]
         for projection, row in zip(names, matrix.tolist(), strict=True):

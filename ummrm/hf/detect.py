@@ -12,7 +12,7 @@ import warnings
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
-from ..nn.dense import LINEAR_KINDS, FFNPaths, Projection
+from ..nn.dense import FFNPaths, Projection, is_linear
 from ..nn.probe import find_paths
 from .families import FAMILIES, HF_ACTIVATIONS, Family
 from .modeling import register_family
@@ -82,7 +82,7 @@ def detect_family(dense: PreTrainedModel) -> Family:
         if type(layer.get_submodule(site)) is not type(layers[0].get_submodule(site)):
             _give_up(found, f"{site} is of another class in another layer")
     fields = [f for f in _ACTIVATION_FIELDS if HF_ACTIVATIONS.get(str(getattr(config, f, None))) == paths.activation]
-    below = {n: f"{site}.{getattr(paths, n)}" for n in ("gate", "up", "down") if getattr(paths, n) is not None}
+    below = {name: f"{site}.{path}" for name, path in paths.given.items()}
     found |= {"paths": FFNPaths(**below), "site": site}
     if len(fields) != 1:
         _give_up(found, f"the FFN computes {paths.activation}, and {len(fields)} config fields say so", activation="?")
@@ -100,7 +100,7 @@ def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
             refusals.append(f"{name}: {error}")
     if len(proven) == 1:
         return next(iter(proven.items()))
-    linears = {n: Projection(m) for n, m in layers[0].named_modules() if isinstance(m, LINEAR_KINDS)}
+    linears = {n: Projection(m) for n, m in layers[0].named_modules() if is_linear(m)}
     shapes = ", ".join(f"{n} ({p.in_features} to {p.out_features})" for n, p in linears.items()) or "none"
     what = f"{len(proven)} children of a {type(layers[0]).__name__} are provably FFNs"
     what += f" ({', '.join(proven)})" if proven else f"; its linear maps are: {shapes}"

@@ -87,8 +87,8 @@ class Family:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, FFNPaths):
-                paths = {n: getattr(value, n) for n in ("gate", "up", "down") if getattr(value, n)}
-                given.append(f"paths=FFNPaths({', '.join(f'{name}={path!r}' for name, path in paths.items())})")
+                paths = ", ".join(f"{name}={path!r}" for name, path in value.given.items())
+                given.append(f"paths=FFNPaths({paths})")
             elif value != field.default:
                 given.append(f"{field.name}={value!r}")
         return f"Family({', '.join(given)})"

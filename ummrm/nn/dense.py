@@ -12,18 +12,28 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
+from ..ops.reference import ACTIVATIONS
 
-LINEAR_KINDS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's: a linear map whose weight is stored as [in, out]
+PROJECTIONS = ("gate", "up", "down")  # of an FFN, in the order of their merge coefficients; a plain one has no gate
+
+_transposed: list[type[nn.Module]] = []  # linear maps whose weight is stored as [in, out]
 _PATH = re.compile(r"(?P<path>[^\[\]]*)(\[(?P<half>[01])\])?")
+
+
+def register_transposed_linear(kind: type[nn.Module]) -> None:
+    """Makes `kind` a linear map that an FFN may be made of: `weight` [in, out], `bias` [out] or None."""
+    if kind not in _transposed:
+        _transposed.append(kind)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, tuple(_transposed))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` can be a projection: an `nn.Linear`, or of a kind given to `register_transposed_linear`."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ class FFNSpec:
 
     @property
     def num_projections(self) -> int:
-        """Projections that merge coefficients can tell apart: gate, up, down or up, down."""
-        return 3 if self.glu else 2
+        """Projections that merge coefficients can tell apart: the last so many of `PROJECTIONS`."""
+        return len(PROJECTIONS) if self.glu else len(PROJECTIONS) - 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Projection:
     """One linear map of an FFN: a linear module, or one half of the outputs of a module that fuses two.
 
     Attributes:
-        module: an `nn.Linear`, or a `Conv1D` of transformers, which stores its weight transposed.
+        module: what `is_linear` says yes to.
         half: None for the whole module, 0 for the first half of its outputs, 1 for the second.
     """
 
@@ -76,7 +86,7 @@ class Projection:
     def weight(self) -> torch.Tensor:
         """[out, in], a view of the module's parameter."""
         weight = self.module.weight
-        return self._own(weight.t() if isinstance(self.module, Conv1D) else weight)
+        return self._own(weight.t() if _is_transposed(self.module) else weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -139,7 +149,7 @@ class DenseFFN:
 
     def projections(self) -> list[tuple[str, Projection]]:
         """(name, projection) in the order gate, up, down."""
-        named = [("gate", self.gate), ("up", self.up), ("down", self.down)]
+        named = [(name, getattr(self, name)) for name in PROJECTIONS]
         return [(name, linear) for name, linear in named if linear is not None]
 
     @property
@@ -177,7 +187,7 @@ class DenseFFN:
             for module in dict.fromkeys(projection.module for projection, _ in pairs):
                 own = sorted(((p.half or 0, t) for p, t in pairs if p.module is module), key=lambda pair: pair[0])
                 whole = torch.cat([tensor.detach() for _, tensor in own])
-                whole = whole.t() if kind == "weight" and isinstance(module, Conv1D) else whole
+                whole = whole.t() if kind == "weight" and _is_transposed(module) else whole
                 setattr(module, kind, nn.Parameter(whole.clone(memory_format=torch.contiguous_format)))
 
 
@@ -203,9 +213,14 @@ class FFNPaths:
     activation: str | None = None
 
     @property
+    def given(self) -> dict[str, str]:
+        """The projections that there are, by name, in the order gate, up, down."""
+        return {name: path for name in PROJECTIONS if (path := getattr(self, name))}
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The paths of the modules, each once: gate, up, down without their halves."""
-        return tuple(dict.fromkeys(path.partition("[")[0] for path in (self.gate, self.up, self.down) if path))
+        return tuple(dict.fromkeys(path.partition("[")[0] for path in self.given.values()))
 
     def read(self, module: nn.Module, activation: str | None = None) -> DenseFFN:
         """The FFN found at these paths below `module`.
@@ -213,7 +228,7 @@ class FFNPaths:
         Raises:
             ValueError: a path leads nowhere or not to a linear map; names the path and what was found.
         """
-        found = {name: _read(name, getattr(self, name), module) for name in ("gate", "up", "down")}
+        found = {name: _read(name, getattr(self, name), module) for name in PROJECTIONS}
         return DenseFFN(**found, activation=activation or self.activation or "silu")
 
 
@@ -230,7 +245,7 @@ def _read(name: str, written: str | None, module: nn.Module) -> Projection | Non
     except AttributeError:
         children = ", ".join(n for n, _ in module.named_modules() if n) or "none"
         raise ValueError(f"{expected}, which is not there; its submodules are: {children}.") from None
-    if not isinstance(linear, LINEAR_KINDS):
+    if not is_linear(linear):
         raise ValueError(f"{expected}, a {type(linear).__name__}.")
     projection = Projection(linear)
     if half is not None and projection.out_features % 2:

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .dense import ACTIVATIONS, LINEAR_KINDS, FFNPaths, Projection, apply_ffn
+from ..ops.reference import ACTIVATIONS
+from .dense import FFNPaths, Projection, apply_ffn, is_linear
 
 _PROBE_TOKENS = 16
 _PROBE_TOLERANCE = 1e-5  # relative; the closest pair, gelu and gelu_tanh, differ by about 1e-4 at unit pre-activations
@@ -24,7 +25,7 @@ def find_paths(module: nn.Module) -> FFNPaths:
 
     Args:
         module: maps [..., H] to [..., H] through two (plain, or gate and up fused) or three (gated) linear modules,
-            `nn.Linear` or transformers' `Conv1D`.
+            each a linear map by `dense.is_linear`.
 
     Returns:
         The paths of its projections and its activation.
@@ -37,7 +38,7 @@ def find_paths(module: nn.Module) -> FFNPaths:
     remedy = (
         "Name the layout: FFNPaths(gate=..., up=..., down=..., activation=...), or FFNPaths(up=..., down=..., ...)."
     )
-    linears = {name: Projection(m) for name, m in module.named_modules() if isinstance(m, LINEAR_KINDS)}
+    linears = {name: Projection(m) for name, m in module.named_modules() if is_linear(m)}
     shapes = ", ".join(f"{n}: {m.in_features} to {m.out_features}" for n, m in linears.items()) or "none"
     if len(linears) not in (2, 3):
         raise ValueError(

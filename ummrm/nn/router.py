@@ -108,9 +108,9 @@ class Router(nn.Module):
                 noisy = clean + torch.randn_like(clean) * std
             return ops.route(
                 noisy,
-                self.config.num_experts_per_tok,
                 mask=token_mask,
                 clean_logits=clean if noisy is not clean else None,
+                top_k=self.config.num_experts_per_tok,
                 gate=self.config.gate,
                 fixed_shared_weight=self.config.fixed_shared_weight,
             )

@@ -11,7 +11,11 @@ bf16 or fp16; statistics and gate weights are fp32, or fp64 beside fp64 inputs. 
 
 Every function raises, naming the argument, what it expected, what came and the remedy: ValueError for shapes, devices
 and settings, TypeError for dtypes, IndexError for an index out of range (on CUDA only under `ummrm.check(True)`). NaN
-propagates and never raises. Gradients are differentiable once; `reference.py` serves higher derivatives.
+propagates and never raises.
+
+Kernels compute first derivatives. Where a gradient is to be differentiated again (`create_graph=True`, `torch.func`) or
+comes in batches (`is_grads_batched`), `reference.py` computes it instead: right to any order, dense over all experts
+and so slower, and its values may differ from the kernels' in the order of sums.
 """
 
 from __future__ import annotations
@@ -40,9 +44,10 @@ _ops = torch.ops.ummrm
 
 def route(
     logits: Tensor,
-    top_k: int,
     mask: Tensor | None = None,
     clean_logits: Tensor | None = None,
+    *,
+    top_k: int,
     gate: str = "shared_complement",
     fixed_shared_weight: float = 0.5,
 ) -> RouteOutput:
@@ -59,9 +64,9 @@ def route(
 
     Args:
         logits: [T, E], float.
-        top_k: K, 1 to E.
         mask: bool [T], True for live tokens; None: all are live.
         clean_logits: float [T, E], what the statistics are taken from when `logits` carry router noise.
+        top_k: K, 1 to E.
         gate: `"shared_complement"` or `"fixed"`.
         fixed_shared_weight: the shared weight of `gate="fixed"`, 0 to 1.
 

@@ -3,11 +3,13 @@
 The key is registered directly because `torch.library.register_autograd` fails under `torch.func.grad` and is silently
 wrong under jvp. Where a `torch.func` transform or forward-mode AD is active, the plain-torch reference serves instead.
 Nodes save what their kernels need and compute only the gradients that are needed; without recording nothing is saved.
+A gradient that is itself recorded is the reference's, so that it can be differentiated again.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,35 +22,51 @@ from .reference import accumulator
 ops = torch.ops.ummrm
 
 
-class _RefuseDoubleBackward(Function):
-    """Identity on gradients whose own backward is the error; put in place when a backward is itself recorded."""
+def _by_reference(function: Callable, args: Sequence, grads: Sequence, need: Sequence[bool]) -> tuple:
+    """The gradients of `function(*args)`, plain torch, where `need` says so: differentiable again if recording is on.
 
-    @staticmethod
-    def forward(ctx, name, anchor, *grads):
-        ctx.name = name
-        return tuple(None if g is None else g.view_as(g) for g in grads)
+    Each argument becomes a view of its own: a gradient then does not run on through what one argument owes to another
+    (x to the gate weights that a router made of it), and neither does it mix two arguments that are one tensor.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        args = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in args]
+        out = function(*args)
+        pairs = zip(out if isinstance(out, (list, tuple)) else (out,), grads, strict=True)
+        pairs = [(o, g) for o, g in pairs if o.requires_grad]  # none, where the only expert that learns has no rows
+        inputs = [a for a, n in zip(args, need, strict=True) if n]
+        found = [torch.zeros_like(a) for a in inputs]
+        if pairs:
+            outputs, grads = zip(*pairs, strict=True)
+            settings = {"create_graph": again, "allow_unused": True, "materialize_grads": True}
+            found = torch.autograd.grad(outputs, inputs, grads, **settings)
+    left = iter(found)
+    return tuple(next(left) if n else None for n in need)
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"ummrm.{ctx.name} supports one backward, and its gradient was differentiated again. "
-            f"For higher derivatives call ummrm.ops.reference.{ctx.name}, which is plain torch."
-        )
+
+def _batched(grads: Sequence) -> bool:
+    """Whether `is_grads_batched` or vmap has put a batch into the gradients: their fallback knows no tensor lists."""
+    return _transforming() or any(
+        isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads
+    )
 
 
-def _backward_of(name: str):
-    """Decorates a Function's backward: run without recording, without autocast, and not differentiable again."""
+def _backward_of(reference_of: Callable):
+    """Decorates a Function's backward, which calls kernels: they run without autocast, and are not differentiable.
+
+    Where a gradient is to be differentiated again (`create_graph=True`: recording is on in backward) or is batched, it
+    is plain torch's instead: `reference_of(saved tensors, settings)` is the forward and its arguments. That makes it a
+    function of the inputs and of the incoming gradient, and no path of the second derivative is lost.
+    """
 
     def decorate(function):
         @functools.wraps(function)
         def backward(ctx, *grads):
             # Autocast may be on where the user calls backward(), and the forward has settled the dtypes.
-            with torch.no_grad(), torch._C._DisableAutocast():
-                out = function(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return out
-            anchor = torch.empty(0, requires_grad=True)
-            return _RefuseDoubleBackward.apply(name, anchor, *out)
+            with torch._C._DisableAutocast():
+                if torch.is_grad_enabled() or _batched(grads):
+                    return _by_reference(*reference_of(ctx.saved_tensors, ctx.settings), grads, ctx.needs_input_grad)
+                return function(ctx, *grads)
 
         return staticmethod(backward)
 
@@ -83,13 +101,13 @@ class _Route(Function):
         expert_indices, tokens_per_expert = out[2:4]
         ctx.mark_non_differentiable(expert_indices, tokens_per_expert)
         ctx.save_for_backward(logits, mask, clean_logits, expert_indices, tokens_per_expert)
-        ctx.gate = gate, fixed_shared_weight
+        ctx.settings = top_k, gate, fixed_shared_weight
         return tuple(out)
 
-    @_backward_of("route")
+    @_backward_of(lambda saved, settings: (composite_route, (*saved[:3], *settings)))
     def backward(ctx, grad_shared, grad_routed, _indices, _counts, grad_prob, grad_z):
         grads = [g.contiguous() for g in (grad_shared, grad_routed, grad_prob, grad_z)]
-        logits, clean = ops.route_backward(*grads, *ctx.saved_tensors, *ctx.gate)
+        logits, clean = ops.route_backward(*grads, *ctx.saved_tensors, *ctx.settings[1:])
         need = ctx.needs_input_grad
         return logits if need[0] else None, None, clean if need[2] else None, None, None, None
 
@@ -101,8 +119,8 @@ class _Permute(Function):
         ctx.top_k = top_k
         return _below(ops.permute, x, sorted_to_slot, expert_offsets, top_k)
 
-    @_backward_of("permute")
-    def backward(ctx, grad):
+    @staticmethod
+    def backward(ctx, grad):  # made of an operator that is differentiable itself, and needs no autocast
         sorted_to_slot, expert_offsets = ctx.saved_tensors
         rows = torch.arange(sorted_to_slot.numel(), dtype=torch.int32, device=grad.device)
         slot_to_sorted = torch.empty_like(rows).scatter_(0, sorted_to_slot.long(), rows)
@@ -114,12 +132,12 @@ class _Unpermute(Function):
     @staticmethod
     def forward(ctx, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes):
         ctx.save_for_backward(rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights)
-        ctx.sizes = sizes
+        ctx.settings = sizes
         return _below(ops.unpermute, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes)
 
-    @_backward_of("unpermute")
+    @_backward_of(lambda saved, settings: (reference.unpermute, (*saved, *settings)))
     def backward(ctx, grad):
-        rows, shared, routed = ops.unpermute_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        rows, shared, routed = ops.unpermute_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
         need = ctx.needs_input_grad
         return *_needed([rows], need[:1]), None, None, *_needed([shared, routed], need[3:5]), None, None
 
@@ -127,15 +145,15 @@ class _Unpermute(Function):
 class _ExpertGemm(Function):
     @staticmethod
     def forward(ctx, shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose):
-        ctx.save_for_backward(shared_rows, routed_rows, shared_proj, routed_proj, offsets)
-        ctx.sizes = num_tokens, transpose
+        ctx.save_for_backward(shared_rows, routed_rows, shared_proj, routed_proj, offsets, sb, rb)
+        ctx.settings = num_tokens, transpose
         args = (shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose)
         return _below(ops.expert_gemm, *args)
 
-    @_backward_of("expert_gemm")
+    @_backward_of(lambda saved, settings: (reference.expert_gemm, (*saved[:5], settings[0], *saved[5:], settings[1])))
     def backward(ctx, grad):
-        shared_rows, routed_rows, shared_proj, routed_proj, offsets = ctx.saved_tensors
-        (num_tokens, transpose), need = ctx.sizes, ctx.needs_input_grad
+        shared_rows, routed_rows, shared_proj, routed_proj, offsets = ctx.saved_tensors[:5]
+        (num_tokens, transpose), need = ctx.settings, ctx.needs_input_grad
         num_shared = shared_proj.shape[0]
         grads = grad.contiguous().tensor_split([num_shared * num_tokens])
         out: list[Tensor | None] = [None] * 9
@@ -158,26 +176,26 @@ class _Activation(Function):
     @staticmethod
     def forward(ctx, pre_activation, kind, glu):
         ctx.save_for_backward(pre_activation)
-        ctx.kind = kind, glu
+        ctx.settings = kind, glu
         return _below(ops.activation, pre_activation, kind, glu)
 
-    @_backward_of("activation")
+    @_backward_of(lambda saved, settings: (reference.activation, (*saved, *settings)))
     def backward(ctx, grad):
         (pre_activation,) = ctx.saved_tensors
-        return ops.activation_backward(grad.contiguous(), pre_activation, None, *ctx.kind)[0], None, None
+        return ops.activation_backward(grad.contiguous(), pre_activation, None, *ctx.settings)[0], None, None
 
 
 class _MergeExperts(Function):
     @staticmethod
     def forward(ctx, coefficients, n, *tensors):
         ctx.save_for_backward(coefficients, *tensors)
-        ctx.n = n
+        ctx.settings = n
         return tuple(_below(ops.merge_experts, list(tensors[:n]), list(tensors[n:]), coefficients))
 
-    @_backward_of("merge_experts")
+    @_backward_of(lambda saved, n: (_merge_experts_flat, (saved[0], n, *saved[1:])))
     def backward(ctx, *grads):
         coefficients, *tensors = ctx.saved_tensors
-        n, need = ctx.n, ctx.needs_input_grad
+        n, need = ctx.settings, ctx.needs_input_grad
         shared, routed, grads = tensors[:n], tensors[n:], [g.contiguous() for g in grads]
         dots = ops.merge_experts_dots(grads, shared, routed) if need[0] else None
 
@@ -197,13 +215,13 @@ class _MoeFfn(Function):
         *tensors, activation, glu = args
         out, *saved = _below(ops.moe_ffn_forward, *args)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.kind = activation, glu
+        ctx.settings = activation, glu
         return out
 
-    @_backward_of("moe_ffn")
+    @_backward_of(lambda saved, settings: (reference.moe_ffn, (*saved[:12], *settings)))
     def backward(ctx, grad):
         need = [n for i, n in enumerate(ctx.needs_input_grad[:12]) if i != 3]  # expert_indices has no gradient
-        grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.kind, need), need)
+        grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need)
         return *grads[:3], None, *grads[3:], None, None
 
 
@@ -213,14 +231,14 @@ class _MergedFfn(Function):
         *tensors, activation, glu = args
         out, pre_activation = _below(ops.merged_ffn_forward, *args)
         ctx.save_for_backward(*tensors, pre_activation)
-        ctx.kind = activation, glu
+        ctx.settings = activation, glu
         return out
 
-    @_backward_of("merged_ffn")
+    @_backward_of(lambda saved, settings: (reference.merged_ffn, (*saved[:10], *settings)))
     def backward(ctx, grad):
         need = list(ctx.needs_input_grad[:10])
         return (
-            *_needed(ops.merged_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.kind, need), need),
+            *_needed(ops.merged_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need),
             None,
             None,
         )
@@ -250,8 +268,14 @@ def _register(
     library.impl(name, composite, "FuncTorchBatched")
 
 
-def _composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
-    return tuple(reference.route(logits, top_k, mask, clean_logits, gate, fixed_shared_weight))
+def composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
+    """`reference.route` with the schema's arguments and results."""
+    settings = {"top_k": top_k, "gate": gate, "fixed_shared_weight": fixed_shared_weight}
+    return tuple(reference.route(logits, mask, clean_logits, **settings))
+
+
+def _merge_experts_flat(coefficients, n, *tensors):
+    return reference.merge_experts(list(tensors[:n]), list(tensors[n:]), coefficients)
 
 
 def _apply_merge_experts(function, shared, routed, coefficients):
@@ -264,7 +288,7 @@ def _apply_expert_gemm(function, *args):
 
 def register(library: torch.library.Library) -> None:
     """Registers every differentiable operator's autograd in `library`."""
-    _register(library, "route", _Route, _composite_route)
+    _register(library, "route", _Route, composite_route)
     _register(library, "permute", _Permute, reference.permute)
     _register(library, "unpermute", _Unpermute, reference.unpermute)
     _register(library, "expert_gemm", _ExpertGemm, reference.expert_gemm, _apply_expert_gemm)

@@ -20,10 +20,7 @@ from types import ModuleType
 import torch
 
 from . import library, reference
-
-
-def _reference_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
-    return tuple(reference.route(logits, top_k, mask, clean_logits, gate, fixed_shared_weight))
+from .autograd import composite_route
 
 
 def _reference_sort_slots(expert_indices, num_experts):
@@ -38,7 +35,7 @@ def _reference_sort_slots(expert_indices, num_experts):
 
 
 _REFERENCE_KERNELS = {
-    "route": _reference_route,
+    "route": composite_route,
     "sort_slots": _reference_sort_slots,
     **{
         name: getattr(reference, name)

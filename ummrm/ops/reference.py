@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {
+# The activations that an expert may have, by the names that the kernels know them by.
+ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -54,9 +55,10 @@ def _live_rows(values: Tensor, live: Tensor) -> Tensor:
 
 def route(
     logits: Tensor,
-    top_k: int,
     mask: Tensor | None = None,
     clean_logits: Tensor | None = None,
+    *,
+    top_k: int,
     gate: str = "shared_complement",
     fixed_shared_weight: float = 0.5,
 ) -> RouteOutput:
@@ -198,7 +200,7 @@ def unpermute_backward(
     if routed_weights is not None:
         grad_routed_weights = torch.where(live, (g.unsqueeze(1) * routed.to(acc)).sum(-1), 0.0)
         grad_slots = grad_slots * routed_weights.unsqueeze(-1)
-    grad_slots = torch.where(live.unsqueeze(-1), grad_slots, 0.0).reshape(-1, hidden)
+    grad_slots = torch.where(live.unsqueeze(-1), grad_slots, 0.0).reshape(num_tokens * top_k, hidden)
     grad_sorted = torch.zeros_like(grad_slots).index_copy(0, slot_to_sorted.long(), grad_slots)
     grad_rows = torch.cat([grad_shared.repeat(num_shared_experts, 1), grad_sorted]).to(rows.dtype)
     return grad_rows, grad_shared_weight, grad_routed_weights
@@ -295,7 +297,7 @@ def _stack_needed(
 
 
 def activation(pre_activation: Tensor, kind: str = "silu", glu: bool = True) -> Tensor:
-    z, act = pre_activation.to(accumulator(pre_activation)), _ACTIVATIONS[kind]
+    z, act = pre_activation.to(accumulator(pre_activation)), ACTIVATIONS[kind]
     if glu:
         gate, up = z.chunk(2, dim=-1)
         return (act(gate) * up).to(pre_activation.dtype)
@@ -323,11 +325,11 @@ def activation_backward(
     weighted = g if row_weights is None else g * row_weights.unsqueeze(-1)
     if glu:
         gate, up = z.chunk(2, dim=-1)
-        act = _ACTIVATIONS[kind](gate)
+        act = ACTIVATIONS[kind](gate)
         out = act * up
         grad_z = torch.cat([weighted * up * _activation_derivative(gate, kind), weighted * act], dim=-1)
     else:
-        out = _ACTIVATIONS[kind](z)
+        out = ACTIVATIONS[kind](z)
         grad_z = weighted * _activation_derivative(z, kind)
     if row_weights is None:
         return grad_z.to(dtype), grad.new_empty(0), g.new_empty(0)
@@ -337,7 +339,7 @@ def activation_backward(
 def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tensor) -> list[Tensor]:
     merged = []
     for s, r, c in zip(shared, routed, coefficients, strict=True):
-        total = torch.zeros_like(r[0], dtype=accumulator(r))
+        total = r.new_zeros(r.shape[1:], dtype=accumulator(r))
         for weight, coefficient in zip([*s, *r], c, strict=True):
             total = total + coefficient * weight.to(total.dtype)
         merged.append(total.to(r.dtype))

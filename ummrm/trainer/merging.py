@@ -17,6 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from ..config import MergeConfig
 from ..hf.merge_share import merge_share
 from ..merge import merge, prepare_merge
+from ..nn.dense import PROJECTIONS
 from ..nn.merging_ffn import merging_ffns
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
@@ -25,7 +26,6 @@ from .metrics import averaged, layer_label, normalized_entropy
 # What every study of the laboratory learns alpha with. Largest |alpha| of a tiny model after 20 steps: 0.36, after 100:
 # 1.5; at RewardConfig's 1e-4 0.0007 and 0.003.
 LEARNING_RATE = 5e-2
-_PROJECTIONS = {2: ("up", "down"), 3: ("gate", "up", "down")}
 
 
 @dataclass
@@ -161,8 +161,13 @@ class UmmMergeTrainer(UmmTrainer):
             for label, ffn in self._alpha.items():
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
+<<<<<<< HEAD
                 names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
                 shares = rows.softmax(-1).tolist()
+=======
+                names = [f"{p}/" for p in PROJECTIONS[-len(rows) :]] if alpha.dim() == 2 else [""]
+                shares = rows.softmax(-1)
+>>>>>>> opsb
                 layers[label] = {
                     "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
                     "max_merge_share": max(max(row) for row in shares),

@@ -7,8 +7,6 @@ from test_merge_experts import merge_inputs
 from test_merged_ffn import merged_inputs
 
 from ummrm import ops
-
-# T, H, I, E, K, S: sizes that divide nothing, sizes that vectors and matrix units take, and more than one block of each
 from ummrm.ops import reference
 
 # T, H, I, E, K, S: sizes that divide nothing, sizes that vectors and matrix units take, and more than one block of each
