@@ -8,7 +8,6 @@ transformers' Auto classes.
 from .config import MergeConfig, UpcycleConfig
 from .hf import experts_interface as _experts_interface
 from .hf.families import Family
-from .hf.modeling import register_family
 from .hf.normalization import (
     RewardNormalization,
     fold_reward_normalization,
@@ -17,6 +16,7 @@ from .hf.normalization import (
     score,
     set_reward_normalization,
 )
+from .hf.registry import register_family
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.dense import FFNPaths

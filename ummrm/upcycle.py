@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from .config import UpcycleConfig
 from .hf.detect import find_family
 from .hf.families import Family
-from .hf.modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites
+from .hf.registry import umm_class, upcycled_config
 from .nn.dense import DenseFFN, FFNPaths
 from .nn.probe import prove_paths
 from .nn.upcycled_ffn import UpcycledFFN

@@ -8,7 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 import ummrm
 from ummrm import UpcycleConfig
 from ummrm.hf.families import FAMILIES
-from ummrm.hf.modeling import stock_classes
+from ummrm.hf.registry import stock_classes
 from ummrm.nn.upcycled_ffn import upcycled_ffns
 
 CONFIG = UpcycleConfig(num_experts=4, num_experts_per_tok=2, router_init_std=1.0)

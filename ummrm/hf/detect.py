@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 from ..nn.dense import LINEAR_KINDS, FFNPaths, Projection
 from ..nn.probe import find_paths
 from .families import FAMILIES, HF_ACTIVATIONS, Family
-from .modeling import register_family
+from .registry import register_family
 
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
