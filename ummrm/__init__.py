@@ -27,10 +27,9 @@ from .nn.upcycled_ffn import UpcycledFFN
 from .ops.backends import use_backend
 from .ops.library import check
 from .upcycle import upcycle
+from .version import __version__ as __version__
 
 _experts_interface.register()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FFNPaths",

@@ -57,9 +57,6 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
         TypeError: `dense` or `config` is of another type.
         ValueError: the model can't be upcycled (unknown family or class, a row that does not fit it, upcycled already,
             quantised, on several devices) or the configuration does not fit it. `dense` is then unchanged.
-
-    Warns:
-        UserWarning: the family is in no row and was found by structure.
     """
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
@@ -68,7 +65,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     family.check(dense.config)
     _prove_row(family, dense)
     with torch.device("meta"):
-        moe = umm_class(type(dense))(upcycled_config(dense.config, config))
+        moe = umm_class(type(dense))(upcycled_config(dense.config, config, family))
     layers = family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
         fill_experts(moe.get_submodule(site), family.dense_ffn(layers[index], dense.config))

@@ -15,62 +15,32 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
-from ..config import MergeConfig, UpcycleConfig
 from ..nn.experts import Experts
 from ..nn.merging_ffn import MergeShare, MergingFFN
 from ..nn.router import Router
 from ..nn.upcycled_ffn import UpcycledFFN
 from . import saving
+from .configuration import UmmConfigMixin
 from .families import Family
-from .masks import UmmLayerMixin
+from .generated import Generated
+from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 
-PHASES = ("mixture", "merging")
 _FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
 SHARE_NAME = "umm_merge_share"
 
 
-class UmmConfigMixin:
-    """The part of a configuration that ummrm adds to the stock one.
+class UmmPreTrainedMixin(Generated):
+    """What every upcycled model class adds to its stock class.
 
     Attributes:
-        umm: `UpcycleConfig.to_dict()`.
-        umm_phase: `"mixture"` (experts and routers are trained) or `"merging"` (frozen experts, learnable merge).
-        umm_merge: `MergeConfig.to_dict()` in the merge phase.
-        umm_base_model: name or path of the dense model that was upcycled, where it had one.
+        stock_class: that class.
+        family: the row that this model was built by.
+        umm_passes_mask: the row's `passes_mask` in a backbone that is itself called with the attention mask, else None.
     """
 
-    umm = None
-    umm_phase = "mixture"
-    umm_merge = None
-    umm_base_model = None
-
-    @property
-    def upcycle_config(self) -> UpcycleConfig:
-        """The validated `UpcycleConfig`.
-
-        Raises:
-            ValueError: the configuration has none (a checkpoint that ummrm did not write), or it is malformed.
-        """
-        if not isinstance(self.umm, dict):
-            raise ValueError(
-                f"this {type(self).__name__} has no `umm` section, so it was not written by ummrm; load the dense "
-                "model with its own transformers class and call ummrm.upcycle(model, UpcycleConfig(...))."
-            )
-        if self.umm_phase not in PHASES:
-            raise ValueError(f"config.umm_phase must be one of {', '.join(PHASES)}, got {self.umm_phase!r}.")
-        return UpcycleConfig.from_dict(self.umm)
-
-    @property
-    def merge_config(self) -> MergeConfig | None:
-        """The validated `MergeConfig` of the merge phase, None in the mixture phase."""
-        return MergeConfig.from_dict(self.umm_merge) if self.umm_phase == "merging" else None
-
-
-class UmmPreTrainedMixin:
-    """What every upcycled model class adds to its stock class."""
-
-    family: Family
     stock_class: type[PreTrainedModel]
+    family: Family
+    umm_passes_mask: bool | None = None
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
         if not isinstance(config, UmmConfigMixin):
@@ -138,10 +108,12 @@ def install(model: UmmPreTrainedMixin) -> None:
     """
     from .registry import umm_class  # which is built on this module
 
-    family, config, backbone = model.family, model.config, model.base_model
+    config, backbone = model.config, model.base_model
+    family = config.umm_row
+    family.check(config)
     if not isinstance(backbone, UmmPreTrainedMixin):
         _exchange_class(backbone, umm_class(type(backbone)))
-    family.check(config)
+    model.family = backbone.family = family
     layers = family.layer_list(backbone)
     chosen = config.upcycle_config.layer_indices(len(layers))
     if not isinstance(layers[0], UmmLayerMixin):
@@ -152,8 +124,6 @@ def install(model: UmmPreTrainedMixin) -> None:
 
 
 def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None:
-    from .registry import umm_inner_class, umm_layer_class
-
     family, config, backbone = model.family, model.config, model.base_model
     upcycle_config, merge_config, layers = config.upcycle_config, config.merge_config, family.layer_list(backbone)
     if merge_config is not None:
@@ -169,10 +139,13 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
             layer.set_submodule(family.site, ffn)
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
-        layer.__class__ = umm_layer_class(type(layer), family)
+        layer.__class__ = umm_layer_class(type(layer), family.passes_mask)
+        layer.umm_site = family.site
+    masked = backbone
     if family.masked:
-        inner = backbone.get_submodule(family.masked)
-        _exchange_class(inner, umm_inner_class(type(inner), family))
+        masked = backbone.get_submodule(family.masked)
+        _exchange_class(masked, umm_inner_class(type(masked)))
+    masked.umm_passes_mask = family.passes_mask
 
 
 def _exchange_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
@@ -203,3 +176,15 @@ def ffn_sites(model: UmmPreTrainedMixin) -> dict[int, str]:
 def _is_ffn_key(model: UmmPreTrainedMixin, key: str) -> bool:
     sites = tuple(f"{site}.{part}" for site in ffn_sites(model).values() for part in _FFN_PARTS)
     return key.startswith(sites) or SHARE_NAME in key
+
+
+def __getattr__(name: str) -> type:
+    """The registered classes by name (`UmmLlamaForSequenceClassification`, ...), made when they are asked for."""
+    if not name.startswith("Umm"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .registry import class_by_name
+
+    try:
+        return class_by_name(name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

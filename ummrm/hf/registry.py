@@ -1,7 +1,8 @@
 """The registered classes: one configuration class per family, one model class per family and task.
 
-They are what the Auto classes load upcycled folders as. What the classes do is the business of `modeling.py` and
-`masks.py`.
+They are what the Auto classes load upcycled folders as, and are made when the first of a family is needed: importing
+ummrm imports no model, and a family that the installed transformers lacks costs nobody else anything. What the classes
+do is the business of `modeling.py` and `masks.py`.
 """
 
 from __future__ import annotations
@@ -9,74 +10,210 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+import transformers
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from ..config import UpcycleConfig
 from ..nn.losses import auxiliary_loss, share_of_step
-from . import modeling
-from .families import FAMILIES, Family
-from .masks import HandedMaskMixin, UmmLayerMixin, handing_down
-from .modeling import SHARE_NAME, UmmConfigMixin, UmmPreTrainedMixin
+from .configuration import KEYS, PREFIX, UmmConfigMixin
+from .families import FAMILIES, REGISTERED, Family, known_family
+from .generated import new_class
+from .masks import handing_down
+from .modeling import SHARE_NAME, UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
-
-
-def _new_class(name: str, bases: tuple[type, ...], namespace: dict) -> type:
-    cls = type(name, bases, {"__module__": modeling.__name__, "__qualname__": name, "__doc__": None, **namespace})
-    setattr(modeling, name, cls)  # so that it pickles
-    return cls
-
 
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
 _MODEL_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
-def umm_config_class(family: Family) -> type[PreTrainedConfig]:
-    """The registered configuration class of a family, e.g. `UmmLlamaConfig`."""
-    return _CONFIG_CLASSES[family.model_type]
+def umm_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The configuration class of a family, e.g. `UmmLlamaConfig`; at the first call its model classes are made too.
+
+    Args:
+        model_type: transformers' name of the stock family, e.g. `"llama"`.
+
+    Raises:
+        ValueError: transformers does not know it, has no AutoModel for it, or can't import it.
+    """
+    if model_type not in _CONFIG_CLASSES:
+        config_class, backbone, heads = _stock(model_type)
+        own_name = config_class.model_type  # transformers has second names for some
+        if own_name not in _CONFIG_CLASSES:
+            _define(own_name, config_class, backbone, heads)
+        _CONFIG_CLASSES[model_type] = _CONFIG_CLASSES[own_name]
+    return _CONFIG_CLASSES[model_type]
 
 
 def umm_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The registered upcycled class of a stock model class.
+    """The upcycled class of a stock model class.
 
     Raises:
         ValueError: there is none.
     """
+    model_type = getattr(getattr(stock, "config_class", None), "model_type", "")
+    if stock not in _MODEL_CLASSES and model_type:
+        umm_config_class(model_type)
     if stock not in _MODEL_CLASSES:
-        known = ", ".join(sorted({s.__name__ for s in _MODEL_CLASSES}))
+        config_class = _CONFIG_CLASSES.get(model_type)
+        known = [s.__name__ for s, ours in _MODEL_CLASSES.items() if ours.config_class is config_class]
         raise ValueError(
-            f"no upcycled class for {stock.__name__}; there is one for each of: {known}. For another architecture add "
-            "a row to ummrm/hf/families.py, or replace FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."
+            f"no upcycled class for {stock.__name__}; there is one for each of: {', '.join(sorted(known)) or 'none'}. "
+            "For another model class register it with transformers' Auto classes, or replace FFN modules yourself with "
+            "UpcycledFFN.from_dense(ffn, config)."
         )
     return _MODEL_CLASSES[stock]
 
 
 def stock_classes(family: Family) -> list[type[PreTrainedModel]]:
     """The stock model classes of a family that have an upcycled counterpart, the backbone first."""
-    return [stock for stock, upcycled in _MODEL_CLASSES.items() if upcycled.family is family]
+    config_class = umm_config_class(family.model_type)
+    return [stock for stock, ours in _MODEL_CLASSES.items() if ours.config_class is config_class]
 
 
-@functools.cache
-def _layer_class(stock: type[nn.Module], site: str, mixin: type[UmmLayerMixin]) -> type[nn.Module]:
-    stock_forward = stock.forward
+def class_by_name(name: str) -> type:
+    """The class `Umm<stock name>`, of a configuration or a model.
 
-    def forward(self, *args, token_mask=None, **kwargs):
-        return self.umm_forward(stock_forward, token_mask, args, kwargs)
+    Raises:
+        AttributeError: transformers has no such stock class.
+        ValueError: it has, and can't import it.
+    """
+    stock = name.removeprefix("Umm")
+    if stock != name:
+        for model_type in (None, *_model_types(stock)):
+            if model_type is not None:
+                umm_config_class(model_type)
+            for cls in (*_CONFIG_CLASSES.values(), *_MODEL_CLASSES.values()):
+                if cls.__name__ == name:
+                    return cls
+    raise AttributeError(name)
 
-    forward.__wrapped__ = stock_forward  # transformers reads layer signatures
-    return _new_class(f"Umm{stock.__name__}", (mixin, stock), {"forward": forward, "umm_site": site})
+
+def _model_types(stock: str) -> Iterator[str]:
+    """The model types that transformers has a class of this name for, those of a row first."""
+    found: dict[str, None] = {}
+    for mapping in (
+        configuration_auto.CONFIG_MAPPING_NAMES,
+        *(names for key, names in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES")),
+    ):
+        for model_type, names in mapping.items():
+            if stock == names or (isinstance(names, (list, tuple)) and stock in names):
+                found[model_type] = None
+    yield from sorted(found, key=lambda model_type: known_family(model_type) is None)
 
 
-def umm_layer_class(stock: type[nn.Module], family: Family) -> type[nn.Module]:
-    return _layer_class(stock, family.site, UmmLayerMixin if family.passes_mask else HandedMaskMixin)
+def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig, row: Family | None = None) -> PreTrainedConfig:
+    """The stock configuration with ummrm's section, as the family's registered class.
+
+    Args:
+        stock: the dense model's.
+        config: how it is upcycled.
+        row: the family's; None is the one that is known. One that no table has goes into the configuration, so that
+            the checkpoint can be read where nothing is registered.
+    """
+    new = copy.deepcopy(stock)  # a dict round trip would lose the attention implementation
+    new.__class__ = umm_config_class(stock.model_type)
+    new.umm = config.to_dict()
+    new.umm_phase = "mixture"
+    new.umm_base_model = stock._name_or_path or None
+    row = known_family(stock.model_type) if row is None else row
+    if row is not None and row != FAMILIES.get(stock.model_type):
+        new.umm_family = row.to_dict()
+    return new
 
 
-@functools.cache
-def umm_inner_class(stock: type[nn.Module], family: Family) -> type[nn.Module]:
-    return _new_class(f"Umm{stock.__name__}", (stock,), {"forward": handing_down(stock, family)})
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The original configuration: no trace of ummrm, and the legacy rotary keys beside the new ones."""
+    row = config.umm_row
+    new = copy.deepcopy(config)
+    new.__class__ = type(config).umm_stock
+    for key in KEYS:
+        new.__dict__.pop(key, None)
+    write_rope_keys_v4(new, row)
+    return new
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known, as if it had a row in families.py: models of it upcycle.
+
+    Their checkpoints hold the row, so nothing needs to be registered where they are loaded.
+
+    Args:
+        family: its row.
+
+    Raises:
+        ValueError: transformers does not know its `model_type` or has no AutoModel for it, or another row for it is
+            registered.
+    """
+    umm_config_class(family.model_type)
+    known = known_family(family.model_type)
+    if known is None:
+        REGISTERED[family.model_type] = family
+    elif known != family:
+        raise ValueError(
+            f"`family` must be the only row of {family.model_type!r}, which has another one: {known}. A row can't be "
+            "exchanged; register yours before that one is used."
+        )
+
+
+# ---- making them -----------------------------------------------------------------------------------------------
+
+
+def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[type, list[type]]]:
+    """A family's stock classes: configuration, backbone, and the models of each Auto class that has some."""
+    if model_type.startswith(PREFIX) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`model_type` must be known to transformers, got {model_type!r}; register its configuration and models "
+            "with AutoConfig and the other Auto classes first."
+        )
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+        backbone = AutoModel._model_mapping.get(config_class, None)
+        found = {auto: auto._model_mapping.get(config_class, None) for auto in _auto_classes()}
+    except Exception as error:  # whatever the import of somebody else's module may raise
+        raise ValueError(
+            f"`model_type` {model_type!r} can't be used: transformers {transformers.__version__} fails to import its "
+            f"models ({type(error).__name__}: {error}). Other families are not affected; to use this one, reinstall or "
+            "upgrade transformers."
+        ) from error
+    if backbone is None:
+        raise ValueError(f"`model_type` must be one that AutoModel has a model for, got {model_type!r}.")
+    heads = {auto: list(m) if isinstance(m, (list, tuple)) else [m] for auto, m in found.items() if m is not None}
+    # an Auto class may map a configuration to a composite model that only has such a model inside
+    heads = {auto: [m for m in models if m.config_class is config_class] for auto, models in heads.items()}
+    return config_class, backbone, heads
+
+
+def _define(
+    model_type: str, stock: type[PreTrainedConfig], backbone: type[PreTrainedModel], heads: dict[type, list[type]]
+) -> None:
+    namespace = {"model_type": f"{PREFIX}{model_type}", "umm_stock": stock}
+    config_class = new_class(stock, (UmmConfigMixin,), (umm_config_class, model_type), namespace)
+    classes = {}
+    for stock_class in dict.fromkeys(cls for models in heads.values() for cls in models):
+        forward = handing_down(stock_class) if stock_class is backbone else _task_forward(stock_class)
+        classes[stock_class] = _model_class(stock_class, forward, config_class)
+    _MODEL_CLASSES.update(classes)
+    _CONFIG_CLASSES[model_type] = config_class
+    CONFIG_MAPPING.register(config_class.model_type, config_class)
+    for auto_class, models in heads.items():
+        for stock_class in models:
+            auto_class.register(config_class, classes[stock_class], exist_ok=True)
+
+
+def _model_class(
+    stock: type[PreTrainedModel], forward: Callable, config_class: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    namespace = {
+        "stock_class": stock,
+        "config_class": config_class,
+        "forward": forward,
+        # alpha and the router are trained in fp32 whatever the model's dtype
+        "_keep_in_fp32_modules_strict": [*(stock._keep_in_fp32_modules_strict or []), "router", "alpha", SHARE_NAME],
+    }
+    return new_class(stock, (UmmPreTrainedMixin,), (umm_class, stock), namespace)
 
 
 def _task_forward(stock: type[PreTrainedModel]) -> Callable:
@@ -96,93 +233,32 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
     return forward
 
 
-def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedConfig:
-    """The stock configuration with ummrm's section, as the family's registered class."""
-    new = copy.deepcopy(stock)  # a dict round trip would lose the attention implementation
-    new.__class__ = umm_config_class(FAMILIES[stock.model_type])
-    new.umm = config.to_dict()
-    new.umm_phase = "mixture"
-    new.umm_base_model = stock._name_or_path or None
-    return new
-
-
-def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
-    """The original configuration: no trace of ummrm, and the legacy rotary keys beside the new ones."""
-    family = next(f for f in FAMILIES.values() if isinstance(config, umm_config_class(f)))
-    new = copy.deepcopy(config)
-    new.__class__ = family.config_class
-    for key in ("umm", "umm_phase", "umm_merge", "umm_base_model"):
-        new.__dict__.pop(key, None)
-    write_rope_keys_v4(new, family)
-    return new
-
-
-def register_family(family: Family) -> None:
-    """Makes a family known, as if it had a row in families.py: models of it upcycle, and upcycled folders load.
-
-    Args:
-        family: its row.
-
-    Raises:
-        ValueError: transformers does not know its `model_type` or has no AutoModel for it, or another row for it is
-            registered.
-    """
-    known = FAMILIES.get(family.model_type)
-    if known is None:
-        _define(family)
-        FAMILIES[family.model_type] = family
-    elif known != family:
-        raise ValueError(
-            f"`family` must be the only row of {family.model_type!r}, which has another one: {known}. A row can't be "
-            "exchanged once its classes exist; register yours before that one is used."
-        )
-
-
-def _define(family: Family) -> None:
-    stock_config_class = family.config_class
-    backbone_class = AutoModel._model_mapping.get(stock_config_class, None)
-    if backbone_class is None:
-        raise ValueError(f"`model_type` must be one that AutoModel has a model for, got {family.model_type!r}.")
-    plan = getattr(stock_config_class, "base_model_tp_plan", None)
-    namespace = {"model_type": f"umm_{family.model_type}"}
-    if plan:  # the stock plan shards projections that are no longer there
-        dense = {f"{family.layers}.*.{path}" for path in family.paths.modules}
-        namespace["base_model_tp_plan"] = {k: v for k, v in plan.items() if k not in dense}
-    name = f"Umm{stock_config_class.__name__}"
-    config_class = _new_class(name, (UmmConfigMixin, stock_config_class), namespace)
-    _CONFIG_CLASSES[family.model_type] = config_class
-    AutoConfig.register(config_class.model_type, config_class)
-    for auto_class in _auto_classes():
-        stock = auto_class._model_mapping.get(stock_config_class, None)
-        for stock_class in stock if isinstance(stock, (list, tuple)) else [stock]:
-            # an Auto class may map a configuration to a composite model that only has such a model inside
-            if stock_class is not None and issubclass(stock_config_class, stock_class.config_class):
-                if stock_class not in _MODEL_CLASSES:
-                    is_backbone = stock_class is backbone_class
-                    if is_backbone and not family.masked:
-                        forward = handing_down(stock_class, family)
-                    else:
-                        forward = stock_class.forward if is_backbone else _task_forward(stock_class)
-                    _MODEL_CLASSES[stock_class] = _define_model(stock_class, forward, family)
-                auto_class.register(config_class, _MODEL_CLASSES[stock_class], exist_ok=True)
-
-
-def _define_model(stock: type[PreTrainedModel], forward: Callable, family: Family) -> type[PreTrainedModel]:
-    namespace = {
-        "family": family,
-        "stock_class": stock,
-        "config_class": umm_config_class(family),
-        "forward": forward,
-        # alpha and the router are trained in fp32 whatever the model's dtype
-        "_keep_in_fp32_modules_strict": [*(stock._keep_in_fp32_modules_strict or []), "router", "alpha", SHARE_NAME],
-    }
-    return _new_class(f"Umm{stock.__name__}", (UmmPreTrainedMixin, stock), namespace)
-
-
 def _auto_classes() -> list[type]:
     classes = [c for n, c in vars(modeling_auto).items() if n.startswith("AutoModel") and inspect.isclass(c)]
     return [c for c in classes if getattr(c, "_model_mapping", None) is not None]
 
 
-for _family in FAMILIES.values():
-    _define(_family)
+class _OnDemand(dict):
+    """What has been registered with AutoConfig, and every `umm_<stock model type>`, made when it is first asked for.
+
+    transformers has no hook for that. Only what has been made is iterated over.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._stock_type(key) is not None
+
+    def __missing__(self, key: str) -> type[PreTrainedConfig]:
+        stock = self._stock_type(key)
+        if stock is None:
+            raise KeyError(key)
+        return umm_config_class(stock)
+
+    @staticmethod
+    def _stock_type(key: object) -> str | None:
+        stock = key.removeprefix(PREFIX) if isinstance(key, str) else key
+        # a name of ours has no counterpart itself
+        return stock if stock != key and not stock.startswith(PREFIX) and stock in CONFIG_MAPPING else None
+
+
+# The one place that knows this private name; tests/hf/test_families.py says when it goes.
+CONFIG_MAPPING._extra_content = _OnDemand(CONFIG_MAPPING._extra_content)
