@@ -138,7 +138,11 @@ def check_format(data: Mapping[str, object]) -> None:
     known = isinstance(writer, str) and re.fullmatch(r"\d[\w.+!-]*", writer)
     by = f"ummrm {writer}" if known else "an unknown version of ummrm"
     ours = f"ummrm {__version__}, which is installed, reads"
-    ours += f" format {FORMAT_VERSION}" if OLDEST_FORMAT == FORMAT_VERSION else f" formats {OLDEST_FORMAT} to {FORMAT_VERSION}"
+    ours += (
+        f" format {FORMAT_VERSION}"
+        if OLDEST_FORMAT == FORMAT_VERSION
+        else f" formats {OLDEST_FORMAT} to {FORMAT_VERSION}"
+    )
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ValueError(
             f"`umm_format_version` in config.json must be the checkpoint format that {by} wrote, a positive integer, "
