@@ -35,7 +35,7 @@ def token_mask_of(mask: object, tokens: Tensor, cache: object = None) -> Tensor 
             [batch or 1, heads or 1, queries, keys], or without heads, bool, true where a query may attend to a key; the
             same in float, to be added to the scores; or a dict of such, one for each kind of attention layer.
         tokens: [batch, sequence, ...] of the call: input_ids or inputs_embeds.
-        cache: `past_key_values`, whose tokens come before the call's among the keys.
+        cache: transformers' cache, whose tokens come before the call's among the keys.
 
     Returns:
         bool [batch, sequence], or None where all are live.
@@ -167,9 +167,9 @@ def handing_down(stock: type[nn.Module]) -> Callable:
         tokens = argument("inputs_embeds", args, kwargs) if tokens is None else tokens
         if tokens is None:
             return None
-        return token_mask_of(
-            argument("attention_mask", args, kwargs), tokens, argument("past_key_values", args, kwargs)
-        )
+        cache = argument("cache", args, kwargs)
+        cache = argument("past_key_values", args, kwargs) if cache is None else cache  # until transformers 5.23
+        return token_mask_of(argument("attention_mask", args, kwargs), tokens, cache)
 
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
