@@ -8,7 +8,6 @@ transformers' Auto classes.
 from .config import MergeConfig, UpcycleConfig
 from .hf import experts_interface as _experts_interface
 from .hf.families import Family
-from .hf.modeling import register_family
 from .hf.normalization import (
     RewardNormalization,
     fold_reward_normalization,
@@ -17,6 +16,7 @@ from .hf.normalization import (
     score,
     set_reward_normalization,
 )
+from .hf.registry import register_family
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.dense import FFNPaths
@@ -27,10 +27,9 @@ from .nn.upcycled_ffn import UpcycledFFN
 from .ops.backends import use_backend
 from .ops.library import check
 from .upcycle import upcycle
+from .version import __version__ as __version__
 
 _experts_interface.register()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FFNPaths",

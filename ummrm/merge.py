@@ -15,7 +15,8 @@ from torch import nn
 from .config import MergeConfig
 from .hf import card, saving
 from .hf.merge_share import SHARE_NAME, merge_share
-from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge, stock_config
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge
+from .hf.registry import stock_config
 from .nn.experts import Experts
 from .nn.merging_ffn import MergeShare, MergingFFN, merging_ffns
 from .nn.routing_statistics import RoutingStatistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy as copy_module
 
 import torch
@@ -10,10 +11,9 @@ from transformers import PreTrainedModel
 
 from .config import UpcycleConfig
 from .hf.detect import find_family
-from .hf.families import Family
-from .hf.modeling import UmmPreTrainedMixin, ffn_sites, umm_class, upcycled_config
-from .nn.dense import DenseFFN, FFNPaths
-from .nn.probe import prove_paths
+from .hf.modeling import UmmPreTrainedMixin, ffn_sites
+from .hf.proof import check_row, prove_layers
+from .hf.registry import stock_config, umm_class, upcycled_config
 from .nn.upcycled_ffn import UpcycledFFN
 
 
@@ -42,6 +42,9 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). All other parameters keep
     their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
 
+    That every layer computes the same, upcycled and merged back, is proven on a tiny random batch before `dense` loses
+    anything: one forward of each model over ten tokens, up to the rounding of the model's dtype.
+
     Args:
         dense: a stock transformers model of a known family (`ummrm.hf.families.FAMILIES`) or of one whose
             structure leaves no doubt, any task.
@@ -55,23 +58,29 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     Raises:
         TypeError: `dense` or `config` is of another type.
         ValueError: the model can't be upcycled (unknown family or class, a row that does not fit it, upcycled already,
-            quantised, on several devices) or the configuration does not fit it. `dense` is then unchanged.
-
-    Warns:
-        UserWarning: the family is in no row and was found by structure.
+            quantised, on several devices, not finite) or the configuration does not fit it. `dense` is then unchanged.
     """
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
     family = find_family(dense)
     family.check(dense.config)
-    _prove_row(family, dense)
+    indices = check_row(family, dense, config)
     with torch.device("meta"):
-        moe = umm_class(type(dense))(upcycled_config(dense.config, config))
-    layers = family.layer_list(dense.base_model)
-    for index, site in ffn_sites(moe).items():
-        fill_experts(moe.get_submodule(site), family.dense_ffn(layers[index], dense.config))
-    transplant(dense, moe, clone=copy)
+        moe = umm_class(type(dense))(upcycled_config(dense.config, config, family))
+        stock = moe.stock_class(stock_config(moe.config))
+    # Proven without noise, on shared tensors: nothing is copied, and a refusal leaves the dense model as it was.
+    noisy = config.expert_noise > 0
+    with _random_state_kept(dense) if noisy else contextlib.nullcontext():
+        _fill(dense, moe, noise=False)
+    transplant(dense, moe, clone=False)
+    transplant(moe, stock, clone=False, complete=False)
+    prove_layers(dense, moe, stock, indices)
+    del stock
+    if noisy:
+        _fill(dense, moe, noise=True)
+    if copy:
+        transplant(dense, moe, clone=True)
     _keep_checkpointing(dense, moe)
     if not copy:
         dense.__dict__.clear()
@@ -79,39 +88,29 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     return moe
 
 
-def _prove_row(family: Family, dense: PreTrainedModel) -> None:
-    """Raises ValueError if the first layer's FFN computes something else than its row says; needs one FFN in fp32.
-
-    A row that was found on another model, or whose class another version of transformers changed, can be wrong: in the
-    activation, or by a dropout inside. An FFN that is no module of its own can't be called, and is not proven.
-    """
-    prefix = f"{family.site}."
-    if family.bypass or not all(path.startswith(prefix) for path in family.paths.modules):
-        return
-    activation = family.hf_activation(dense.config)
-    below = {
-        name: path and path.removeprefix(prefix)
-        for name, path in (("gate", family.paths.gate), ("up", family.paths.up), ("down", family.paths.down))
-    }
-    layer = family.layer_list(dense.base_model)[0]
-    try:
-        prove_paths(layer.get_submodule(family.site), FFNPaths(**below, activation=activation))
-    except ValueError as error:
-        what = f"the row of {family.model_type!r} does not fit this {type(dense).__name__}"
-        raise ValueError(f"{what}: {error}") from None
+def _fill(dense: PreTrainedModel, moe: PreTrainedModel, *, noise: bool) -> None:
+    """Gives the FFNs of a model built on the meta device real parameters: copied experts and fresh routers."""
+    family, layers = moe.family, moe.family.layer_list(dense.base_model)
+    for index, site in ffn_sites(moe).items():
+        ffn, source = moe.get_submodule(site), family.dense_ffn(layers[index], dense.config)
+        weight = source.up.weight
+        for experts in (ffn.experts, ffn.shared_experts):
+            experts.to_empty(device=weight.device).to(weight.dtype)
+        ffn.router.to_empty(device=weight.device)
+        ffn.router.reset_parameters()
+        if noise:
+            ffn.copy_experts(source)
+        else:
+            ffn.shared_experts.copy_from(source)
+            ffn.experts.copy_from(source)
 
 
-def fill_experts(ffn: UpcycledFFN, dense: DenseFFN) -> None:
-    """Gives an `UpcycledFFN` built on the meta device real parameters: experts copied from `dense`, a fresh router."""
-    weight = dense.up.weight
-    for experts in (ffn.experts, ffn.shared_experts):
-        experts.to_empty(device=weight.device).to(weight.dtype)
-    ffn.router.to_empty(device=weight.device)
-    ffn.router.reset_parameters()
-    ffn.copy_experts(dense)
+def _random_state_kept(dense: PreTrainedModel) -> contextlib.AbstractContextManager:
+    device = next(dense.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
+def transplant(source: nn.Module, target: nn.Module, *, clone: bool, complete: bool = True) -> None:
     """Gives `target` the parameters, buffers and modes of the equally named modules of `source`.
 
     FFN sites, which have no counterpart, are the caller's.
@@ -120,6 +119,7 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
         source: holds the tensors.
         target: a model of the other structure, built on the meta device.
         clone: copy tensors rather than share them; ties are kept either way.
+        complete: raise RuntimeError if `target` has tensors left on the meta device.
     """
     clones: dict[int, torch.Tensor] = {}
 
@@ -147,7 +147,7 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool) -> None:
     if getattr(source, "generation_config", None) is not None:
         target.generation_config = copy_module.deepcopy(source.generation_config)
     leftover = [n for n, t in [*target.named_parameters(), *target.named_buffers()] if t.is_meta]
-    if leftover:
+    if leftover and complete:
         raise RuntimeError(
             f"{type(target).__name__} has tensors that {type(source).__name__} lacks, first {leftover[0]!r}: this "
             "version of transformers builds them differently; please report it with both class names."

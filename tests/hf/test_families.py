@@ -21,7 +21,7 @@ import ummrm
 from ummrm import MergeConfig, UpcycleConfig
 from ummrm.config import GATES
 from ummrm.hf.families import FAMILIES, HF_ACTIVATIONS
-from ummrm.hf.modeling import stock_classes, umm_class
+from ummrm.hf.registry import stock_classes, umm_class
 from ummrm.nn.upcycled_ffn import upcycled_ffns
 from ummrm.ops.reference import ACTIVATIONS
 

@@ -11,7 +11,8 @@ from transformers import BloomConfig, BloomForSequenceClassification, LlamaForCa
 
 import ummrm
 from ummrm import UpcycleConfig
-from ummrm.hf.modeling import UmmLlamaForSequenceClassification, UmmLlamaModel, upcycled_config
+from ummrm.hf.modeling import UmmLlamaForSequenceClassification, UmmLlamaModel
+from ummrm.hf.registry import upcycled_config
 
 CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2)
 

@@ -4,7 +4,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ummrm.hf.families import FAMILIES
-from ummrm.hf.modeling import stock_classes
+from ummrm.hf.registry import stock_classes
 
 VOCABULARY = 61
 LAYERS = 2

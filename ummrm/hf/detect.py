@@ -7,41 +7,27 @@ row to write. Whether a module is an FFN is proven by `probe.py`.
 from __future__ import annotations
 
 import inspect
-import warnings
 
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 from ..nn.dense import FFNPaths, Projection, is_linear
 from ..nn.probe import find_paths
-from .families import FAMILIES, HF_ACTIVATIONS, Family
-from .modeling import register_family
+from .families import FAMILIES, HF_ACTIVATIONS, REGISTERED, Family, known_family
 
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 def find_family(dense: PreTrainedModel) -> Family:
-    """The row of a stock model: of families.py, registered at run time, or found by structure and registered now.
+    """The row of a stock model: of families.py, registered at run time, or found by structure.
 
-    Warns:
-        UserWarning: the row was found by structure; says which, since loading an upcycled folder in another process
-            needs it registered there.
+    What is found is not registered: a checkpoint holds the row that it was made by, the next model is looked at anew.
 
     Raises:
         ValueError: no row, and the structure does not say for sure what it should be; says what was found and how to
             write the row.
     """
-    known = FAMILIES.get(dense.config.model_type)
-    if known is not None:
-        return known
-    family = detect_family(dense)
-    register_family(family)
-    warnings.warn(
-        f"ummrm has no row for model_type {family.model_type!r} and found it by structure: {family}. Before loading an "
-        f"upcycled folder in another process, register it there: ummrm.register_family({family}).",
-        stacklevel=3,
-    )
-    return family
+    return known_family(dense.config.model_type) or detect_family(dense)
 
 
 def detect_family(dense: PreTrainedModel) -> Family:
@@ -109,9 +95,10 @@ def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
 
 def _give_up(found: dict, what: str, details: list[str] | None = None, **unknown: str) -> None:
     row = {"paths": FFNPaths(up="?", down="?"), "layers": "?"} | unknown | found
+    known = ", ".join(sorted(FAMILIES | REGISTERED))
     raise ValueError(
-        f"no family for model_type {found['model_type']!r}; ummrm knows {', '.join(sorted(FAMILIES))}, and the "
-        f"structure does not say for sure: {what}. "
+        f"no family for model_type {found['model_type']!r}; ummrm knows {known}, and the structure does not say for "
+        f"sure: {what}. "
         + "".join(f"({detail}) " for detail in details or [])
         + f"Register its row (docs/families.md says what the fields mean): ummrm.register_family({Family(**row)}), or "
         "replace its FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."

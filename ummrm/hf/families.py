@@ -6,11 +6,13 @@ here and one tiny config to the family test; docs/families.md says what each fie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..nn.dense import DenseFFN, FFNPaths
 
@@ -67,20 +69,6 @@ class Family:
     rope_scaling_keys_v4: tuple[str, ...] | None = None
     refused: tuple[tuple[str, object, str], ...] = ()
 
-    @cached_property
-    def config_class(self) -> type[PreTrainedConfig]:
-        """The stock configuration class.
-
-        Raises:
-            ValueError: transformers knows no such `model_type`.
-        """
-        if self.model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"`model_type` must be known to transformers, got {self.model_type!r}; register its configuration and "
-                "models with AutoConfig and the other Auto classes first."
-            )
-        return CONFIG_MAPPING[self.model_type]
-
     def __str__(self) -> str:
         """The row as it would be written here: the fields that differ from their defaults."""
         given = []
@@ -92,6 +80,19 @@ class Family:
             elif value != field.default:
                 given.append(f"{field.name}={value!r}")
         return f"Family({', '.join(given)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON-ready data; `from_dict` is its inverse."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: object) -> Family:
+        """Builds a row from `to_dict`'s data, which may come from a stranger's file.
+
+        Raises:
+            ValueError: a field is missing, unknown or not of its kind; paths must be plain dotted names.
+        """
+        return cls(**_checked_fields(data))
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises ValueError if a model of this family with this config can't be upcycled."""
@@ -124,6 +125,69 @@ class Family:
     def dense_ffn(self, layer: nn.Module, config: PreTrainedConfig) -> DenseFFN:
         """The dense FFN of a stock layer."""
         return self.paths.read(layer, self.hf_activation(config))
+
+
+_NAME = r"(?!__)[A-Za-z0-9_]+"
+_PATH = re.compile(rf"{_NAME}(\.{_NAME})*")
+_PROJECTION = re.compile(rf"{_NAME}(\.{_NAME})*(\[[01]\])?")
+_MODEL_TYPE = re.compile(r"[A-Za-z0-9][\w.-]*")
+_FIELD = re.compile(r"[A-Za-z]\w*")
+
+
+def _checked_fields(data: object) -> dict[str, Any]:
+    known = [field.name for field in fields(Family)]
+    if not isinstance(data, dict) or set(data) != set(known):
+        got = sorted(map(str, data)) if isinstance(data, dict) else repr(data)
+        raise ValueError(f"a family's row must be a mapping of exactly {', '.join(known)}, got {got}.")
+
+    def text(pattern: re.Pattern, value: object) -> bool:
+        return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+    def texts(value: object, *patterns: re.Pattern) -> bool:
+        return isinstance(value, list) and len(value) == len(patterns) and all(map(text, patterns, value))
+
+    def refusal(value: object) -> bool:
+        if not isinstance(value, list) or len(value) != 3:
+            return False
+        field, required, reason = value
+        plain = required is None or isinstance(required, (bool, int, float, str))
+        return plain and text(_FIELD, field) and isinstance(reason, str)
+
+    paths = data["paths"]
+    good = {
+        "model_type": text(_MODEL_TYPE, data["model_type"]),
+        "paths": isinstance(paths, dict)
+        and set(paths) == {"gate", "up", "down", "activation"}
+        and paths["activation"] is None
+        and (paths["gate"] is None or text(_PROJECTION, paths["gate"]))
+        and text(_PROJECTION, paths["up"])
+        and text(_PROJECTION, paths["down"]),
+        "layers": text(_PATH, data["layers"]),
+        "site": text(_PATH, data["site"]),
+        "bypass": isinstance(data["bypass"], list) and all(text(_PATH, path) for path in data["bypass"]),
+        "activation": text(_FIELD, data["activation"]),
+        "masked": data["masked"] == "" or text(_PATH, data["masked"]),
+        "passes_mask": isinstance(data["passes_mask"], bool),
+        "rope_keys_v4": isinstance(data["rope_keys_v4"], list)
+        and all(texts(pair, _FIELD, _PATH) for pair in data["rope_keys_v4"]),
+        "rope_scaling_keys_v4": data["rope_scaling_keys_v4"] is None
+        or (
+            isinstance(data["rope_scaling_keys_v4"], list)
+            and all(text(_FIELD, key) for key in data["rope_scaling_keys_v4"])
+        ),
+        "refused": isinstance(data["refused"], list) and all(map(refusal, data["refused"])),
+    }
+    for name in known:
+        if not good[name]:
+            raise ValueError(
+                f"a family's row must have in `{name}` what docs/families.md says, paths as plain dotted names, got "
+                f"{data[name]!r}."
+            )
+
+    def frozen(value: object) -> object:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return {name: FFNPaths(**paths) if name == "paths" else frozen(data[name]) for name in known}
 
 
 _GATED = FFNPaths(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
@@ -204,3 +268,10 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+REGISTERED: dict[str, Family] = {}  # by `ummrm.register_family`, in this process
+
+
+def known_family(model_type: str) -> Family | None:
+    """The row of a `model_type`: of this file, or registered in this process."""
+    return FAMILIES.get(model_type) or REGISTERED.get(model_type)

@@ -161,13 +161,8 @@ class UmmMergeTrainer(UmmTrainer):
             for label, ffn in self._alpha.items():
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
-<<<<<<< HEAD
-                names = [f"{p}/" for p in _PROJECTIONS[len(rows)]] if alpha.dim() == 2 else [""]
-                shares = rows.softmax(-1).tolist()
-=======
                 names = [f"{p}/" for p in PROJECTIONS[-len(rows) :]] if alpha.dim() == 2 else [""]
-                shares = rows.softmax(-1)
->>>>>>> opsb
+                shares = rows.softmax(-1).tolist()
                 layers[label] = {
                     "merge_entropy": sum(normalized_entropy(row) for row in shares) / len(shares),
                     "max_merge_share": max(max(row) for row in shares),
