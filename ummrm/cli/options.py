@@ -1,7 +1,7 @@
 """Options of the commands that need reading or checking: a configuration file, layers, a device, a dtype.
 
-A configuration file is plain data of a few lines: what YAML could do beyond that (anchors that expand to gigabytes, keys
-given twice, megabytes of anything) is refused.
+A configuration file is plain data of a few lines: what YAML could do beyond that (anchors that expand to gigabytes,
+keys given twice, megabytes of anything) is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from .errors import UserError, one_line
 
 DTYPES = ("float32", "bfloat16", "float16")
-_LARGEST = 64 << 10
+_LARGEST = 16 << 10
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -91,6 +91,12 @@ def read_layers(text: str) -> str | int | list[int]:
             f'--layers must be "all", a number n (every n-th), or indices separated by commas, got {text!r}.'
         ) from None
     return numbers[0] if "," not in text else numbers
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless `seed` is one that torch takes."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"`--seed` must be an integer from 0 to 2^63 - 1, got {seed}.")
 
 
 def check_dtype(name: str | None) -> None:
