@@ -1,11 +1,10 @@
-"""The commonest mistakes of a user: each one line that says what is wrong and how to mend it, exit 2, nothing changed."""
+"""The commonest mistakes of a user: one line each, what is wrong and how to mend it; exit 2, nothing changed."""
 
 import json
 import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import time
 
@@ -59,6 +58,8 @@ def damaged(folder, how):
         edit_config(folder, architectures=["LlamaForRewardingThings"])
     elif how == "class no model":
         edit_config(folder, architectures=["Trainer"])
+    elif how == "class with an escape":
+        edit_config(folder, architectures=["\x1b[2J\nLlama"])
     elif how == "class missing":
         edit_config(folder, architectures=None)
     elif how == "model_type unknown":
@@ -95,6 +96,7 @@ def damaged(folder, how):
         ("config.json a FIFO", "config.json must be a file"),
         ("class unknown", "LlamaForRewardingThings"),
         ("class no model", "Trainer"),
+        ("class with an escape", "\\x1b[2J Llama"),
         ("class missing", "`architectures`"),
         ("model_type unknown", "LamaForSequenceClassification"),
         ("value of the wrong kind", "hidden_size"),
@@ -118,6 +120,7 @@ def test_folders_that_are_not_there(models, refused):
     assert "no folder" in refused("info", "dnese")
     assert "no folder" in refused("merge", "x" * 5000, "out")
     assert "no folder" in refused("merge", "", "out")
+    assert "no folder" in refused("merge", os.fsdecode(b"no-text-\xff"), "out")
 
 
 @pytest.mark.parametrize("endpoint", ["closed", "silent", "no answer", "offline"])
@@ -198,10 +201,3 @@ def test_a_bug_still_shows_where(models, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ummrm", "upcycle", "dense", "out"])
     with pytest.raises(TypeError, match="a bug of ours"):
         main()
-
-
-def test_a_users_error_ends_the_process_likewise(tmp_path):
-    command = [sys.executable, "-P", "-m", "ummrm", "upcycle", "none", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and "no folder" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 _NOT_COMPANIONS = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", ".*")
 
@@ -29,7 +30,7 @@ def load_checkpoint(source, *, expect=None, new_head=False):
         raise ValueError(f"{source} must be {expect}, and is not.")
     if new_head:
         config.num_labels = 1
-        cls = transformers.AutoModelForSequenceClassification
+        cls: Any = transformers.AutoModelForSequenceClassification
     else:
         name = config.architectures[0]
         cls = getattr(modeling if upcycled else transformers, name, None)

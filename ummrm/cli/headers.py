@@ -40,8 +40,8 @@ class TensorHeader(NamedTuple):
     num_bytes: int
 
     @property
-    def count(self) -> int:
-        """Its elements."""
+    def elements(self) -> int:
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
 

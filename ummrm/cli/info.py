@@ -74,15 +74,15 @@ def describe(source: Source) -> dict[str, Any]:
         sites = {match[1] for name in headers if (match := _EXPERTS.fullmatch(name))}
         if source.is_upcycled:
             record["upcycled_layers"] = len(sites)
-        record["parameters"] = sum(header.count for header in headers.values())
+        record["parameters"] = sum(header.elements for header in headers.values())
         if record["kind"] == "mixture":
-            routed = sum(h.count for n, h in headers.items() if (m := _EXPERTS.fullmatch(n)) and m[2] == "experts")
+            routed = sum(h.elements for n, h in headers.items() if (m := _EXPERTS.fullmatch(n)) and m[2] == "experts")
             record["parameters_per_token"] = (
                 record["parameters"] - routed + routed * umm.num_experts_per_tok // (umm.num_experts)
             )
         kinds: dict[str, int] = {}
         for header in headers.values():
-            kinds[header.dtype] = kinds.get(header.dtype, 0) + header.count
+            kinds[header.dtype] = kinds.get(header.dtype, 0) + header.elements
         record["dtypes"] = dict(sorted(kinds.items(), key=lambda kind: -kind[1]))
     record["bytes"] = source.num_bytes
     return record

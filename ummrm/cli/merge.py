@@ -21,13 +21,15 @@ def merge(
     shared_share: Annotated[
         float | None,
         typer.Option(
-            help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform. "
-            "[0.5]"
+            help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform.",
+            show_default="0.5",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16: merged as saved, then rounded once. [that of MOE]"),
+        typer.Option(
+            help="float32, bfloat16 or float16: merged as saved, then rounded once.", show_default="that of MOE"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Annotated[
@@ -37,8 +39,9 @@ def merge(
 ) -> None:
     """Folds an upcycled model into one dense model of its original class, which needs no ummrm.
 
-    A model saved in its merge phase brings its learned merge weights; one saved before gets uniform ones. The tokenizer
-    and all else that is not weights or config comes along.
+    A model saved in its merge phase brings its learned merge weights; one saved
+    before gets uniform ones. The tokenizer and all else that is not weights or
+    config comes along.
     """
     options.check_dtype(dtype)
     options.check_device(device)
@@ -105,6 +108,11 @@ def check_upcycled(source: Source) -> str:
                 if not isinstance(fields, dict):
                     raise ValueError(f"its config.json must have a section `{section}`, got {fields!r}.")
                 cls.from_dict(fields)
+    with blaming(f"{name}: its configuration can't be used", Exception):
+        transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    base = config.get("umm_base_model")
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{name}: `umm_base_model` must be the name of a model or null, got {base!r}.")
     return phase
 
 
@@ -112,12 +120,12 @@ def _merged_bytes(source: Source, dtype: str | None) -> int:
     """Bytes of the merged weights: one expert of each layer, no router, and all that are no experts."""
     if source.headers is None:
         return 0
-    width = {name: width for name, width in DTYPES.values()}.get(dtype or "", None)
+    width = dict(DTYPES.values()).get(dtype or "")
     total = 0
     for name, header in source.headers.items():
         parts = name.split(".")
         if "shared_experts" in parts or "router" in parts or "alpha" in parts:
             continue
-        num_bytes = header.count * width if width else header.num_bytes
+        num_bytes = header.elements * width if width else header.num_bytes
         total += num_bytes // max(header.shape[0], 1) if "experts" in parts and header.shape else num_bytes
     return total

@@ -26,8 +26,10 @@ def note(text: str, style: str | None = None) -> None:
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
+    # what strangers wrote into a configuration, or bytes that are no text, must not reach a terminal as they are
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     # never wrapped: a path or a command in the text must survive copying, and a log keeps one line
-    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print(plain, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class Steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,21 @@ if TYPE_CHECKING:
 
     from ..config import UpcycleConfig
 
-_MIXTURE, _ROUTER, _LOSSES, _OUTPUT = "The mixture", "Its routers", "Losses in training", "The output"
+_OUTPUT = "The output"
 _REWARD_CLASS = "ForSequenceClassification"
+
+
+def _panel(title: str):
+    """Options under one title of --help: help, default, names where there is a short one."""
+
+    def option(text: str, default: object, *names: str) -> Any:
+        # None stands for "not given", so that an option goes before the file and the file before the default
+        return typer.Option(*names, help=text, show_default=str(default), rich_help_panel=title)
+
+    return option
+
+
+_mixture, _router, _losses, _output = map(_panel, ("The mixture", "Its routers", "Losses in training", _OUTPUT))
 
 
 def upcycle(
@@ -31,73 +44,38 @@ def upcycle(
         Path | None,
         typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here go before it."),
     ] = None,
-    num_experts: Annotated[
-        int | None, typer.Option("--num-experts", "-e", help="Routed experts, E. [7]", rich_help_panel=_MIXTURE)
-    ] = None,
+    num_experts: Annotated[int | None, _mixture("Routed experts, E.", 7, "--num-experts", "-e")] = None,
     num_experts_per_tok: Annotated[
-        int | None,
-        typer.Option("--num-experts-per-tok", "-k", help="Routed experts per token, K. [5]", rich_help_panel=_MIXTURE),
+        int | None, _mixture("Routed experts per token, K.", 5, "--num-experts-per-tok", "-k")
     ] = None,
-    num_shared_experts: Annotated[
-        int | None, typer.Option("--num-shared-experts", "-s", help="Shared experts, S. [1]", rich_help_panel=_MIXTURE)
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="all, a number n (every n-th), or indices such as 3,7,11. [all]", rich_help_panel=_MIXTURE),
-    ] = None,
+    num_shared_experts: Annotated[int | None, _mixture("Shared experts, S.", 1, "--num-shared-experts", "-s")] = None,
+    layers: Annotated[str | None, _mixture("all, a number n (every n-th), or indices such as 3,7,11.", "all")] = None,
     expert_noise: Annotated[
         float | None,
-        typer.Option(
-            help="Noise on each routed expert, in standard deviations of each tensor; with 0 the mixture computes "
-            "what the dense model does. [0]",
-            rich_help_panel=_MIXTURE,
-        ),
+        _mixture("Noise on each routed expert, in standard deviations; with 0 the mixture equals DENSE.", 0),
     ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="shared_complement or fixed. [shared_complement]", rich_help_panel=_ROUTER)
-    ] = None,
+    gate: Annotated[str | None, _router("shared_complement or fixed.", "shared_complement")] = None,
     fixed_shared_weight: Annotated[
-        float | None,
-        typer.Option(help="The shared experts' gate weight under --gate fixed. [0.5]", rich_help_panel=_ROUTER),
+        float | None, _router("The shared experts' gate weight under --gate fixed.", 0.5)
     ] = None,
-    router: Annotated[str | None, typer.Option(help="linear or mlp. [linear]", rich_help_panel=_ROUTER)] = None,
-    router_noise: Annotated[
-        str | None, typer.Option(help="In training: none, jitter or learned. [none]", rich_help_panel=_ROUTER)
-    ] = None,
-    jitter_eps: Annotated[
-        float | None, typer.Option(help="Half-width of --router-noise jitter. [0.01]", rich_help_panel=_ROUTER)
-    ] = None,
-    router_init_std: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation of the initial weights. [0.02]", rich_help_panel=_ROUTER),
-    ] = None,
-    balancing_loss: Annotated[
-        str | None, typer.Option(help="switch or cv_squared. [switch]", rich_help_panel=_LOSSES)
-    ] = None,
-    balancing_loss_coef: Annotated[
-        float | None, typer.Option(help="Weight of the load-balancing loss. [0.01]", rich_help_panel=_LOSSES)
-    ] = None,
-    z_loss_coef: Annotated[
-        float | None, typer.Option(help="Weight of the router z-loss. [0.001]", rich_help_panel=_LOSSES)
-    ] = None,
+    router: Annotated[str | None, _router("linear or mlp.", "linear")] = None,
+    router_noise: Annotated[str | None, _router("In training: none, jitter or learned.", "none")] = None,
+    jitter_eps: Annotated[float | None, _router("Half-width of --router-noise jitter.", 0.01)] = None,
+    router_init_std: Annotated[float | None, _router("Standard deviation of the initial weights.", 0.02)] = None,
+    balancing_loss: Annotated[str | None, _losses("switch or cv_squared.", "switch")] = None,
+    balancing_loss_coef: Annotated[float | None, _losses("Weight of the load-balancing loss.", 0.01)] = None,
+    z_loss_coef: Annotated[float | None, _losses("Weight of the router z-loss.", 0.001)] = None,
     new_head: Annotated[
         bool | None,
         typer.Option(
             "--new-head/--no-new-head",
-            help="For a base model, which has no reward head: start a new one, or upcycle the model as it is.",
+            help="For a base model, which has no reward head: start one, or upcycle it as it is.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16. [that of DENSE]", rich_help_panel=_OUTPUT),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.", rich_help_panel=_OUTPUT)
-    ] = "cpu",
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of routers, noise and head.", rich_help_panel=_OUTPUT)
-    ] = 0,
+    dtype: Annotated[str | None, _output("float32, bfloat16 or float16.", "that of DENSE")] = None,
+    device: Annotated[str, _output("Where to compute: cpu, cuda or cuda:N.", "cpu")] = "cpu",
+    seed: Annotated[int, _output("Of routers, noise and head, from 0.", 0)] = 0,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -109,8 +87,9 @@ def upcycle(
 ) -> None:
     """Upcycles a saved dense model into a mixture of experts that computes the same.
 
-    OUT is a Hugging Face model folder: load it with the Auto classes after `import ummrm`, train it, and give it to
-    `ummrm merge`. The tokenizer and all else that is not weights or config comes along.
+    OUT is a Hugging Face model folder: after `import ummrm` the Auto classes
+    load it, any loop trains it, and `ummrm merge` makes it dense again. The
+    tokenizer and all else that is not weights or config comes along.
     """
     given = {
         "num_experts": num_experts,
@@ -132,6 +111,7 @@ def upcycle(
     fields |= {name: value for name, value in given.items() if value is not None}
     if fields.get("router_noise") == "none":
         fields["router_noise"] = None
+    options.check_seed(seed)
     options.check_dtype(dtype)
     options.check_device(device)
     with quiet_libraries():
@@ -235,7 +215,7 @@ def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) ->
 
     if source.headers is None:
         return source.num_bytes
-    factor = {name: width for name, width in DTYPES.values()}.get(dtype or "", None)
+    factor = dict(DTYPES.values()).get(dtype or "")
     family = FAMILIES.get(source.model_type)
     found: dict[int, list[TensorHeader]] = {}
     if family is not None:
@@ -244,10 +224,10 @@ def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) ->
         for name, header in source.headers.items():
             if match := ffn.fullmatch(name):
                 found.setdefault(int(match[1]), []).append(header)
-    copies = config.num_experts + config.num_shared_experts - 1
-    extra = [h for i in config.layer_indices(max(found) + 1) for h in found.get(i, [])] if found else []
+    copies, layers = config.num_experts + config.num_shared_experts - 1, sorted(found)
+    extra = [h for i in config.layer_indices(len(layers)) for h in found[layers[i]]] if layers else []
 
     def num_bytes(headers) -> int:
-        return sum(h.count * factor if factor else h.num_bytes for h in headers)
+        return sum(h.elements * factor if factor else h.num_bytes for h in headers)
 
     return num_bytes(source.headers.values()) + copies * num_bytes(extra)
