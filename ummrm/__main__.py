@@ -5,8 +5,9 @@ import sys
 try:
     from .cli import main
 except ModuleNotFoundError as error:
-    if error.name in ("typer", "rich", "yaml"):
-        sys.exit(f"error: the command line needs {error.name}; pip install 'ummrm[cli]'")
+    library = (error.name or "").partition(".")[0]
+    if library in ("typer", "rich", "yaml"):
+        sys.exit(f"error: the command line needs {library}; pip install 'ummrm[cli]'")
     raise
 
 if __name__ == "__main__":

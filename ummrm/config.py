@@ -1,15 +1,16 @@
 """What a user may choose about upcycling and merging: two frozen, validated dataclasses.
 
-Both are plain data (JSON in a model's config.json). They know nothing of torch modules; `layers.py` and
-`upcycle.py` give them their meaning. docs/method.md has the mathematics they select: the router and gates of
-UMM-RM (arXiv 2512.00724) and XFT (arXiv 2404.15247).
+Both are plain data (JSON in a model's config.json). They know nothing of torch modules; `nn`, `upcycle.py` and
+`merge.py` give them their meaning. docs/method.md has the mathematics they select: the router and gates of UMM-RM
+(arXiv 2512.00724) and XFT (arXiv 2404.15247).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 GATES = ("shared_complement", "fixed")
 ROUTERS = ("linear", "mlp")
@@ -18,21 +19,39 @@ BALANCING_LOSSES = ("switch", "cv_squared")
 ALPHA_INITS = ("uniform", "routing")
 ALPHA_GRANULARITIES = ("layer", "projection")
 
+_LONGEST = 200  # characters of a value in a message: files bring values of any size
 
-def _fail(owner: object, argument: str, expected: str, value: object) -> None:
-    raise ValueError(f"{type(owner).__name__}: `{argument}` must be {expected}, got {value!r}.")
+_C = TypeVar("_C", bound="_Config")
 
 
-def _is_int(value: object) -> bool:
+def _fail(owner: object, argument: str, expected: str, value: object) -> NoReturn:
+    raise ValueError(f"{type(owner).__name__}: `{argument}` must be {expected}, got {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = "a number of over 4300 digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_real(value: object) -> TypeGuard[int | float]:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
+@dataclass(frozen=True)
 class _Config:
-    """Dict conversion shared by both configurations."""
+    """Checks and dict conversion shared by both configurations."""
 
     def _check_choice(self, name: str, allowed: tuple) -> None:
         value = getattr(self, name)
@@ -59,17 +78,18 @@ class _Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]):
+    def from_dict(cls: type[_C], data: dict[str, Any]) -> _C:
         """Builds the configuration from `to_dict`'s data.
 
         Raises:
             ValueError: a key that this version does not know, or a value that is not allowed.
         """
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(key if isinstance(key, str) else _shown(key) for key in data.keys() - known)
         if unknown:
+            named = ", ".join(unknown)
             raise ValueError(
-                f"{cls.__name__}: unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}. "
+                f"{cls.__name__}: unknown field(s) {named[:_LONGEST]}; known are {', '.join(sorted(known))}. "
                 "A newer ummrm may have written this; upgrade ummrm or drop the field."
             )
         return cls(**data)
@@ -84,9 +104,9 @@ class UpcycleConfig(_Config):
     Attributes:
         num_experts: E, routed experts, at least 1.
         num_experts_per_tok: K, routed experts per token, 1 to E.
-        num_shared_experts: S, always-on experts, at least 1.
-        gate: `"shared_complement"` (XFT, arXiv 2404.15247: shared weight 1 - p_(1)) or `"fixed"`
-            (shared weight `fixed_shared_weight`).
+        num_shared_experts: S, shared experts, which every token goes through, at least 1.
+        gate: how the gate weights follow from the router: `"shared_complement"` (XFT, arXiv 2404.15247: the shared
+            experts' is 1 - p_(1)) or `"fixed"` (it is `fixed_shared_weight`).
         fixed_shared_weight: the shared experts' gate weight under `gate="fixed"`, 0 to 1.
         router: `"linear"` (one linear map) or `"mlp"` (linear, tanh, linear).
         router_noise: `None`, `"jitter"` (input scaled by uniform noise, Switch Transformer, arXiv 2101.03961) or
@@ -110,7 +130,7 @@ class UpcycleConfig(_Config):
     router_noise: str | None = None
     jitter_eps: float = 0.01
     router_init_std: float = 0.02
-    layers: str | int | tuple[int, ...] = "all"
+    layers: str | int | Sequence[int] = "all"
     expert_noise: float = 0.0
     balancing_loss: str = "switch"
     balancing_loss_coef: float = 0.01
@@ -141,7 +161,7 @@ class UpcycleConfig(_Config):
 
     def _check_layers(self) -> None:
         expected = '"all", a positive integer n (every n-th layer), or a non-empty sequence of distinct indices'
-        layers = self.layers
+        layers: Any = self.layers  # whatever a file brought
         if isinstance(layers, str):
             if layers != "all":
                 _fail(self, "layers", expected, layers)
@@ -170,13 +190,14 @@ class UpcycleConfig(_Config):
             if not chosen:
                 _fail(self, "layers", f"at most the model's {num_layers} layers, so that one is selected", self.layers)
             return chosen
+        assert isinstance(self.layers, tuple)  # __post_init__ has made it one
         outside = [i for i in self.layers if not -num_layers <= i < num_layers]
         if outside:
             _fail(self, "layers", f"indices in [{-num_layers}, {num_layers - 1}] for this model", outside)
-        chosen = sorted({i % num_layers for i in self.layers})
+        chosen = tuple(sorted({i % num_layers for i in self.layers}))
         if len(chosen) != len(self.layers):
             _fail(self, "layers", "indices that name each layer once (negative ones count from the end)", self.layers)
-        return tuple(chosen)
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -189,8 +210,9 @@ class MergeConfig(_Config):
         shared_share: lambda, the shared experts' share of the merge, 0 to 1 (the paper finds 0.5 best; XFT used
             0.75). With `learn_shared_share` it is the starting value and must lie strictly between 0 and 1.
         learn_shared_share: learn lambda too, as `sigmoid(l)` with one scalar l for the model.
-        alpha_init: `"uniform"`, or `"routing"`: softmax(alpha) starts at each expert's measured share of the routed
-            gate weight (see `record_routing_statistics`).
+        alpha_init: where the merge logits alpha [E] of a layer start: `"uniform"`, or `"routing"`: softmax(alpha) is
+            each expert's share of the routed gate weight in measured routing statistics
+            (`record_routing_statistics`).
         alpha_per: `"layer"` (one alpha for the whole FFN) or `"projection"` (one for each of gate, up and down).
     """
 

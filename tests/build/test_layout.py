@@ -36,7 +36,7 @@ OUTSIDE = {
     "upcycle": {"torch", "transformers"},
     "merge": {"torch"},
     "trainer": {"torch", "trl", "datasets"},
-    "cli": {"torch", "transformers", "typer", "rich", "yaml"},
+    "cli": {"torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),
 }
 

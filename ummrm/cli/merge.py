@@ -2,43 +2,130 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoConfig
 
-from .. import MergeConfig, prepare_merge
-from .. import merge as merge_model
-from .folders import copy_tokenizer, load_model
-from .output import say
+from . import options
+from .errors import UserError, blaming
+from .headers import DTYPES
+from .outputs import check_output, check_space, replaced
+from .screen import Steps, quiet_libraries, say, size
+from .source import Source, open_source
+from .upcycle import save
 
 
 def merge(
-    moe: Annotated[str, typer.Argument(help="Folder of an upcycled model, in its training or its merge phase.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the merged, dense model.")],
+    moe: Annotated[str, typer.Argument(help="Folder or hub name of an upcycled model, in its mixture or merge phase.")],
+    out: Annotated[str, typer.Argument(help="Folder for the merged, dense model.")],
     shared_share: Annotated[
         float | None,
-        typer.Option(help="lambda, for a model not yet in its merge phase; its merge weights are uniform."),
+        typer.Option(
+            help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform.",
+            show_default="0.5",
+        ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16: merged as saved, then rounded once.", show_default="that of MOE"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Allow an OUT that holds something: model files are replaced, others stay."),
+    ] = False,
 ) -> None:
     """Folds an upcycled model into one dense model of its original class, which needs no ummrm.
 
-    A model saved in its merge phase brings its learned merge weights; one saved before gets uniform ones.
+    A model saved in its merge phase brings its learned merge weights; one saved
+    before gets uniform ones. The tokenizer and all else that is not weights or
+    config comes along.
     """
-    config = AutoConfig.from_pretrained(moe)
-    phase = getattr(config, "umm_phase", None)
-    if phase is None:
-        raise ValueError(
-            f"{moe} is no upcycled model (model_type {config.model_type!r}); run `ummrm upcycle` on it first."
-        )
+    options.check_dtype(dtype)
+    options.check_device(device)
+    with quiet_libraries():
+        run(moe, out, shared_share, dtype, device, overwrite)
+
+
+def run(moe: str, out: str, shared_share: float | None, dtype: str | None, device: str, overwrite: bool) -> None:
+    """The command with its options read."""
+    import torch
+
+    import ummrm
+
+    from .folders import copy_companions, load_checkpoint
+
+    with blaming("", ValueError):
+        settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)
+    source = open_source(moe)
+    phase = check_upcycled(source)
     if phase == "merging" and shared_share is not None:
-        raise ValueError("--shared-share must be left out for a model in its merge phase: it has its own lambda.")
-    model = load_model(moe, config)
-    if phase == "mixture":
-        prepare_merge(model, MergeConfig() if shared_share is None else MergeConfig(shared_share=shared_share))
-    dense = merge_model(model)
-    dense.save_pretrained(out)
-    copy_tokenizer(moe, out)
+        raise UserError("--shared-share must be left out for a model in its merge phase: it has its own lambda.")
+    target = check_output(out, source.folder, overwrite)
+    check_space(target, _merged_bytes(source, dtype))
+    steps, was_there = Steps(3), replaced(target)
+    with steps.step(f"loading {moe} ({size(source.num_bytes)})", own_bar=True):
+        with blaming(f"{moe} can't be loaded", Exception):
+            model = load_checkpoint(source.folder, expect="upcycled").to(device)
+    with steps.step("merging experts"), blaming(f"{moe} can't be merged", ValueError):
+        if phase == "mixture":
+            ummrm.prepare_merge(model, settings)
+        dense = ummrm.merge(model)
+        if dtype is not None:
+            dense.to(getattr(torch, dtype))
+    save(dense, target, source, steps, copy_companions)
     how = "learned" if phase == "merging" else "uniform"
-    say(f"{type(dense).__name__}, {how} merge weights, saved in {out}; stock transformers loads it")
+    say(f"{type(dense).__name__}, {how} merge weights, saved in {out}{was_there}; stock transformers loads it")
+
+
+def check_upcycled(source: Source) -> str:
+    """The phase of a saved upcycled model.
+
+    Raises:
+        UserError: it is none, or of an ummrm that knows more than this one.
+    """
+    import transformers
+
+    import ummrm
+
+    name, config = source.name, source.config
+    if not source.is_upcycled:
+        raise UserError(f"{name} is no upcycled model (model_type {source.model_type!r}); `ummrm upcycle` it first.")
+    if source.model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{name} is a {source.model_type} model, which ummrm {ummrm.__version__} does not know; upgrade ummrm, or "
+            "register its family (docs/families.md)."
+        )
+    phase = config.get("umm_phase", "mixture")
+    if phase not in ("mixture", "merging"):
+        raise UserError(f"{name}: `umm_phase` must be mixture or merging, got {phase!r}; upgrade ummrm.")
+    for section, cls in (("umm", ummrm.UpcycleConfig), ("umm_merge", ummrm.MergeConfig)):
+        if section == "umm" or phase == "merging":
+            fields = config.get(section)
+            with blaming(f"{name}", ValueError):
+                if not isinstance(fields, dict):
+                    raise ValueError(f"its config.json must have a section `{section}`, got {fields!r}.")
+                cls.from_dict(fields)
+    with blaming(f"{name}: its configuration can't be used", Exception):
+        transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    base = config.get("umm_base_model")
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{name}: `umm_base_model` must be the name of a model or null, got {base!r}.")
+    return phase
+
+
+def _merged_bytes(source: Source, dtype: str | None) -> int:
+    """Bytes of the merged weights: one expert of each layer, no router, and all that are no experts."""
+    if source.headers is None:
+        return 0
+    width = dict(DTYPES.values()).get(dtype or "")
+    total = 0
+    for name, header in source.headers.items():
+        parts = name.split(".")
+        if "shared_experts" in parts or "router" in parts or "alpha" in parts:
+            continue
+        num_bytes = header.elements * width if width else header.num_bytes
+        total += num_bytes // max(header.shape[0], 1) if "experts" in parts and header.shape else num_bytes
+    return total

@@ -2,60 +2,232 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-import yaml
-from transformers import AutoConfig
 
-from .. import UpcycleConfig
-from .. import upcycle as upcycle_model
-from .folders import copy_tokenizer, load_model
-from .output import say
+from . import options
+from .errors import UserError, blaming
+from .headers import DTYPES, TensorHeader
+from .outputs import check_output, check_space, replaced
+from .screen import Steps, quiet_libraries, say, size
+from .source import Source, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config import UpcycleConfig
+
+_OUTPUT = "The output"
+_REWARD_CLASS = "ForSequenceClassification"
+
+
+def _panel(title: str):
+    """Options under one title of --help: help, default, names where there is a short one."""
+
+    def option(text: str, default: object, *names: str) -> Any:
+        # None stands for "not given", so that an option goes before the file and the file before the default
+        return typer.Option(*names, help=text, show_default=str(default), rich_help_panel=title)
+
+    return option
+
+
+_mixture, _router, _losses, _output = map(_panel, ("The mixture", "Its routers", "Losses in training", _OUTPUT))
 
 
 def upcycle(
-    dense: Annotated[str, typer.Argument(help="Folder (or hub name) of a dense Hugging Face model.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the upcycled model.")],
-    num_experts: Annotated[int, typer.Option(help="Routed experts, E.")] = 7,
-    num_experts_per_tok: Annotated[int, typer.Option(help="Routed experts per token, K.")] = 5,
-    num_shared_experts: Annotated[int, typer.Option(help="Shared experts, S.")] = 1,
-    layers: Annotated[str, typer.Option(help='"all", a number n (every n-th), or indices such as 3,7,11.')] = "all",
-    config: Annotated[Path | None, typer.Option(help="YAML file of further UpcycleConfig fields.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the routers' initialisation.")] = 0,
+    dense: Annotated[str, typer.Argument(help="Folder or hub name (organisation/model) of a dense model.")],
+    out: Annotated[str, typer.Argument(help="Folder for the upcycled model.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here go before it."),
+    ] = None,
+    num_experts: Annotated[int | None, _mixture("Routed experts, E.", 7, "--num-experts", "-e")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, _mixture("Routed experts per token, K.", 5, "--num-experts-per-tok", "-k")
+    ] = None,
+    num_shared_experts: Annotated[int | None, _mixture("Shared experts, S.", 1, "--num-shared-experts", "-s")] = None,
+    layers: Annotated[str | None, _mixture("all, a number n (every n-th), or indices such as 3,7,11.", "all")] = None,
+    expert_noise: Annotated[
+        float | None,
+        _mixture("Noise on each routed expert, in standard deviations; with 0 the mixture equals DENSE.", 0),
+    ] = None,
+    gate: Annotated[str | None, _router("shared_complement or fixed.", "shared_complement")] = None,
+    fixed_shared_weight: Annotated[
+        float | None, _router("The shared experts' gate weight under --gate fixed.", 0.5)
+    ] = None,
+    router: Annotated[str | None, _router("linear or mlp.", "linear")] = None,
+    router_noise: Annotated[str | None, _router("In training: none, jitter or learned.", "none")] = None,
+    jitter_eps: Annotated[float | None, _router("Half-width of --router-noise jitter.", 0.01)] = None,
+    router_init_std: Annotated[float | None, _router("Standard deviation of the initial weights.", 0.02)] = None,
+    balancing_loss: Annotated[str | None, _losses("switch or cv_squared.", "switch")] = None,
+    balancing_loss_coef: Annotated[float | None, _losses("Weight of the load-balancing loss.", 0.01)] = None,
+    z_loss_coef: Annotated[float | None, _losses("Weight of the router z-loss.", 0.001)] = None,
+    new_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--new-head/--no-new-head",
+            help="For a base model, which has no reward head: start one, or upcycle it as it is.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    dtype: Annotated[str | None, _output("float32, bfloat16 or float16.", "that of DENSE")] = None,
+    device: Annotated[str, _output("Where to compute: cpu, cuda or cuda:N.", "cpu")] = "cpu",
+    seed: Annotated[int, _output("Of routers, noise and head, from 0.", 0)] = 0,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Allow an OUT that holds something: model files in it are replaced, others stay.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
 ) -> None:
-    """Upcycles a saved dense model into a mixture of experts that computes the same."""
-    options = {
+    """Upcycles a saved dense model into a mixture of experts that computes the same.
+
+    OUT is a Hugging Face model folder: after `import ummrm` the Auto classes
+    load it, any loop trains it, and `ummrm merge` makes it dense again. The
+    tokenizer and all else that is not weights or config comes along.
+    """
+    given = {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "num_shared_experts": num_shared_experts,
-        "layers": _layers(layers),
-        **_yaml_mapping(config),
+        "layers": layers if layers is None else options.read_layers(layers),
+        "expert_noise": expert_noise,
+        "gate": gate,
+        "fixed_shared_weight": fixed_shared_weight,
+        "router": router,
+        "router_noise": router_noise,
+        "jitter_eps": jitter_eps,
+        "router_init_std": router_init_std,
+        "balancing_loss": balancing_loss,
+        "balancing_loss_coef": balancing_loss_coef,
+        "z_loss_coef": z_loss_coef,
     }
-    settings = UpcycleConfig.from_dict(options)
+    fields = {} if config is None else options.read_options(config)
+    fields |= {name: value for name, value in given.items() if value is not None}
+    if fields.get("router_noise") == "none":
+        fields["router_noise"] = None
+    options.check_seed(seed)
+    options.check_dtype(dtype)
+    options.check_device(device)
+    with quiet_libraries():
+        run(dense, out, fields, new_head=new_head, dtype=dtype, device=device, seed=seed, overwrite=overwrite)
+
+
+def run(
+    dense: str,
+    out: str,
+    fields: dict,
+    *,
+    new_head: bool | None,
+    dtype: str | None,
+    device: str,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """The command with its options read."""
+    import torch
+
+    import ummrm
+
+    from .folders import copy_companions, load_checkpoint
+
+    with blaming("", ValueError):
+        settings = ummrm.UpcycleConfig.from_dict(fields)
+    source = open_source(dense)
+    _check_source(source, new_head)
+    target = check_output(out, source.folder, overwrite)
+    with blaming("", ValueError):
+        check_space(target, _upcycled_bytes(source, settings, dtype))
+    steps, was_there = Steps(3), replaced(target)
     torch.manual_seed(seed)
-    model = upcycle_model(load_model(dense, AutoConfig.from_pretrained(dense)), settings)
-    model.save_pretrained(out)
-    copy_tokenizer(dense, out)
-    say(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, saved in {out}")
+    with steps.step(f"loading {dense} ({size(source.num_bytes)})", own_bar=True):
+        with blaming(f"{dense} can't be loaded", Exception):
+            model = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head))
+            model.config.name_or_path = dense  # a hub name, rather than its place in the cache
+            model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
+    with steps.step("copying FFNs into experts"), blaming("", ValueError):
+        moe = ummrm.upcycle(model, settings)
+    save(moe, target, source, steps, copy_companions)
+    say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
 
 
-def _layers(text: str) -> str | int | list[int]:
-    if text == "all":
-        return text
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f'--layers must be "all", a number, or numbers separated by commas, got {text!r}.') from None
-    return numbers[0] if len(numbers) == 1 and "," not in text else numbers
+def save(model, target: Path, source: Source, steps: Steps, copy_companions) -> None:
+    """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
+    from safetensors import SafetensorError
+
+    import ummrm
+
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_space(target, num_bytes)
+    with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
+        remedy = "make room or give another folder; a model that was there before is as it was."
+        with blaming(f"{target} can't be written", OSError, SafetensorError, remedy=remedy):
+            ummrm.save_pretrained(model, target)
+            copy_companions(source.folder, target)
 
 
-def _yaml_mapping(path: Path | None) -> dict:
-    if path is None:
-        return {}
-    data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of UpcycleConfig fields, got {type(data).__name__}.")
-    return data
+def _check_source(source: Source, new_head: bool | None) -> None:
+    name = source.name
+    if source.is_upcycled:
+        raise UserError(f"{name} is upcycled already; train it, and `ummrm merge` it.")
+    if source.config.get("quantization_config"):
+        raise UserError(f"{name} must hold plain float weights, and has a quantisation; upcycle the model before it.")
+    cls = stock_class(source)
+    if new_head is None and _REWARD_CLASS not in cls.__name__:
+        raise UserError(
+            f"{name} is a {cls.__name__}, which has no reward head; give --new-head to start one, or --no-new-head to "
+            "upcycle it as it is."
+        )
+    if new_head and _REWARD_CLASS in cls.__name__:
+        raise UserError(f"{name} is a {cls.__name__} and has a reward head; leave --new-head out.")
+
+
+def stock_class(source: Source) -> type[PreTrainedModel]:
+    """The transformers class that a folder's config.json names.
+
+    Raises:
+        UserError: transformers has no such model class, or it needs code of the folder's own.
+    """
+    import transformers
+
+    if source.config.get("auto_map") and source.model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{source.name} needs code of its own (`auto_map` in its config.json), which is never run here."
+        )
+    name = source.class_name
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UserError(
+            f"{source.folder / 'config.json'} names {name} in `architectures`, which is no model class of transformers "
+            f"{transformers.__version__}; install the version of transformers that has it, or mend the name."
+        )
+    return cls
+
+
+def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) -> int:
+    """Bytes of the upcycled weights, without routers; too few for a family that has no row, whose FFNs aren't known."""
+    from ..hf.families import FAMILIES
+
+    if source.headers is None:
+        return source.num_bytes
+    factor = dict(DTYPES.values()).get(dtype or "")
+    family = FAMILIES.get(source.model_type)
+    found: dict[int, list[TensorHeader]] = {}
+    if family is not None:
+        modules = "|".join(re.escape(path) for path in family.paths.modules)
+        ffn = re.compile(rf"(?:.*\.)?{re.escape(family.layers)}\.(\d+)\.(?:{modules})\.(?:weight|bias)")
+        for name, header in source.headers.items():
+            if match := ffn.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(header)
+    copies, layers = config.num_experts + config.num_shared_experts - 1, sorted(found)
+    extra = [h for i in config.layer_indices(len(layers)) for h in found[layers[i]]] if layers else []
+
+    def num_bytes(headers) -> int:
+        return sum(h.elements * factor if factor else h.num_bytes for h in headers)
+
+    return num_bytes(source.headers.values()) + copies * num_bytes(extra)

@@ -1,0 +1,99 @@
+"""The folder that a command writes: whether it can be written, before any work.
+
+Saving touches only the files that it writes (see `ummrm.hf.saving`). A folder that holds something already is taken
+only with --overwrite, since a model in it would be replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import UserError, blaming
+from .screen import size
+
+_OTHER = "give another folder."
+# what a save may write; anything but a plain file in its place would make it fail at its end
+_WRITTEN = re.compile(r"(config|generation_config)\.json|README\.md|.*\.safetensors(\.index\.json)?")
+
+
+def check_output(out: str, source: Path, overwrite: bool) -> Path:
+    """Checks the folder to write.
+
+    Args:
+        out: as the user gave it.
+        source: the folder that is read.
+        overwrite: whether a folder that holds something is allowed.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        UserError: it can't be written, holds something, or is the folder that is read or inside it.
+    """
+    if not out:
+        raise UserError(f'OUT must be the name of a folder, got ""; {_OTHER}')
+    shown = out if len(out) < 200 else f"{out[:200]}..."
+    with blaming(f"{shown} can't be written", OSError, ValueError, RuntimeError, remedy=_OTHER):
+        _check_place(out, Path(out), source)
+        held = [name for name in os.listdir(out) if not name.startswith(".")] if os.path.isdir(out) else []
+    if held and not overwrite:
+        what = "a model" if "config.json" in held else min(held) + (f" and {len(held) - 1} more" if held[1:] else "")
+        raise UserError(
+            f"{out} holds {what} already; {_OTHER[:-1]}, or give --overwrite to replace the model files in it (other "
+            "files stay)."
+        )
+    target = Path(out)
+    for name in sorted(held):
+        if _WRITTEN.fullmatch(name) and not (target / name).is_file():
+            raise UserError(f"{target / name} is to be written, and {_kind(target / name)} stands there; {_OTHER}")
+    return target
+
+
+def _check_place(out: str, target: Path, source: Path) -> None:
+    """Raises UserError or OSError if no folder can be at `target`, or be written there, or it touches `source`."""
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{out} is a symbolic link that leads nowhere; remove it, or {_OTHER}")
+    resolved = target.resolve()
+    for place in (resolved, *resolved.parents):
+        if place.exists() and place.samefile(source):
+            where = "is" if place == resolved else "lies inside"
+            raise UserError(f"{out} {where} the folder that is read ({source}); {_OTHER}")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{out} must be a folder, and {_kind(target)} stands there; remove it, or {_OTHER}")
+    place = _existing(resolved)
+    if not place.is_dir():
+        raise UserError(f"{out} lies inside {_kind(place)} ({place}), not a folder; {_OTHER}")
+    with tempfile.TemporaryFile(dir=place):  # has no name where the system can do so
+        pass
+
+
+def check_space(out: Path, num_bytes: int) -> None:
+    """Raises UserError if the disk of `out` has fewer free bytes than are to be written."""
+    free = shutil.disk_usage(_existing(out.resolve())).free
+    if num_bytes > free:
+        raise UserError(
+            f"{out} needs {size(num_bytes)}, and its disk has {size(free)} free; make room, give a folder on another "
+            "disk, or give --dtype bfloat16."
+        )
+
+
+def replaced(out: Path) -> str:
+    """The end of a result's line where a model stood at `out` before; ask before writing."""
+    return " (replaced the model that was there)" if (out / "config.json").exists() else ""
+
+
+def _existing(path: Path) -> Path:
+    """The nearest place at or above `path` that exists."""
+    return next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("."))
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    if path.is_file():
+        return "a file"
+    return "a pipe" if path.is_fifo() else "something else than a file"
