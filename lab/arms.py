@@ -20,14 +20,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ummrm.merge import merge, merge_coefficients
-from ummrm.nn.losses import auxiliary_loss
-from ummrm.upcycle import upcycle
+from ummrm import auxiliary_loss, merge, merge_coefficients, upcycle
 
 from .config import ResolvedArm, StudyConfig
 from .costs import forward_flops, merging_flops, training_flops
 from .demo.config import TrainConfig
-from .demo.measure import parameter_count, score
+from .demo.measure import parameter_count, rewards_of
 from .demo.stages import start_merge
 from .demo.training import train
 from .seeds import derive
@@ -67,7 +65,7 @@ class RewardModel:
         uncertainty: UWO's weight of the variance.
         scales: mean and standard deviation of each member's scores over the reference answers.
         record: what was measured while it was trained.
-        scorer: scores of one of the models, `recipe.measure.score` or what gives the same.
+        scorer: scores of one of the models, `demo.measure.rewards_of` or what gives the same.
     """
 
     models: list[PreTrainedModel]
@@ -78,7 +76,7 @@ class RewardModel:
     uncertainty: float = 0.0
     scales: list[tuple[float, float]] = field(default_factory=list)
     record: dict = field(default_factory=dict)
-    scorer: Callable[[PreTrainedModel, Sequences, int], torch.Tensor] = score
+    scorer: Callable[[PreTrainedModel, Sequences, int], torch.Tensor] = rewards_of
 
     def __call__(self, sequences: Sequences) -> torch.Tensor:
         """Rewards, fp64 [N]."""
@@ -185,7 +183,7 @@ class Arms:
         )
 
     def _score_once(self, model: PreTrainedModel, sequences: Sequences, batch_size: int) -> torch.Tensor:
-        """`score`, kept for sequences that last as long as the task: three ensembles combine the same members."""
+        """`rewards_of`, kept for sequences that last as long as the task: three ensembles combine the same members."""
         task = self.task
         lasting = (
             self.reference,
@@ -193,10 +191,10 @@ class Arms:
             *(s for p in (task.test, task.shifted) for s in (p.chosen, p.rejected)),
         )
         if not any(sequences is one for one in lasting):
-            return score(model, sequences, batch_size)
+            return rewards_of(model, sequences, batch_size)
         key = (id(model), id(sequences))
         if key not in self._member_scores:
-            self._member_scores[key] = score(model, sequences, batch_size)
+            self._member_scores[key] = rewards_of(model, sequences, batch_size)
         return self._member_scores[key]
 
     def _single(self, stage: Stage) -> RewardModel:

@@ -15,14 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ummrm.config import MergeConfig, UpcycleConfig
+from ummrm import MergeConfig, UpcycleConfig
 
+from .checkpoint_config import CheckpointTaskConfig
 from .demo.config import ModelConfig, TrainConfig
 from .demo.fields import build, read_yaml, require
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
-from .real import RealTaskConfig
 from .tasks import SyntheticTaskConfig
 
 KINDS = ("dense", "dense_longer", "ensemble", "weight_average", "moe", "merged")
@@ -37,12 +37,12 @@ class RegimeConfig:
     """One regime of error: a task whose training pairs mislead a reward model in a known way.
 
     Attributes:
-        task: the task, `kind: synthetic` (also where no kind is given) or `kind: real`; each seed of a study draws it
-            anew.
+        task: the task, `kind: synthetic` (also where no kind is given) or `kind: checkpoints`; each seed of a study
+            draws it anew.
         title: what the regime is, in words.
     """
 
-    task: SyntheticTaskConfig | RealTaskConfig
+    task: SyntheticTaskConfig | CheckpointTaskConfig
     title: str = ""
 
 
@@ -67,7 +67,7 @@ class ArmConfig:
         merge: of `merged`: changes to the study's `merge`.
         learning: of `merged`: changes to the study's `alpha` training.
         ppo: whether PPO is run against it.
-        rloo: whether TRL's RLOO is, on a real task.
+        rloo: whether TRL's RLOO is, on a task on checkpoints.
         grpo: the same of TRL's GRPO.
     """
 
@@ -169,7 +169,7 @@ class StudyConfig:
         merge: `ummrm.MergeConfig`; an arm's `shared_share` replaces its lambda.
         alpha: learning of the merge weights.
         members: members of ensembles and weight averages.
-        policy: the policy that PPO starts from; a real task names its own.
+        policy: the policy that PPO starts from; a task on checkpoints names its own.
         ppo: PPO.
         rloo: TRL's RLOO.
         grpo: TRL's GRPO.
@@ -220,16 +220,16 @@ class StudyConfig:
                     raise ValueError(
                         f"a comparison under {optimiser.upper()} needs `{optimiser}: true` of the arm {name!r}."
                     )
-        real = [name for name, regime in self.regimes.items() if isinstance(regime.task, RealTaskConfig)]
-        if real and (len(real) < len(self.regimes) or self.model.model_type is not None):
+        named = [name for name, regime in self.regimes.items() if isinstance(regime.task, CheckpointTaskConfig)]
+        if named and (len(named) < len(self.regimes) or self.model.model_type is not None):
             raise ValueError(
-                f"the regime {real[0]!r} is on real checkpoints, so that all must be, and `model.folder` must name the "
+                f"the regime {named[0]!r} is on checkpoints, so that all must be, and `model.folder` must name the "
                 "checkpoint from which the dense reward model starts."
             )
         online = [name for name in self.arms if {"rloo", "grpo"} & set(self.optimisers(name))]
-        if online and not real:
+        if online and not named:
             raise ValueError(
-                f"`rloo` and `grpo` of the arm {online[0]!r} need a task on real checkpoints: TRL's trainers read text."
+                f"`rloo` and `grpo` of the arm {online[0]!r} need a task on checkpoints: TRL's trainers read text."
             )
         for name in {name for arm in online for name in self.optimisers(arm)} & {"rloo", "grpo"}:
             points, window = getattr(self, name).measurements, self.measure.ppo_window
@@ -302,7 +302,7 @@ class StudyConfig:
         """Plain data; `from_dict` is the inverse."""
         data = dataclasses.asdict(self)
         for name, regime in self.regimes.items():
-            if isinstance(regime.task, RealTaskConfig):
+            if isinstance(regime.task, CheckpointTaskConfig):
                 data["regimes"][name]["task"]["kind"] = regime.task.KIND
         return data
 

@@ -175,7 +175,7 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
             found = [runs.interval(regime, arm, "best_of_n", column) for arm in arms]
             at = [i + offset for i, f in enumerate(found) if f is not None]
             if not at:
-                continue  # no answer of a real policy need be longer than training's
+                continue  # no answer of a checkpoint need be longer than training's
             mean, low, high = np.array([f for f in found if f is not None]).T
             error = np.nan_to_num([mean - low, high - mean])
             axis.errorbar(mean, at, xerr=error, fmt=marker, color=color, label=label, capsize=2, markersize=4.5)

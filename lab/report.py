@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .checkpoint_config import CheckpointTaskConfig
 from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
 from .plots import write_plots
-from .real import RealTaskConfig
 from .store import read_table, write_atomically
 from .tables import (
     Table,
@@ -130,9 +130,9 @@ def _page(
     plots: Sequence[Path],
 ) -> str:
     seeds = f"{len(runs.seeds)} seeds ({runs.seeds[0]} to {runs.seeds[-1]})" if runs.seeds else "no seeds"
-    real = any(isinstance(regime.task, RealTaskConfig) for regime in study.regimes.values())
-    drawn = "prompts, answers, labels and initialisation" if real else "gold reward, data, initialisation and prompts"
-    start = "the named checkpoint" if real else "random weights"
+    named = any(isinstance(regime.task, CheckpointTaskConfig) for regime in study.regimes.values())
+    drawn = "prompts, answers, labels and initialisation" if named else "gold reward, data, initialisation and prompts"
+    start = "the named checkpoint" if named else "random weights"
     primary = "".join(f"<li>{html.escape(line)}</li>" for line in primary_lines(study, comparisons))
     paths = path_table(study, runs)
     parts = [

@@ -29,7 +29,7 @@ from .config import OPTIMISERS, StudyConfig
 from .demo.run import quiet_transformers
 from .online import require_trl
 from .store import UnitStore, write_atomically, write_tables
-from .units import Bench, Unit, units_of
+from .units import Unit, UnitRunner, units_of
 
 Report = Callable[..., None]
 """Called with the kind of event and its details."""
@@ -126,11 +126,11 @@ def run_group(study: StudyConfig, output: Path, group: Group, report: Report) ->
             report("step", f"{where}: {stage}", done, total)
 
     report("step", f"{where}: data", 0, 1)
-    bench = Bench(Arms(study, group.regime, group.seed, folder, on_step))
+    runner = UnitRunner(Arms(study, group.regime, group.seed, folder, on_step))
     store = UnitStore(output)
     for unit in group.units:
         report("step", f"{where}: {unit.arm}, {unit.optimiser}", 0, 1)
-        store.write(unit, _fingerprint(study, unit), bench.measure(unit))
+        store.write(unit, _fingerprint(study, unit), runner.measure(unit))
         report("done")
     shutil.rmtree(folder, ignore_errors=True)
 

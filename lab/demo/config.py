@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ummrm.config import MergeConfig, UpcycleConfig
+from ummrm import MergeConfig, UpcycleConfig
 
 from ..tasks import SyntheticTaskConfig, TextTaskConfig
 from .fields import build, read_yaml, require

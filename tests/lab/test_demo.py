@@ -3,11 +3,8 @@
 import csv
 import dataclasses
 import json
-import math
-from itertools import combinations
 
 import pytest
-import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
@@ -20,7 +17,6 @@ from lab.demo import (
     run_recipe,
     write_report,
 )
-from lab.demo.measure import best_of_n, best_of_n_mean
 
 PLOTS = {"training_curves.png", "gate_usage.png", "alpha.png", "best_of_n.png"}
 
@@ -166,21 +162,6 @@ def test_a_shortened_run_on_a_real_checkpoint_and_real_text(tmp_path):
     raise_for_failed_checks(result, tmp_path)
     assert result.reload.model_class.endswith("BertForSequenceClassification")
     assert result.arms["merged"].parameters == result.arms["dense"].parameters > 20_000_000
-
-
-def test_best_of_n_equals_the_mean_over_all_subsets():
-    torch.manual_seed(0)
-    proxy, values = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    for n in range(1, 7):
-        expected = []
-        for p, v in zip(proxy, values, strict=True):
-            chosen = [v[max(subset, key=lambda i, p=p: p[i])] for subset in combinations(range(6), n)]
-            expected.append(torch.stack(chosen).mean())
-        torch.testing.assert_close(best_of_n_mean(proxy, values, n), torch.stack(expected))
-    rows = best_of_n(proxy, values, values)
-    assert rows.kl == [math.log(n) - (n - 1) / n for n in (1, 2, 4)]
-    with pytest.raises(ValueError, match="`n` must be 1 to the number of samples, 6, got 7"):
-        best_of_n_mean(proxy, values, 7)
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-real"])

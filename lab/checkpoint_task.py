@@ -1,4 +1,4 @@
-"""A task made of real checkpoints and data: its prompts, preference pairs, and the policy's answers with gold rewards.
+"""A task made of checkpoints and data by name: prompts, preference pairs, and the policy's answers with gold rewards.
 
 The shortcut that is watched is length. What the policy and the gold model made is kept in a file, so that a resumed
 study goes on with the same data on devices too whose sampling does not repeat bit for bit.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint_config import CheckpointTaskConfig
 from .checkpoints import GoldModel, Wording, autocast, load_columns, load_policy, load_wording
 from .policy import PolicyModel, Rollout, sample
-from .real import RealTaskConfig
 from .tasks import PolicySamples, PreferencePairs, Sequences, Task
 from .tasks.base import data_facts
 
@@ -63,8 +63,8 @@ class Prompts:
         return texts, self.wording.answer_texts([row[start:end] for row, start, end in rows])
 
 
-class RealSource:
-    """What a real task needs, loaded when it is first asked for: tokenizer, policy, gold model, task.
+class CheckpointSource:
+    """what a task on checkpoints needs, loaded when it is first asked for: tokenizer, policy, gold model, task.
 
     Args:
         config: the task.
@@ -76,7 +76,7 @@ class RealSource:
 
     def __init__(
         self,
-        config: RealTaskConfig,
+        config: CheckpointTaskConfig,
         derive: Callable[..., int],
         device: str,
         folder: Path | None = None,

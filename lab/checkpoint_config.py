@@ -1,6 +1,6 @@
 """The configuration of a task on real checkpoints and data by name: who answers, who judges, which prompts and pairs.
 
-How it is loaded is `checkpoints.py`'s business, how a task is made of it `real_task.py`'s.
+How it is loaded is `checkpoints.py`'s business, how a task is made of it `checkpoint_task.py`'s.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class GoldConfig:
 
 
 @dataclass(frozen=True)
-class RealTaskConfig:
+class CheckpointTaskConfig:
     """A task on real checkpoints. The study's `model.folder` names where the dense reward model starts.
 
     Policy and reward models read the same tokens, so that they must share a tokenizer; gold reads text.
@@ -108,7 +108,7 @@ class RealTaskConfig:
         sample_batch: answers sampled at a time.
     """
 
-    KIND: ClassVar[str] = "real"
+    KIND: ClassVar[str] = "checkpoints"
 
     policy: str
     gold: GoldConfig
