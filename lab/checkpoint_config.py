@@ -6,9 +6,9 @@ How it is loaded is `checkpoints.py`'s business, how a task is made of it `check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
-from .demo.fields import require
+from .reading import require
 
 DTYPES = ("float32", "bfloat16")
 PROMPT, ANSWER = "{prompt}", "{answer}"
@@ -106,9 +106,8 @@ class CheckpointTaskConfig:
         max_prompt_tokens: longer prompts are left out.
         max_answer_tokens: longest answer, its end token included; longer ones of `pairs` are left out.
         sample_batch: answers sampled at a time.
+        kind: tells tasks apart.
     """
-
-    KIND: ClassVar[str] = "checkpoints"
 
     policy: str
     gold: GoldConfig
@@ -126,6 +125,7 @@ class CheckpointTaskConfig:
     max_prompt_tokens: int = 256
     max_answer_tokens: int = 128
     sample_batch: int = 64
+    kind: Literal["checkpoints"] = "checkpoints"
 
     def __post_init__(self) -> None:
         sizes = ("train_pairs", "test_pairs", "policy_prompts", "selection_prompts", "max_prompt_tokens")

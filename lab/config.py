@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ummrm import MergeConfig, UpcycleConfig
 
 from .checkpoint_config import CheckpointTaskConfig
 from .demo.config import ModelConfig, TrainConfig
-from .demo.fields import build, read_yaml, require
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
+from .reading import build, read_yaml, require
 from .tasks import SyntheticTaskConfig
 
 KINDS = ("dense", "dense_longer", "ensemble", "weight_average", "moe", "merged")
@@ -42,7 +44,7 @@ class RegimeConfig:
         title: what the regime is, in words.
     """
 
-    task: SyntheticTaskConfig | CheckpointTaskConfig
+    task: Annotated[SyntheticTaskConfig | CheckpointTaskConfig, Field(discriminator="kind")]
     title: str = ""
 
 
@@ -300,11 +302,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        data = dataclasses.asdict(self)
-        for name, regime in self.regimes.items():
-            if isinstance(regime.task, CheckpointTaskConfig):
-                data["regimes"][name]["task"]["kind"] = regime.task.KIND
-        return data
+        return dataclasses.asdict(self)
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
@@ -317,8 +315,10 @@ class StudyConfig:
         measure = dataclasses.asdict(self.measure)
         if not measure["mixtures"]:
             del measure["mixtures"]  # so that units from before it existed stay good
+        task = dataclasses.asdict(self.regimes[regime].task)
+        del task["kind"]  # the other fields say it
         parts = {
-            "regime": dataclasses.asdict(self.regimes[regime].task),
+            "regime": task,
             "arm": {**made, "label": "", "ppo": False},
             "dense": stages.pop("dense"),
             "stages": stages,
@@ -367,8 +367,11 @@ def shipped_studies() -> dict[str, Path]:
 def _study_file(source: str | Path, beside: Path | None = None) -> Path:
     """A study's file, given by its path, seen from the folder `beside` if given, or by the name of a shipped one."""
     path = Path(source) if beside is None else beside / source
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError:
+        pass  # no file has a name as long as that
     shipped = shipped_studies()
     if str(source) not in shipped:
         raise FileNotFoundError(f"no study at {source}, and none is shipped by that name: {', '.join(shipped)}.")
@@ -384,7 +387,10 @@ def _extended(data: Any, files: tuple[Path, ...]) -> Any:
         return data  # whole, or for `build` to refuse
     if not isinstance(data["extends"], str):
         raise ValueError(f"`extends` must be the name or the file of a study, got {data['extends']!r}.")
-    base = _study_file(data["extends"], files[-1].parent)
+    try:
+        base = _study_file(data["extends"], files[-1].parent)
+    except FileNotFoundError as error:
+        raise ValueError(f"`extends`: {error}") from error
     if base.resolve() in (file.resolve() for file in files):
         raise ValueError(f"`extends` must not lead back to where it came from, got {data['extends']!r}.")
     sections = {name: value for name, value in data.items() if name != "extends"}
@@ -398,13 +404,10 @@ def _with_kinds(data: Any) -> Any:
     regimes = dict(data["regimes"])
     for name, regime in regimes.items():
         if isinstance(regime, Mapping) and isinstance(regime.get("task"), Mapping):
-            regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.KIND, **regime["task"]}}
+            regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.kind, **regime["task"]}}
     return {**data, "regimes": regimes}
 
 
 def _changed(stage, changes: Mapping[str, Any], where: str):
     """A copy of a stage's configuration with some fields changed."""
-    data = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
-    if isinstance(data.get("layers"), tuple):
-        data["layers"] = list(data["layers"])
-    return build(type(stage), {**data, **changes}, where)
+    return build(type(stage), {**dataclasses.asdict(stage), **changes}, where)

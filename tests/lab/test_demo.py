@@ -175,7 +175,7 @@ def test_recipes_round_trip_through_plain_data(name):
     [
         ({"task__kind": "image"}, "recipe.task.kind must be one of synthetic, text, got 'image'"),
         ({"dense__steps": 1.5}, "recipe.dense.steps must be an integer, got 1.5"),
-        ({"dense__stepz": 3}, "recipe.dense has no field stepz; it has .*steps"),
+        ({"dense__stepz": 3}, r"recipe.dense has no field stepz \(did you mean steps\?\); it has steps"),
         ({"upcycle__num_experts": 0}, "`num_experts` must be an integer of at least 1"),
         ({"model__folder": "x"}, "exactly one of `model_type`, `folder`, `package`"),
         ({"checks__dense_accuracy": [0.9, 0.1]}, "two numbers, the lower one first"),
