@@ -1,8 +1,8 @@
 """The reward models of one regime and seed: every arm of a study, trained once and kept.
 
 All training, upcycling and merging is the product's own (`lab.demo`, `ummrm.upcycle`, `ummrm.merge`); this module
-says which stages an arm is made of and what they cost. A finished stage is kept in a folder, whole or not at all, so
-that an interrupted study goes on from it.
+says which stages an arm is made of and what they cost. A finished stage is kept in a folder, atomically, so that an
+interrupted study goes on from it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from .demo.config import TrainConfig
 from .demo.measure import parameter_count, rewards_of
 from .demo.stages import start_merge
 from .demo.training import train
+from .files import kept
 from .seeds import derive
 from .setting import make_setting
 from .specialisation import expert_distances, measure_specialisation
@@ -144,7 +143,6 @@ class Arms:
         self.mean_length = torch.cat([train_pairs.chosen.lengths, train_pairs.rejected.lengths]).double().mean().item()
         reference = train_pairs.select(slice(0, study.measure.reference_pairs))
         self.reference = concatenate([reference.chosen, reference.rejected])
-        self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
         self._member_scores: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -360,22 +358,13 @@ class Arms:
         key = f"{name}-{digest}"
         if key in self._stages:
             return self._stages[key]
-        path = None if self.folder is None else self.folder / f"{key}.pt"
         model = build()
-        if path is not None and path.is_file():
-            kept = torch.load(path, map_location=self.study.device, weights_only=True)
-            model.load_state_dict(kept["state"])
-            record = json.loads(kept["record"])
-            self.seconds[name] = kept["seconds"]
-        else:
-            start = time.perf_counter()
-            record = json.loads(json.dumps(make(model)))  # the same whether it comes from memory or from the file
-            self.seconds[name] = time.perf_counter() - start
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_suffix(".tmp")
-                kept = {"state": model.state_dict(), "record": json.dumps(record), "seconds": self.seconds[name]}
-                torch.save(kept, beside)
-                os.replace(beside, path)
-        self._stages[key] = Stage(model.eval(), flops(model), record)
+
+        def trained() -> dict:
+            record = json.dumps(make(model))
+            return {"state": model.state_dict(), "record": record}
+
+        found = trained() if self.folder is None else kept(self.folder / f"{key}.pt", trained, study.device)
+        model.load_state_dict(found["state"])
+        self._stages[key] = Stage(model.eval(), flops(model), json.loads(found["record"]))
         return self._stages[key]

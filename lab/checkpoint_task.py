@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from .checkpoint_config import CheckpointTaskConfig
 from .checkpoints import GoldModel, Wording, autocast, load_columns, load_policy, load_wording
+from .files import kept
 from .policy import PolicyModel, Rollout, sample
 from .tasks import PolicySamples, PreferencePairs, Sequences, Task
 from .tasks.base import data_facts
@@ -251,16 +251,12 @@ class CheckpointSource:
             return make()
         plain = json.dumps([dataclasses.asdict(self.config), self.device], sort_keys=True)
         path = self.folder / f"task-{hashlib.sha256(plain.encode()).hexdigest()[:12]}.pt"
-        if not path.is_file():
-            made = make()
-            flat = {k: (v.tokens, v.lengths) if isinstance(v, Sequences) else v for k, v in made.items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            torch.save(flat, beside)
-            os.replace(beside, path)
+
+        def flat() -> dict:
+            return {k: (v.tokens, v.lengths) if isinstance(v, Sequences) else v for k, v in make().items()}
+
         pad = self.wording.tokenizer.pad_token_id
-        kept = torch.load(path, weights_only=True)
-        return {k: Sequences(*v, pad) if isinstance(v, tuple) else v for k, v in kept.items()}
+        return {k: Sequences(*v, pad) if isinstance(v, tuple) else v for k, v in kept(path, flat).items()}
 
 
 def _ordered(first: Sequences, second: Sequences, label: torch.Tensor) -> tuple[Sequences, Sequences]:

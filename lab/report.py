@@ -14,8 +14,9 @@ from pathlib import Path
 from .checkpoint_config import CheckpointTaskConfig
 from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
+from .files import write_atomically
 from .plots import write_plots
-from .store import read_table, write_atomically
+from .store import read_table
 from .tables import (
     Table,
     arm_table,

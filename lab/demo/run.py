@@ -20,11 +20,25 @@ from transformers.utils import logging as transformers_logging
 from ummrm import auxiliary_loss, merge, merge_coefficients, record_routing_statistics, upcycle
 
 from ..best_of_n import best_of_n, standardised
+from ..files import prepare_output
 from ..tasks import Task, concatenate
 from . import measure
 from .config import RecipeConfig, TrainConfig
+from .plots import PLOTS
 from .reload import Reload, reload_without_ummrm
-from .stages import ARMS, DENSE, LONGER, MERGED, MOE, ArmResult, Check, build_dense, build_task, start_merge
+from .stages import (
+    ARMS,
+    DENSE,
+    LONGER,
+    MERGED,
+    MOE,
+    REPORT_FILES,
+    ArmResult,
+    Check,
+    build_dense,
+    build_task,
+    start_merge,
+)
 from .training import History, train
 
 
@@ -77,8 +91,10 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
         Everything found, the outcome of each check included: a check that failed does not raise here.
 
     Raises:
+        ValueError: the folder cannot be used.
         ReloadError: stock transformers could not load the exported model without ummrm.
     """
+    output = prepare_output(output, ("moe", "merged"), [*REPORT_FILES, *(f"{name}.png" for name in PLOTS)])
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -94,7 +110,7 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
     with quiet_transformers():
         try:
             with bars:
-                return _Run(config, Path(output), bars).run()
+                return _Run(config, output, bars).run()
         finally:
             torch.set_num_threads(threads)
 

@@ -18,6 +18,7 @@ from .config import ModelConfig, RecipeConfig
 from .measure import Accuracy, rewards_of
 
 DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
+REPORT_FILES = ("results.json", "results.csv", "best_of_n.csv", "training.csv", "table.txt")
 ARMS = {DENSE: "dense", LONGER: "dense, trained equally long", MOE: "MoE", MERGED: "merged"}
 
 
