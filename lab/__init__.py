@@ -1,13 +1,13 @@
 """The reward-hacking laboratory: does an upcycled and merged reward model resist over-optimisation, and at what cost?
 
 `run_study(load_study("cpu"), "out")` trains every arm over regimes and seeds and measures it under best-of-n and PPO;
-`write_report("out")` makes of the tables what people read. Needs the extra `ummrm[demo]`; nothing but the command line
-imports this package.
+`write_report("out")` makes of the tables what people read. Runs from a checkout as `python -m lab`, needs the
+extra `ummrm[lab]`, and uses the product as any user does; the product does not know it.
 """
 
+from .checkpoint_config import CheckpointTaskConfig
 from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig, load_study, shipped_studies
 from .online import OnlineConfig
-from .real import RealTaskConfig
 from .report import report_lines, study_tables, write_report
 from .run import StudyError, run_study
 
@@ -16,7 +16,7 @@ __all__ = [
     "ComparisonConfig",
     "MeasureConfig",
     "OnlineConfig",
-    "RealTaskConfig",
+    "CheckpointTaskConfig",
     "RegimeConfig",
     "StudyConfig",
     "StudyError",

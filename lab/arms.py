@@ -1,8 +1,8 @@
 """The reward models of one regime and seed: every arm of a study, trained once and kept.
 
 All training, upcycling and merging is the product's own (`lab.demo`, `ummrm.upcycle`, `ummrm.merge`); this module
-says which stages an arm is made of and what they cost. A finished stage is kept in a folder, whole or not at all, so
-that an interrupted study goes on from it.
+says which stages an arm is made of and what they cost. A finished stage is kept in a folder, atomically, so that an
+interrupted study goes on from it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +18,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ummrm.merge import merge, merge_coefficients
-from ummrm.nn.losses import auxiliary_loss
-from ummrm.upcycle import upcycle
+from ummrm import auxiliary_loss, merge, merge_coefficients, upcycle
 
 from .config import ResolvedArm, StudyConfig
 from .costs import forward_flops, merging_flops, training_flops
 from .demo.config import TrainConfig
-from .demo.measure import parameter_count, score
+from .demo.measure import parameter_count, rewards_of
 from .demo.stages import start_merge
 from .demo.training import train
+from .files import kept
 from .seeds import derive
 from .setting import make_setting
 from .specialisation import expert_distances, measure_specialisation
@@ -67,7 +64,7 @@ class RewardModel:
         uncertainty: UWO's weight of the variance.
         scales: mean and standard deviation of each member's scores over the reference answers.
         record: what was measured while it was trained.
-        scorer: scores of one of the models, `recipe.measure.score` or what gives the same.
+        scorer: scores of one of the models, `demo.measure.rewards_of` or what gives the same.
     """
 
     models: list[PreTrainedModel]
@@ -78,7 +75,7 @@ class RewardModel:
     uncertainty: float = 0.0
     scales: list[tuple[float, float]] = field(default_factory=list)
     record: dict = field(default_factory=dict)
-    scorer: Callable[[PreTrainedModel, Sequences, int], torch.Tensor] = score
+    scorer: Callable[[PreTrainedModel, Sequences, int], torch.Tensor] = rewards_of
 
     def __call__(self, sequences: Sequences) -> torch.Tensor:
         """Rewards, fp64 [N]."""
@@ -146,7 +143,6 @@ class Arms:
         self.mean_length = torch.cat([train_pairs.chosen.lengths, train_pairs.rejected.lengths]).double().mean().item()
         reference = train_pairs.select(slice(0, study.measure.reference_pairs))
         self.reference = concatenate([reference.chosen, reference.rejected])
-        self.seconds: dict[str, float] = {}
         self._stages: dict[str, Stage] = {}
         self._member_scores: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -185,7 +181,7 @@ class Arms:
         )
 
     def _score_once(self, model: PreTrainedModel, sequences: Sequences, batch_size: int) -> torch.Tensor:
-        """`score`, kept for sequences that last as long as the task: three ensembles combine the same members."""
+        """`rewards_of`, kept for sequences that last as long as the task: three ensembles combine the same members."""
         task = self.task
         lasting = (
             self.reference,
@@ -193,10 +189,10 @@ class Arms:
             *(s for p in (task.test, task.shifted) for s in (p.chosen, p.rejected)),
         )
         if not any(sequences is one for one in lasting):
-            return score(model, sequences, batch_size)
+            return rewards_of(model, sequences, batch_size)
         key = (id(model), id(sequences))
         if key not in self._member_scores:
-            self._member_scores[key] = score(model, sequences, batch_size)
+            self._member_scores[key] = rewards_of(model, sequences, batch_size)
         return self._member_scores[key]
 
     def _single(self, stage: Stage) -> RewardModel:
@@ -362,22 +358,13 @@ class Arms:
         key = f"{name}-{digest}"
         if key in self._stages:
             return self._stages[key]
-        path = None if self.folder is None else self.folder / f"{key}.pt"
         model = build()
-        if path is not None and path.is_file():
-            kept = torch.load(path, map_location=self.study.device, weights_only=True)
-            model.load_state_dict(kept["state"])
-            record = json.loads(kept["record"])
-            self.seconds[name] = kept["seconds"]
-        else:
-            start = time.perf_counter()
-            record = json.loads(json.dumps(make(model)))  # the same whether it comes from memory or from the file
-            self.seconds[name] = time.perf_counter() - start
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_suffix(".tmp")
-                kept = {"state": model.state_dict(), "record": json.dumps(record), "seconds": self.seconds[name]}
-                torch.save(kept, beside)
-                os.replace(beside, path)
-        self._stages[key] = Stage(model.eval(), flops(model), record)
+
+        def trained() -> dict:
+            record = json.dumps(make(model))
+            return {"state": model.state_dict(), "record": record}
+
+        found = trained() if self.folder is None else kept(self.folder / f"{key}.pt", trained, study.device)
+        model.load_state_dict(found["state"])
+        self._stages[key] = Stage(model.eval(), flops(model), json.loads(found["record"]))
         return self._stages[key]

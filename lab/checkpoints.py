@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .demo.measure import score
+from .checkpoint_config import ANSWER, PROMPT, CheckpointTaskConfig, DataConfig, GoldConfig
+from .demo.measure import rewards_of
 from .policy import PolicyModel
-from .real import ANSWER, PROMPT, DataConfig, GoldConfig, RealTaskConfig
 from .tasks import Sequences
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Wording:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def load_wording(config: RealTaskConfig) -> Wording:
+def load_wording(config: CheckpointTaskConfig) -> Wording:
     """The policy's tokenizer, ready for prompts.
 
     Raises:
@@ -97,7 +97,7 @@ def load_wording(config: RealTaskConfig) -> Wording:
     return Wording(tokenizer, config.template)
 
 
-def load_policy(config: RealTaskConfig, wording: Wording, device: str) -> PolicyModel:
+def load_policy(config: CheckpointTaskConfig, wording: Wording, device: str) -> PolicyModel:
     """The policy in eval mode, fp32; it may say every token of its tokenizer but padding.
 
     Raises:
@@ -119,7 +119,7 @@ def load_policy(config: RealTaskConfig, wording: Wording, device: str) -> Policy
     return policy.to(device)
 
 
-def check_positions(where: str, model: PreTrainedModel, config: RealTaskConfig) -> None:
+def check_positions(where: str, model: PreTrainedModel, config: CheckpointTaskConfig) -> None:
     """Raises ValueError if the longest prompt and answer do not fit into a model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = config.max_prompt_tokens + config.max_answer_tokens
@@ -130,7 +130,7 @@ def check_positions(where: str, model: PreTrainedModel, config: RealTaskConfig) 
         )
 
 
-def check_reward_model(model: PreTrainedModel, name: str, wording: Wording, config: RealTaskConfig) -> None:
+def check_reward_model(model: PreTrainedModel, name: str, wording: Wording, config: CheckpointTaskConfig) -> None:
     """Raises ValueError unless a reward model can read the policy's tokens."""
     tokenizer = _tokenizer("model.folder", name)
     ours, theirs = wording.tokenizer.get_vocab(), tokenizer.get_vocab()
@@ -202,7 +202,7 @@ class GoldModel:
                 f"{int(sequences.lengths.max())}; lower `task.max_prompt_tokens` or `task.max_answer_tokens`."
             )
         with torch.autocast(self.model.device.type, enabled=False):
-            return score(self.model, sequences, self.config.batch_size)
+            return rewards_of(self.model, sequences, self.config.batch_size)
 
     def _text(self, instruction: str, answer: str) -> str:
         if self.config.template is not None:

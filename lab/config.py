@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ummrm.config import MergeConfig, UpcycleConfig
+from pydantic import Field
 
+from ummrm import MergeConfig, UpcycleConfig
+
+from .checkpoint_config import CheckpointTaskConfig
 from .demo.config import ModelConfig, TrainConfig
-from .demo.fields import build, read_yaml, require
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
-from .real import RealTaskConfig
+from .reading import build, read_yaml, require
 from .tasks import SyntheticTaskConfig
 
 KINDS = ("dense", "dense_longer", "ensemble", "weight_average", "moe", "merged")
@@ -37,12 +39,12 @@ class RegimeConfig:
     """One regime of error: a task whose training pairs mislead a reward model in a known way.
 
     Attributes:
-        task: the task, `kind: synthetic` (also where no kind is given) or `kind: real`; each seed of a study draws it
-            anew.
+        task: the task, `kind: synthetic` (also where no kind is given) or `kind: checkpoints`; each seed of a study
+            draws it anew.
         title: what the regime is, in words.
     """
 
-    task: SyntheticTaskConfig | RealTaskConfig
+    task: Annotated[SyntheticTaskConfig | CheckpointTaskConfig, Field(discriminator="kind")]
     title: str = ""
 
 
@@ -67,7 +69,7 @@ class ArmConfig:
         merge: of `merged`: changes to the study's `merge`.
         learning: of `merged`: changes to the study's `alpha` training.
         ppo: whether PPO is run against it.
-        rloo: whether TRL's RLOO is, on a real task.
+        rloo: whether TRL's RLOO is, on a task on checkpoints.
         grpo: the same of TRL's GRPO.
     """
 
@@ -169,7 +171,7 @@ class StudyConfig:
         merge: `ummrm.MergeConfig`; an arm's `shared_share` replaces its lambda.
         alpha: learning of the merge weights.
         members: members of ensembles and weight averages.
-        policy: the policy that PPO starts from; a real task names its own.
+        policy: the policy that PPO starts from; a task on checkpoints names its own.
         ppo: PPO.
         rloo: TRL's RLOO.
         grpo: TRL's GRPO.
@@ -220,16 +222,16 @@ class StudyConfig:
                     raise ValueError(
                         f"a comparison under {optimiser.upper()} needs `{optimiser}: true` of the arm {name!r}."
                     )
-        real = [name for name, regime in self.regimes.items() if isinstance(regime.task, RealTaskConfig)]
-        if real and (len(real) < len(self.regimes) or self.model.model_type is not None):
+        named = [name for name, regime in self.regimes.items() if isinstance(regime.task, CheckpointTaskConfig)]
+        if named and (len(named) < len(self.regimes) or self.model.model_type is not None):
             raise ValueError(
-                f"the regime {real[0]!r} is on real checkpoints, so that all must be, and `model.folder` must name the "
+                f"the regime {named[0]!r} is on checkpoints, so that all must be, and `model.folder` must name the "
                 "checkpoint from which the dense reward model starts."
             )
         online = [name for name in self.arms if {"rloo", "grpo"} & set(self.optimisers(name))]
-        if online and not real:
+        if online and not named:
             raise ValueError(
-                f"`rloo` and `grpo` of the arm {online[0]!r} need a task on real checkpoints: TRL's trainers read text."
+                f"`rloo` and `grpo` of the arm {online[0]!r} need a task on checkpoints: TRL's trainers read text."
             )
         for name in {name for arm in online for name in self.optimisers(arm)} & {"rloo", "grpo"}:
             points, window = getattr(self, name).measurements, self.measure.ppo_window
@@ -300,11 +302,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        data = dataclasses.asdict(self)
-        for name, regime in self.regimes.items():
-            if isinstance(regime.task, RealTaskConfig):
-                data["regimes"][name]["task"]["kind"] = regime.task.KIND
-        return data
+        return dataclasses.asdict(self)
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
@@ -317,8 +315,10 @@ class StudyConfig:
         measure = dataclasses.asdict(self.measure)
         if not measure["mixtures"]:
             del measure["mixtures"]  # so that units from before it existed stay good
+        task = dataclasses.asdict(self.regimes[regime].task)
+        del task["kind"]  # the other fields say it
         parts = {
-            "regime": dataclasses.asdict(self.regimes[regime].task),
+            "regime": task,
             "arm": {**made, "label": "", "ppo": False},
             "dense": stages.pop("dense"),
             "stages": stages,
@@ -367,8 +367,11 @@ def shipped_studies() -> dict[str, Path]:
 def _study_file(source: str | Path, beside: Path | None = None) -> Path:
     """A study's file, given by its path, seen from the folder `beside` if given, or by the name of a shipped one."""
     path = Path(source) if beside is None else beside / source
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError:
+        pass  # no file has a name as long as that
     shipped = shipped_studies()
     if str(source) not in shipped:
         raise FileNotFoundError(f"no study at {source}, and none is shipped by that name: {', '.join(shipped)}.")
@@ -384,7 +387,10 @@ def _extended(data: Any, files: tuple[Path, ...]) -> Any:
         return data  # whole, or for `build` to refuse
     if not isinstance(data["extends"], str):
         raise ValueError(f"`extends` must be the name or the file of a study, got {data['extends']!r}.")
-    base = _study_file(data["extends"], files[-1].parent)
+    try:
+        base = _study_file(data["extends"], files[-1].parent)
+    except FileNotFoundError as error:
+        raise ValueError(f"`extends`: {error}") from error
     if base.resolve() in (file.resolve() for file in files):
         raise ValueError(f"`extends` must not lead back to where it came from, got {data['extends']!r}.")
     sections = {name: value for name, value in data.items() if name != "extends"}
@@ -398,13 +404,10 @@ def _with_kinds(data: Any) -> Any:
     regimes = dict(data["regimes"])
     for name, regime in regimes.items():
         if isinstance(regime, Mapping) and isinstance(regime.get("task"), Mapping):
-            regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.KIND, **regime["task"]}}
+            regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.kind, **regime["task"]}}
     return {**data, "regimes": regimes}
 
 
 def _changed(stage, changes: Mapping[str, Any], where: str):
     """A copy of a stage's configuration with some fields changed."""
-    data = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
-    if isinstance(data.get("layers"), tuple):
-        data["layers"] = list(data["layers"])
-    return build(type(stage), {**data, **changes}, where)
+    return build(type(stage), {**dataclasses.asdict(stage), **changes}, where)

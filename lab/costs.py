@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ummrm import UpcycledFFN
 from ummrm.nn.merging_ffn import merging_ffns
-from ummrm.nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
+from ummrm.nn.upcycled_ffn import upcycled_ffns
 
 BACKWARD = 2  # a backward takes two forwards: one for the inputs, one for the weights
 

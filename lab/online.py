@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoints import Wording
-from .demo.fields import require
 from .kl import divergence
 from .policy import PolicyModel, Scorer, sample
+from .reading import require
 from .tasks import Sequences
 
 

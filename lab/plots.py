@@ -15,12 +15,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from .compare import OUTCOMES, Comparison, Runs
 from .config import OPTIMISERS, StudyConfig
 from .figures import FONT, legend_below
 from .fits import smoothed
-from .statistics import t_quantile
 
 # Okabe and Ito's palette; marker and dash say the same again for readers who see colours otherwise
 _LOOKS = (
@@ -175,7 +175,7 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
             found = [runs.interval(regime, arm, "best_of_n", column) for arm in arms]
             at = [i + offset for i, f in enumerate(found) if f is not None]
             if not at:
-                continue  # no answer of a real policy need be longer than training's
+                continue  # no answer of a checkpoint need be longer than training's
             mean, low, high = np.array([f for f in found if f is not None]).T
             error = np.nan_to_num([mean - low, high - mean])
             axis.errorbar(mean, at, xerr=error, fmt=marker, color=color, label=label, capsize=2, markersize=4.5)
@@ -347,7 +347,7 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(values)
     if n < 2:
         return values.mean(0), np.zeros_like(values.mean(0))
-    return values.mean(0), t_quantile(0.975, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
+    return values.mean(0), stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
 
 
 def _shown(study: StudyConfig, present: set[str]) -> dict[str, tuple]:

@@ -6,16 +6,18 @@ Made from the CSV files and study.json alone.
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
+
+from .checkpoint_config import CheckpointTaskConfig
 from .compare import OUTCOMES, Comparison, Runs, compare, write_comparisons
 from .config import StudyConfig
+from .files import write_atomically
 from .plots import write_plots
-from .real import RealTaskConfig
-from .store import read_table, write_atomically
+from .store import read_table
 from .tables import (
     Table,
     arm_table,
@@ -39,16 +41,6 @@ _CAPTIONS = {
     "specialisation": "Above: what a token's first expert tells of the instruction regime of its pair; chance is the "
     "same with regimes dealt out to sequences at random. Below: experts are left out of all layers at once.",
 }
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #111; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #444; white-space: normal; }
-tr.primary td { font-weight: 600; background: #fff4e8; }
-img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #444; font-size: 0.9rem; }
-div.wide { overflow-x: auto; } code { background: #f3f3f3; padding: 0 0.2rem; }
-"""
 
 
 def write_report(folder: str | Path) -> list[Path]:
@@ -129,52 +121,33 @@ def _page(
     comparisons: Sequence[Comparison],
     plots: Sequence[Path],
 ) -> str:
-    seeds = f"{len(runs.seeds)} seeds ({runs.seeds[0]} to {runs.seeds[-1]})" if runs.seeds else "no seeds"
-    real = any(isinstance(regime.task, RealTaskConfig) for regime in study.regimes.values())
-    drawn = "prompts, answers, labels and initialisation" if real else "gold reward, data, initialisation and prompts"
-    start = "the named checkpoint" if real else "random weights"
-    primary = "".join(f"<li>{html.escape(line)}</li>" for line in primary_lines(study, comparisons))
+    named = any(isinstance(regime.task, CheckpointTaskConfig) for regime in study.regimes.values())
     paths = path_table(study, runs)
-    parts = [
-        f"<h1>Reward-hacking laboratory: {html.escape(study.name)}</h1>",
-        f"<p>{seeds}, {len(study.regimes)} regimes, {len(study.arms)} arms; device {html.escape(study.device)}, torch "
-        f"{html.escape(machine['torch'])}, transformers {html.escape(machine['transformers'])}. The seed is the unit: "
-        f"{drawn} are drawn anew. Rewards are in standard deviations of the "
-        "policy's own answers from their mean, so that 0 is the policy itself.</p>",
-        f"<h2>Primary comparison, fixed beforehand</h2><ul>{primary}</ul>",
-        "<p>No difference shown means just that: at few seeds only large differences can show.</p>",
-        "<h2>All arms</h2>",
-        *[_table(arm_table(study, regime, runs, timings)) for regime in study.regimes],
-        f"<p>Mean ± half the 95% t interval over seeds. Training FLOPs are counted, from {start} on; forward "
-        "times are measured, against the dense model in the same run.</p>",
-        *(["<h2>Policies trained against them</h2>", _table(paths)] if paths.rows else []),
-        *[_figure(path) for path in plots],
-        "<h2>All comparisons</h2>",
-        _table(comparison_table(study, comparisons)),
-        "<p>Difference: arm minus other, in the outcome's own units; p: sign-flip permutation test; adjusted: Holm, "
-        "over the regimes for the primary comparison, over all others together for the rest. Better in: seeds in which "
-        "the arm does better, less drop and less gap being better.</p>",
-    ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(study.name)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    ).get_template("report.html.j2")
+    return page.render(
+        study=study,
+        machine=machine,
+        seeds=f"{len(runs.seeds)} seeds ({runs.seeds[0]} to {runs.seeds[-1]})" if runs.seeds else "no seeds",
+        drawn="prompts, answers, labels and initialisation"
+        if named
+        else "gold reward, data, initialisation and prompts",
+        start="the named checkpoint" if named else "random weights",
+        primary=primary_lines(study, comparisons),
+        arms=[arm_table(study, regime, runs, timings) for regime in study.regimes],
+        paths=paths if paths.rows else None,
+        figures=[_figure(path) for path in plots],
+        comparisons=comparison_table(study, comparisons),
     )
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
-    body = ""
-    for i, row in enumerate(table.rows):
-        kind = ' class="primary"' if i in table.marked else ""
-        body += f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    title = f"<h3>{html.escape(table.title)}</h3>" if table.title else ""
-    return f'{title}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _figure(path: Path) -> str:
+def _figure(path: Path) -> dict[str, str]:
+    """A plot as the page holds it: its name, its bytes in base64, its caption."""
     data = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(_CAPTIONS.get(path.stem.partition("-")[0], ""))
-    return (
-        f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return {"name": path.stem, "data": data, "caption": _CAPTIONS.get(path.stem.partition("-")[0], "")}

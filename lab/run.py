@@ -27,9 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .arms import Arms
 from .config import OPTIMISERS, StudyConfig
 from .demo.run import quiet_transformers
+from .files import prepare_output, write_atomically
 from .online import require_trl
-from .store import UnitStore, write_atomically, write_tables
-from .units import Bench, Unit, units_of
+from .store import COLUMNS, UnitStore, write_tables
+from .units import Unit, UnitRunner, units_of
 
 Report = Callable[..., None]
 """Called with the kind of event and its details."""
@@ -59,7 +60,7 @@ def run_study(
 
     Args:
         study: the study.
-        output: folder for units, stages and tables; units already there are kept.
+        output: folder for units, stages and tables; units already there are kept, damaged ones are run again.
         arms: only these; by default all.
         optimisers: only these.
         progress: show a progress bar.
@@ -69,14 +70,15 @@ def run_study(
         processes; timings.csv is the exception.
 
     Raises:
-        ValueError: an unknown arm or optimiser, or the folder holds another study's units.
+        ValueError: an unknown arm or optimiser, a folder that cannot be used, or one of another study's units.
         StudyError: a worker failed, or another process is at work in the folder.
     """
     for given, known, what in ((arms, tuple(study.arms), "arms"), (optimisers, OPTIMISERS, "optimisers")):
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"`{what}` must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    tables = (f"{name}.csv" for name in (*COLUMNS, "comparisons"))
+    files = (".lock", "study.json", *tables, "tables.md", "report.html")
+    output = prepare_output(output, ("units", "stages"), files)
     chosen = tuple(name for name in study.arms if not arms or name in arms)
     with _lock(output):
         store = UnitStore(output)
@@ -96,8 +98,12 @@ def run_study(
         total = sum(len(units) for _, _, units in everything)
         _run_groups(study, output, pending, total, progress)
         shutil.rmtree(output / "stages", ignore_errors=True)
-        units = [unit for _, _, group in everything for unit in group]
-        return write_tables(output, (store.read(unit, _fingerprint(study, unit)) for unit in units))
+        found = []
+        for unit in (unit for _, _, group in everything for unit in group):
+            found.append(store.read(unit, _fingerprint(study, unit)))
+            if found[-1] is None:
+                raise StudyError(f"{store.path(unit)} was changed while the study ran; give the same command again.")
+        return write_tables(output, found)
 
 
 def study_facts(study: StudyConfig) -> dict:
@@ -126,11 +132,11 @@ def run_group(study: StudyConfig, output: Path, group: Group, report: Report) ->
             report("step", f"{where}: {stage}", done, total)
 
     report("step", f"{where}: data", 0, 1)
-    bench = Bench(Arms(study, group.regime, group.seed, folder, on_step))
+    runner = UnitRunner(Arms(study, group.regime, group.seed, folder, on_step))
     store = UnitStore(output)
     for unit in group.units:
         report("step", f"{where}: {unit.arm}, {unit.optimiser}", 0, 1)
-        store.write(unit, _fingerprint(study, unit), bench.measure(unit))
+        store.write(unit, _fingerprint(study, unit), runner.measure(unit))
         report("done")
     shutil.rmtree(folder, ignore_errors=True)
 

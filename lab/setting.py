@@ -13,12 +13,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from .checkpoint_config import CheckpointTaskConfig
+from .checkpoint_task import CheckpointSource
 from .checkpoints import Wording, autocast, check_reward_model
 from .config import StudyConfig
 from .demo.stages import build_dense, model_folder
 from .policy import PolicyModel, train_policy
-from .real import RealTaskConfig
-from .real_task import RealSource
 from .tasks import Task, make_synthetic_task
 
 OnStep = Callable[[str, int, int], None]
@@ -70,7 +70,7 @@ class SyntheticSetting(Setting):
         return train_policy(self.task, self.study.policy, seed).to(self.study.device)
 
 
-class RealSetting(Setting):
+class CheckpointSetting(Setting):
     """A task on real checkpoints and data by name."""
 
     def __init__(
@@ -82,7 +82,7 @@ class RealSetting(Setting):
         on_step: OnStep | None,
     ) -> None:
         self.study, self.config = study, study.regimes[regime].task
-        self._source = RealSource(self.config, derive, study.device, folder, on_step)
+        self._source = CheckpointSource(self.config, derive, study.device, folder, on_step)
         self.task, self.wording = self._source.task, self._source.wording
 
     def dense(self, seed: int) -> PreTrainedModel:
@@ -124,6 +124,6 @@ def make_setting(
         folder: where what takes long to make is kept.
         on_step: told of progress.
     """
-    if isinstance(study.regimes[regime].task, RealTaskConfig):
-        return RealSetting(study, regime, derive, folder, on_step)
+    if isinstance(study.regimes[regime].task, CheckpointTaskConfig):
+        return CheckpointSetting(study, regime, derive, folder, on_step)
     return SyntheticSetting(study, regime, derive)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ummrm.nn.routing_statistics import record_routing_statistics
+from ummrm import record_routing_statistics
 from ummrm.nn.upcycled_ffn import upcycled_ffns
 from ummrm.ops import RouteOutput
 
-from .demo.measure import score
+from .demo.measure import rewards_of
 from .tasks import PreferencePairs, Sequences, Task, concatenate
 
 SHARED = -1
@@ -166,7 +166,7 @@ def ablation_costs(
     """
 
     def losses() -> torch.Tensor:
-        margin = score(moe, pairs.chosen, batch_size) - score(moe, pairs.rejected, batch_size)
+        margin = rewards_of(moe, pairs.chosen, batch_size) - rewards_of(moe, pairs.rejected, batch_size)
         each = F.softplus(-margin)
         return torch.stack([each[regimes == r].mean() for r in range(num_regimes)])
 

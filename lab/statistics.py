@@ -1,7 +1,9 @@
-"""Statistics of paired seeds: t intervals, the exact sign-flip test, win counts, Holm's correction.
+"""Statistics of paired seeds: t intervals and tests, the sign-flip permutation test, win counts, Holm's correction.
 
 The seed is the unit. Bootstrap intervals are left out on purpose: at 6 seeds they cover 86% where 95% is promised.
-Student's distribution is computed here (the core needs no scipy) and tested against scipy.
+Student's t is scipy's. The sign-flip test is written out: scipy's takes 15 s for the 2^20 patterns of 20 seeds, this
+one a second, and its random patterns are not those of the kept studies; a test holds the two equal where both are
+exact. scipy has no Holm.
 """
 
 from __future__ import annotations
@@ -11,46 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 
 EXACT_UP_TO = 20  # 2^20 sign patterns take a second; beyond, random ones
 _RANDOM_PATTERNS = 200_000
 _TOLERANCE = 1e-12  # relative; equal sums in another order of addition must count as equal
-
-
-def t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) of Student's t with `freedom` degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    if freedom < 1:
-        raise ValueError(f"`freedom` must be at least 1, got {freedom}.")
-    theta = math.atan(t / math.sqrt(freedom))
-    cos, sin = math.cos(theta), math.sin(theta)
-    if freedom % 2:  # odd: 2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ...))
-        term, total = cos, cos if freedom > 1 else 0.0
-        for k in range(3, freedom - 1, 2):
-            term *= cos * cos * (k - 1) / k
-            total += term
-        inside = 2 / math.pi * (theta + sin * total)
-    else:  # even: sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...)
-        term = total = 1.0
-        for k in range(2, freedom - 1, 2):
-            term *= cos * cos * (k - 1) / k
-            total += term
-        inside = sin * total
-    return 0.5 * (1 + inside)
-
-
-def t_quantile(p: float, freedom: int) -> float:
-    """The t with P(T <= t) = p, for p strictly between 0 and 1."""
-    if not 0 < p < 1:
-        raise ValueError(f"`p` must be strictly between 0 and 1, got {p}.")
-    if p < 0.5:
-        return -t_quantile(1 - p, freedom)
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < p:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
-    return (low + high) / 2
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -63,7 +30,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = x.mean().item()
     if len(x) < 2:
         return mean, math.nan, math.nan
-    half = t_quantile((1 + confidence) / 2, len(x) - 1) * (x.std() / math.sqrt(len(x))).item()
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1)) * (x.std() / math.sqrt(len(x))).item()
     return mean, mean - half, mean + half
 
 
@@ -145,7 +112,7 @@ def _t_test(x: torch.Tensor) -> float:
     error = (x.std() / math.sqrt(len(x))).item()
     if error == 0:
         return 1.0 if x[0] == 0 else 0.0
-    return 2 * t_cdf(-abs(x.mean().item()) / error, len(x) - 1)
+    return 2 * float(stats.t.sf(abs(x.mean().item()) / error, len(x) - 1))
 
 
 def _values(values: Sequence[float]) -> torch.Tensor:

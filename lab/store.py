@@ -1,4 +1,4 @@
-"""The files of a study: one for each finished unit, written whole or not at all, and the CSV files made of them.
+"""The files of a study: one for each finished unit, written atomically and with a digest, and the CSV files of them.
 
 runs.csv, curves.csv and experts.csv hold what a rerun gives bit for bit; timings.csv holds what it does not.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from .files import digest, warn_damaged, write_atomically
 from .units import VALUES, Unit
 
 KEY = ("regime", "seed", "arm", "optimiser")
@@ -47,11 +47,12 @@ class UnitStore:
         return self.folder / f"{unit}.json"
 
     def write(self, unit: Unit, fingerprint: str, found: dict) -> None:
-        """Keeps a finished unit, whole or not at all."""
-        write_atomically(self.path(unit), json.dumps({**asdict(unit), "fingerprint": fingerprint, **found}))
+        """Keeps a finished unit, atomically."""
+        made = {**asdict(unit), "fingerprint": fingerprint, **found}
+        write_atomically(self.path(unit), json.dumps({**made, "digest": digest(made)}))
 
     def read(self, unit: Unit, fingerprint: str) -> dict | None:
-        """A finished unit, or None.
+        """A finished unit, or None; a file that is cut off, altered or another unit's is named, and is none.
 
         Raises:
             ValueError: the file is of another configuration.
@@ -59,24 +60,21 @@ class UnitStore:
         path = self.path(unit)
         if not path.is_file():
             return None
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+            sound = found.pop("digest") == digest(found) and all(found[k] == v for k, v in asdict(unit).items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            warn_damaged(path, error)
+            return None
+        if not sound:
+            warn_damaged(path, "its content is not what was written there")
+            return None
         if found["fingerprint"] != fingerprint:
             raise ValueError(
                 f"{path} was made with another configuration of this arm (fingerprint {found['fingerprint']}, now "
                 f"{fingerprint}); choose another output folder, or remove that one to start again."
             )
         return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file beside its place, syncs it and renames it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_tables(folder: Path, found: Iterable[dict]) -> list[Path]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .arms import Arms, RewardModel
-from .best_of_n import best_of_n
+from .best_of_n import best_of_n, standardised
 from .config import StudyConfig
 from .demo.measure import forward_latency
 from .fits import drop_from_peak, fit_best_of_n, fit_rl, smoothed, value_at_kl
@@ -70,7 +70,7 @@ def units_of(study: StudyConfig, regime: str, seed: int, arms: tuple[str, ...], 
     ]
 
 
-class Bench:
+class UnitRunner:
     """Measures the units of one regime and seed, whose arms and policy it makes when they are first asked for."""
 
     def __init__(self, arms: Arms) -> None:
@@ -107,14 +107,10 @@ class Bench:
     def _best_of_n(self, unit: Unit, model: RewardModel) -> dict:
         samples = self.task.policy
         proxy = model(samples.sequences).view_as(samples.gold)
-        count = samples.gold.shape[1]
-        ns = [2**i for i in range(count.bit_length()) if 2**i <= count]
-        gold, standard = standardised(samples.gold), standardised(proxy)
-        result = best_of_n(standard, gold, ns)
-        shortcut = best_of_n(standard, samples.shortcut, ns).gold
+        result = best_of_n(standardised(proxy), standardised(samples.gold), samples.shortcut)
         curve = [
             {"step": n, "kl": kl, "proxy": p, "gold": g, "shortcut": s}
-            for n, kl, p, g, s in zip(ns, result.kl, result.proxy, result.gold, shortcut, strict=True)
+            for n, kl, p, g, s in zip(result.n, result.kl, result.proxy, result.gold, result.shortcut, strict=True)
         ]
         fit = fit_best_of_n([math.sqrt(kl) for kl in result.kl], [g - result.gold[0] for g in result.gold])
         values = {
@@ -182,19 +178,13 @@ class Bench:
 
     def _accuracy(self, model: RewardModel, pairs: PreferencePairs) -> float:
         if len(pairs) == 0:
-            return math.nan  # real pairs may all be of one kind
+            return math.nan  # pairs of checkpoints may all be of one kind
         return share_right(model(pairs.chosen), model(pairs.rejected))
 
     def _most_trained(self) -> float:
         """The largest amount of the shortcut in any training answer."""
         train = self.task.train
         return max(self.task.shortcut_of(answers).max().item() for answers in (train.chosen, train.rejected))
-
-
-def standardised(values: torch.Tensor) -> torch.Tensor:
-    """In standard deviations from the mean, over all elements."""
-    values = values.double()
-    return (values - values.mean()) / values.std().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> float:

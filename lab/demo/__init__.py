@@ -1,10 +1,10 @@
 """The main job as a library: train a dense reward model, upcycle, train, learn merge weights, merge, export, reload.
 
-`run_recipe(load_recipe("recipes/demo.yaml"), "out")` runs it, `write_report` writes tables and plots. Needs the extra
-`ummrm[demo]`; nothing in the core imports this package.
+`run_recipe(load_recipe("demo"), "out")` runs it, `write_report` writes tables and plots. Needs the extra `ummrm[lab]`;
+the product does not know this package.
 """
 
-from .config import CheckConfig, EvaluationConfig, ModelConfig, RecipeConfig, TrainConfig, load_recipe
+from .config import CheckConfig, EvaluationConfig, ModelConfig, RecipeConfig, TrainConfig, load_recipe, shipped_recipes
 from .reload import Reload, ReloadError, reload_without_ummrm
 from .report import raise_for_failed_checks, result_table, write_report
 from .run import RecipeResult, run_recipe
@@ -30,7 +30,6 @@ __all__ = [
     "reload_without_ummrm",
     "result_table",
     "run_recipe",
-    "shipped_recipes",
     "shipped_recipes",
     "train",
     "write_report",

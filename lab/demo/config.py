@@ -5,16 +5,21 @@ Says what a run does; how is `run.py`'s business.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ummrm.config import MergeConfig, UpcycleConfig
+from pydantic import Field
+from transformers import CONFIG_MAPPING, AutoConfig
 
+from ummrm import MergeConfig, UpcycleConfig
+
+from ..reading import build, near, read_yaml, require
 from ..tasks import SyntheticTaskConfig, TextTaskConfig
-from .fields import build, read_yaml, require
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -60,7 +65,7 @@ class ModelConfig:
 
     Attributes:
         model_type: build one from configuration, with random weights, e.g. `"llama"`.
-        options: the configuration's fields, for `model_type`.
+        options: the configuration's fields, for `model_type`; a name or a value that it does not know is refused.
         folder: load a Hugging Face folder or hub name.
         package: load the Hugging Face folder that an installed Python package carries.
         package_folder: where in the package it is.
@@ -81,6 +86,35 @@ class ModelConfig:
                 "ModelConfig: exactly one of `model_type`, `folder`, `package` must be given, "
                 f"got {', '.join(given) or 'none'}."
             )
+        if self.model_type is not None:
+            check_options(self.model_type, self.options)
+        elif self.options:
+            raise ValueError("ModelConfig: `options` must be left out without `model_type`: a checkpoint has its own.")
+
+
+def check_options(model_type: str, options: Mapping[str, Any]) -> None:
+    """Refuses a model type or a field of its configuration that transformers does not know, or a value it refuses.
+
+    `AutoConfig.for_model` itself keeps what it does not know, a misspelt field too, and builds the model without it.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"ModelConfig: `model_type` must be one that transformers knows, got {model_type!r}"
+            f"{near(model_type, CONFIG_MAPPING)}."
+        )
+    try:
+        config = AutoConfig.for_model(model_type, **copy.deepcopy(options))  # which they write into
+    except Exception as error:  # what they raise differs from family to family
+        said = " ".join(str(error).split())
+        raise ValueError(f"ModelConfig: `options` must suit a {model_type}, and were refused: {said}") from error
+    known = inspect.signature(type(config)).parameters
+    # older names and those of other families are taken in; what stays as it was given is read by nobody
+    if unknown := sorted(set(options) & set(vars(config)) - set(known)):
+        raise ValueError(
+            f"ModelConfig: `options` must be fields of {type(config).__name__}, got "
+            + ", ".join(name + near(name, known) for name in unknown)
+            + "."
+        )
 
 
 @dataclass(frozen=True)
@@ -157,7 +191,7 @@ class RecipeConfig:
     """
 
     name: str
-    task: SyntheticTaskConfig | TextTaskConfig
+    task: Annotated[SyntheticTaskConfig | TextTaskConfig, Field(discriminator="kind")]
     model: ModelConfig
     seed: int = 0
     threads: int | None = None
@@ -181,9 +215,7 @@ class RecipeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        data = dataclasses.asdict(self)
-        data["task"] = {"kind": self.task.KIND, **data["task"]}
-        return data
+        return dataclasses.asdict(self)
 
 
 def load_recipe(source: str | Path) -> RecipeConfig:

@@ -1,27 +1,27 @@
-"""Measurements of reward models: scores, accuracy, best-of-n, expert specialisation, forward latency."""
+"""Measurements of reward models: rewards, accuracy, expert specialisation, forward latency."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ummrm.nn.experts import Experts
-from ummrm.nn.losses import preference_loss
-from ummrm.nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
+from ummrm import UpcycledFFN, preference_loss
+from ummrm.nn import Experts
+from ummrm.nn.upcycled_ffn import upcycled_ffns
 from ummrm.ops.reference import ACTIVATIONS
 
 from ..tasks import PreferencePairs, Sequences
 
 
 @torch.no_grad()
-def score(
+def rewards_of(
     model: nn.Module, sequences: Sequences, batch_size: int, on_batch: Callable[[int], None] | None = None
 ) -> torch.Tensor:
     """Rewards of sequences, batched by length.
@@ -60,106 +60,15 @@ class Accuracy:
 
 def accuracy(model: nn.Module, pairs: PreferencePairs, batch_size: int) -> Accuracy:
     """Share of pairs that `model` (in eval mode) orders as they are labelled."""
-    chosen, rejected = score(model, pairs.chosen, batch_size), score(model, pairs.rejected, batch_size)
+    chosen, rejected = rewards_of(model, pairs.chosen, batch_size), rewards_of(model, pairs.rejected, batch_size)
     value = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
     return Accuracy(value, math.sqrt(value * (1 - value) / len(pairs)))
 
 
 def mean_loss(model: nn.Module, pairs: PreferencePairs, batch_size: int) -> float:
     """Preference loss over all pairs, with the model in eval mode."""
-    return preference_loss(score(model, pairs.chosen, batch_size), score(model, pairs.rejected, batch_size)).item()
-
-
-# ---- best-of-n -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BestOfN:
-    """Gold and proxy reward under best-of-n selection by a reward model.
-
-    Attributes:
-        n: sample counts.
-        kl: exact KL divergence of best-of-n from the policy, ln n - (n - 1) / n nats.
-        gold: mean gold reward of the selected answer.
-        gold_error: its standard error over prompts.
-        proxy: mean reward by the selecting model, in standard deviations of its rewards from their mean.
-        shortcut: mean amount of the shortcut in the selected answer.
-    """
-
-    n: list[int]
-    kl: list[float]
-    gold: list[float]
-    gold_error: list[float]
-    proxy: list[float]
-    shortcut: list[float]
-
-
-def best_of_n(
-    proxy: torch.Tensor, gold: torch.Tensor, shortcut: torch.Tensor, sizes: Sequence[int] | None = None
-) -> BestOfN:
-    """Expected outcome of best-of-n, by the unbiased estimator over all subsets of the samples.
-
-    Args:
-        proxy: [prompts, samples], the selecting model's rewards.
-        gold: [prompts, samples].
-        shortcut: [prompts, samples].
-        sizes: values of n, at most the number of samples; default powers of two.
-
-    Returns:
-        A row for each n.
-    """
-    samples = proxy.shape[1]
-    sizes = list(sizes) if sizes is not None else [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-    standard = (proxy - proxy.mean()) / proxy.std().clamp_min(torch.finfo(proxy.dtype).tiny)
-    rows = {
-        name: [best_of_n_mean(proxy, v, n) for n in sizes]
-        for name, v in {"gold": gold, "proxy": standard, "shortcut": shortcut}.items()
-    }
-    prompts = proxy.shape[0]
-    return BestOfN(
-        n=sizes,
-        kl=[best_of_n_kl(n) for n in sizes],
-        gold=[v.mean().item() for v in rows["gold"]],
-        gold_error=[v.std().item() / math.sqrt(prompts) if prompts > 1 else math.nan for v in rows["gold"]],
-        proxy=[v.mean().item() for v in rows["proxy"]],
-        shortcut=[v.mean().item() for v in rows["shortcut"]],
-    )
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL divergence of best-of-n from the policy in nats, ln n - (n - 1) / n: exact where answers never tie."""
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1, got {n}.")
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_n_mean(proxy: torch.Tensor, values: torch.Tensor, n: int) -> torch.Tensor:
-    """Mean over all n-subsets of the value of each subset's best sample (Nakano et al., arXiv 2112.09332, appendix I).
-
-    Args:
-        proxy: [prompts, samples], by which the best is chosen; ties go to the later sample.
-        values: [prompts, samples].
-        n: 1 to samples.
-
-    Returns:
-        fp64 [prompts].
-
-    Raises:
-        ValueError: `n` is outside.
-    """
-    samples = proxy.shape[1]
-    if not 1 <= n <= samples:
-        raise ValueError(f"`n` must be 1 to the number of samples, {samples}, got {n}.")
-    rank = torch.arange(1, samples + 1, dtype=torch.float64)
-    # the sample of rank i is the best of a subset if the n - 1 others come from the i - 1 below: C(i-1, n-1) / C(N, n)
-    log_weight = _log_binomial(rank - 1, n - 1) - _log_binomial(torch.tensor(samples, dtype=torch.float64), n)
-    weight = log_weight.masked_fill(rank < n, -math.inf).exp()
-    ordered = values.double().gather(1, proxy.argsort(dim=1, stable=True))
-    return ordered @ weight
-
-
-def _log_binomial(n: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma((n - k).clamp_min(0) + 1)
+    chosen, rejected = (rewards_of(model, answers, batch_size) for answers in (pairs.chosen, pairs.rejected))
+    return preference_loss(chosen, rejected).item()
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------
@@ -203,7 +112,7 @@ def specialisation(moe: nn.Module, sequences: Sequences, batch_size: int) -> Spe
 
     handles = [ffn.register_forward_pre_hook(keep(name)) for name, ffn in ffns.items()]
     try:
-        score(moe, sequences, batch_size)
+        rewards_of(moe, sequences, batch_size)
     finally:
         for handle in handles:
             handle.remove()

@@ -48,12 +48,7 @@ def write_plots(result: RecipeResult, output: str | Path) -> list[Path]:
     output = Path(output)
     files = []
     with matplotlib.rc_context(FONT):
-        for name, draw in {
-            "training_curves": training_curves,
-            "gate_usage": gate_usage,
-            "alpha": alpha,
-            "best_of_n": best_of_n,
-        }.items():
+        for name, draw in PLOTS.items():
             figure = draw(result)
             files.append(output / f"{name}.png")
             figure.savefig(files[-1])
@@ -171,6 +166,10 @@ def best_of_n(result: RecipeResult) -> Figure:
         fontsize=11,
     )
     return figure
+
+
+PLOTS = {"training_curves": training_curves, "gate_usage": gate_usage, "alpha": alpha, "best_of_n": best_of_n}
+"""Plots by the names of their files."""
 
 
 def _heatmap(

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .plots import write_plots
 from .run import RecipeResult
-from .stages import ARMS, DENSE, ArmResult, RecipeCheckError
+from .stages import ARMS, DENSE, REPORT_FILES, ArmResult, RecipeCheckError
 
 
 def result_table(result: RecipeResult) -> Table:
@@ -89,7 +89,7 @@ def write_report(result: RecipeResult, output: str | Path, console: Console | No
     _write_csv(output / "training.csv", _training_rows(result))
     with open(output / "table.txt", "w") as file:
         _show(result, Console(file=file, width=132))
-    files = [output / name for name in ("results.json", "results.csv", "best_of_n.csv", "training.csv", "table.txt")]
+    files = [output / name for name in REPORT_FILES]
     files += write_plots(result, output)
     if console is not None:
         _show(result, console)

@@ -17,16 +17,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ummrm.merge import merge, merge_coefficients
-from ummrm.nn.losses import auxiliary_loss
-from ummrm.nn.routing_statistics import record_routing_statistics
-from ummrm.upcycle import upcycle
+from ummrm import auxiliary_loss, merge, merge_coefficients, record_routing_statistics, upcycle
 
+from ..best_of_n import best_of_n, standardised
+from ..files import prepare_output
 from ..tasks import Task, concatenate
 from . import measure
 from .config import RecipeConfig, TrainConfig
+from .plots import PLOTS
 from .reload import Reload, reload_without_ummrm
-from .stages import ARMS, DENSE, LONGER, MERGED, MOE, ArmResult, Check, build_dense, build_task, start_merge
+from .stages import (
+    ARMS,
+    DENSE,
+    LONGER,
+    MERGED,
+    MOE,
+    REPORT_FILES,
+    ArmResult,
+    Check,
+    build_dense,
+    build_task,
+    start_merge,
+)
 from .training import History, train
 
 
@@ -79,8 +91,10 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
         Everything found, the outcome of each check included: a check that failed does not raise here.
 
     Raises:
+        ValueError: the folder cannot be used.
         ReloadError: stock transformers could not load the exported model without ummrm.
     """
+    output = prepare_output(output, ("moe", "merged"), [*REPORT_FILES, *(f"{name}.png" for name in PLOTS)])
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -96,7 +110,7 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
     with quiet_transformers():
         try:
             with bars:
-                return _Run(config, Path(output), bars).run()
+                return _Run(config, output, bars).run()
         finally:
             torch.set_num_threads(threads)
 
@@ -184,7 +198,7 @@ class _Run:
         sequences = concatenate([pairs.chosen, pairs.rejected])
         with self.timed("experts"):
             with record_routing_statistics(moe) as statistics:
-                measure.score(moe, sequences, config.evaluation.batch_size)
+                measure.rewards_of(moe, sequences, config.evaluation.batch_size)
             result.routed_share = {name: share.tolist() for name, share in statistics.fractions.items()}
             result.shared_weight = dict(statistics.shared_weight)
             result.specialisation = measure.specialisation(moe, sequences, config.evaluation.batch_size)
@@ -205,7 +219,7 @@ class _Run:
             total = len(policy.sequences) + 2 * (len(task.test) + len(task.shifted))
             with self.bar("measure all four", len(models) * total) as advance:
                 for name, model in models.items():
-                    proxy = measure.score(model, policy.sequences, batch, lambda n: advance(n, ARMS[name]))  # noqa: B023
+                    proxy = measure.rewards_of(model, policy.sequences, batch, lambda n: advance(n, ARMS[name]))  # noqa: B023
                     test, shifted = (measure.accuracy(model, pairs, batch) for pairs in (task.test, task.shifted))
                     advance(2 * (len(task.test) + len(task.shifted)), ARMS[name])
                     self.result.arms[name] = ArmResult(
@@ -213,7 +227,7 @@ class _Run:
                         shifted,
                         measure.parameter_count(model),
                         latency[name],
-                        measure.best_of_n(proxy.view_as(policy.gold), policy.gold, policy.shortcut),
+                        best_of_n(standardised(proxy.view_as(policy.gold)), policy.gold, policy.shortcut),
                     )
         low, high = config.checks.dense_accuracy
         value = self.result.arms[DENSE].test.value
@@ -237,7 +251,8 @@ class _Run:
         sequences = self.task.test.chosen.select(slice(0, self.config.evaluation.gate_pairs))
         batch = self.config.evaluation.batch_size
         one.eval(), other.eval()
-        difference = (measure.score(one, sequences, batch) - measure.score(other, sequences, batch)).abs().max().item()
+        ours, theirs = (measure.rewards_of(model, sequences, batch) for model in (one, other))
+        difference = (ours - theirs).abs().max().item()
         self.check(f"{name}, largest difference", difference, f"at most {limit:g}", difference <= limit)
 
     def check_reload(self, merged: PreTrainedModel) -> None:

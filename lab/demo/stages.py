@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ummrm.config import MergeConfig
-from ummrm.merge import prepare_merge
-from ummrm.nn.routing_statistics import record_routing_statistics
+from ummrm import MergeConfig, prepare_merge, record_routing_statistics
 
+from ..best_of_n import BestOfN
 from ..tasks import Sequences, SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
 from .config import ModelConfig, RecipeConfig
-from .measure import Accuracy, BestOfN, score
+from .measure import Accuracy, rewards_of
 
 DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
+REPORT_FILES = ("results.json", "results.csv", "best_of_n.csv", "training.csv", "table.txt")
 ARMS = {DENSE: "dense", LONGER: "dense, trained equally long", MOE: "MoE", MERGED: "merged"}
 
 
@@ -158,5 +158,5 @@ def start_merge(moe: PreTrainedModel, config: MergeConfig, sequences: Sequences,
     statistics = None
     if config.alpha_init == "routing":
         with record_routing_statistics(moe) as statistics:
-            score(moe, sequences, batch_size)
+            rewards_of(moe, sequences, batch_size)
     prepare_merge(moe, config, statistics)

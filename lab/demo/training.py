@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ummrm.nn.losses import preference_loss
+from ummrm import preference_loss
 
 from ..tasks import PreferencePairs
 from .config import TrainConfig

@@ -10,7 +10,7 @@ instruction regimes, each of which weighs the parts of the gold reward in its ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 
@@ -52,9 +52,8 @@ class SyntheticTaskConfig:
         prompts: prompts for best-of-n.
         samples: policy samples for each prompt.
         policy_filler_rate: rate of the policy's geometric distribution of filler: P(more) after each filler token.
+        kind: tells tasks apart.
     """
-
-    KIND: ClassVar[str] = "synthetic"
 
     train_pairs: int = 4000
     test_pairs: int = 2000
@@ -75,6 +74,7 @@ class SyntheticTaskConfig:
     prompts: int = 16
     samples: int = 512
     policy_filler_rate: float = 0.6
+    kind: Literal["synthetic"] = "synthetic"
 
     def __post_init__(self) -> None:
         for name in ("train_pairs", "test_pairs", "topics", "min_content", "max_train_filler", "prompts", "samples"):

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 
@@ -43,9 +43,8 @@ class TextTaskConfig:
         samples: policy samples for each prompt.
         policy_mean_words: mean of the geometric number of words beyond `min_words` in a policy's answer.
         policy_error_rate: corruptions per word in a policy's answer.
+        kind: tells tasks apart.
     """
-
-    KIND: ClassVar[str] = "text"
 
     train_pairs: int = 1200
     test_pairs: int = 400
@@ -60,6 +59,7 @@ class TextTaskConfig:
     samples: int = 64
     policy_mean_words: float = 10.0
     policy_error_rate: float = 0.08
+    kind: Literal["text"] = "text"
 
     def __post_init__(self) -> None:
         for name in ("train_pairs", "test_pairs", "max_corruptions", "prompts", "samples"):

@@ -10,7 +10,7 @@ from tiny_study import tiny_study
 
 from lab.arms import Arms, average_weights, combine
 from lab.costs import forward_flops, merging_flops
-from lab.demo.measure import score
+from lab.demo.measure import rewards_of
 from lab.specialisation import (
     SHARED,
     ablated,
@@ -102,7 +102,7 @@ def test_members_are_normalised_and_combined_by_the_rules():
 
 def test_an_ensemble_is_standard_on_its_reference_and_its_members_differ(arms):
     ensemble = arms.make("mean")
-    each = [score(model, arms.reference, 64) for model in ensemble.models]
+    each = [rewards_of(model, arms.reference, 64) for model in ensemble.models]
     assert not torch.allclose(each[0], each[1])
     normal = torch.stack([(s - mean) / std for s, (mean, std) in zip(each, ensemble.scales, strict=True)])
     assert normal.mean(1).abs().max() < 1e-9 and (normal.std(1) - 1).abs().max() < 1e-9
@@ -113,13 +113,13 @@ def test_an_ensemble_is_standard_on_its_reference_and_its_members_differ(arms):
 def test_ensembles_score_their_members_once(monkeypatch):
     study = tiny_study({"mean": {"kind": "ensemble"}, "worst": {"kind": "ensemble", "rule": "worst"}})
     arms, counts = Arms(study, "planted", 3), []
-    monkeypatch.setattr("lab.arms.score", lambda *inputs: counts.append(inputs) or score(*inputs))
+    monkeypatch.setattr("lab.arms.rewards_of", lambda *inputs: counts.append(inputs) or rewards_of(*inputs))
     first, second = arms.make("mean"), arms.make("worst")
     answers, other = arms.task.policy.sequences, arms.task.train.chosen
     found = first(answers), second(answers)
     assert len(counts) == 4, "two members over the reference and the policy's answers"
     normal = torch.stack(
-        [(score(m, answers, 256) - mean) / std for m, (mean, std) in zip(first.models, first.scales, strict=True)]
+        [(rewards_of(m, answers, 256) - mean) / std for m, (mean, std) in zip(first.models, first.scales, strict=True)]
     )
     assert torch.equal(found[0], normal.mean(0)) and torch.equal(found[1], normal.min(0).values)
     first(other), first(other)
@@ -222,7 +222,7 @@ def test_an_ablated_expert_gives_its_weight_away(arms):
     for expert in (0, SHARED):
         with ablated(moe, expert):
             handle = router.register_forward_hook(lambda m, a, out, e=expert: seen.__setitem__(e, out))
-            score(moe, sequences, 4)
+            rewards_of(moe, sequences, 4)
             handle.remove()
     one, shared = seen[0], seen[SHARED]
     live = one.expert_indices[:, 0] >= 0

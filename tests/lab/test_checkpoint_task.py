@@ -9,24 +9,24 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT
+from tiny_checkpoints import byte_tokenizer, data_on, pairs_of, save_checkpoints, save_data, study_on
 from tiny_models import tiny_model
-from tiny_real import byte_tokenizer, pairs_of, real_data, real_study, save_checkpoints, save_data
 from tiny_study import tiny_study
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl_inputs import make_tokenizer
 
-from lab import RealTaskConfig, StudyConfig, load_study, run_study, write_report
+from lab import CheckpointTaskConfig, StudyConfig, load_study, run_study, write_report
 from lab.arms import Arms
 from lab.online import OnlineConfig, run_online
 from lab.store import COLUMNS, read_table
-from lab.units import Bench, Unit
+from lab.units import Unit, UnitRunner
 
 TABLES = ("runs", "curves", "experts")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
+    folder = tmp_path_factory.mktemp("checkpoints")
     save_checkpoints(folder)
     save_data(folder)
     cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
@@ -37,7 +37,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    study = real_study(root)
+    study = study_on(root)
     run_study(study, folder, progress=False)
     return study, folder
 
@@ -94,12 +94,12 @@ def test_a_lost_unit_is_run_again_to_the_same_tables(finished, root, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bench(root):
-    return Bench(Arms(real_study(root), "alpaca", 0))
+def runner(root):
+    return UnitRunner(Arms(study_on(root), "alpaca", 0))
 
 
-def test_pairs_are_the_policys_own_answers_labelled_by_gold(bench, root):
-    task, config = bench.task, bench.study.regimes["alpaca"].task
+def test_pairs_are_the_policys_own_answers_labelled_by_gold(runner, root):
+    task, config = runner.task, runner.study.regimes["alpaca"].task
     count = len(task.train)
     assert 4 < len(task.test) <= 8 and 12 < count <= 16, "equal answers make no pair"
     assert task.train.label_noise == round(count * 0.25) / count
@@ -112,7 +112,7 @@ def test_pairs_are_the_policys_own_answers_labelled_by_gold(bench, root):
     assert bool((task.shortcut_of(task.shifted.chosen) < task.shortcut_of(task.shifted.rejected)).all())
     assert len(task.policy.shortcut.unique()) > 3, "answers of several lengths"
     none = task.shifted.select(slice(0, 0))
-    assert math.isnan(bench._accuracy(None, none)), "no pair of a kind is a missing value"
+    assert math.isnan(runner._accuracy(None, none)), "no pair of a kind is a missing value"
     assert int(task.train.chosen.lengths.max()) <= config.max_prompt_tokens + config.max_answer_tokens
     prompts = {
         tuple(row[:n]) for row, n in zip(task.prompts.tokens.tolist(), task.prompts.lengths.tolist(), strict=True)
@@ -122,8 +122,8 @@ def test_pairs_are_the_policys_own_answers_labelled_by_gold(bench, root):
     assert not any(pair[: len(prompt)] == prompt for pair in pairs for prompt in prompts), "prompts of their own"
 
 
-def test_gold_is_what_the_gold_model_says_of_the_text(bench, root):
-    samples = bench.task.policy
+def test_gold_is_what_the_gold_model_says_of_the_text(runner, root):
+    samples = runner.task.policy
     tokenizer = AutoTokenizer.from_pretrained(root / "gold")
     model = AutoModelForSequenceClassification.from_pretrained(root / "gold").eval()
     for i in (0, 9, 23):
@@ -139,23 +139,23 @@ def test_gold_is_what_the_gold_model_says_of_the_text(bench, root):
         assert samples.gold.flatten()[i].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_dense_model_starts_from_the_checkpoint_and_pads_as_the_task(bench, root):
-    model = bench.arms.setting.dense(0)
-    body = bench.policy().network.base_model.state_dict()
+def test_the_dense_model_starts_from_the_checkpoint_and_pads_as_the_task(runner, root):
+    model = runner.arms.setting.dense(0)
+    body = runner.policy().network.base_model.state_dict()
     assert all(torch.equal(value, body[name]) for name, value in model.base_model.state_dict().items())
-    assert model.config.pad_token_id == bench.task.pad_token_id and model.config.num_labels == 1
+    assert model.config.pad_token_id == runner.task.pad_token_id and model.config.num_labels == 1
 
 
 def test_what_was_sampled_is_kept_for_the_resumed_study(root, tmp_path, monkeypatch):
-    first = Arms(real_study(root), "alpaca", 0, tmp_path).task
-    monkeypatch.setattr("lab.real_task.sample", None)
-    again = Arms(real_study(root), "alpaca", 0, tmp_path).task
+    first = Arms(study_on(root), "alpaca", 0, tmp_path).task
+    monkeypatch.setattr("lab.checkpoint_task.sample", None)
+    again = Arms(study_on(root), "alpaca", 0, tmp_path).task
     assert torch.equal(first.policy.gold, again.policy.gold)
     assert torch.equal(first.train.chosen.tokens, again.train.chosen.tokens)
 
 
 def test_pairs_of_a_data_set_keep_their_labels(root):
-    study = real_study(root, {"pairs": pairs_of(root), "label_noise": 0.0, "template": None})
+    study = study_on(root, {"pairs": pairs_of(root), "label_noise": 0.0, "template": None})
     arms = Arms(study, "alpaca", 0)
     assert len(arms.task.train) == 16 and len(arms.task.test) == 8
     tokenizer = make_tokenizer()
@@ -166,9 +166,9 @@ def test_pairs_of_a_data_set_keep_their_labels(root):
 
 
 @pytest.mark.parametrize("optimiser", ["rloo", pytest.param("grpo", marks=pytest.mark.full)])
-def test_trl_maximises_the_reward_of_whole_answers_at_the_exact_kl(optimiser, bench):
+def test_trl_maximises_the_reward_of_whole_answers_at_the_exact_kl(optimiser, runner):
     """A reward that is known: the share of one word. What TRL hands over are the task's prompts with ended answers."""
-    policy, task, setting = bench.policy(), bench.task, bench.arms.setting
+    policy, task, setting = runner.policy(), runner.task, runner.arms.setting
     before = {name: p.clone() for name, p in policy.network.named_parameters()}
     seen = []
 
@@ -217,13 +217,13 @@ def test_in_bf16_every_optimiser_runs_over_the_families_of_qwen(root, tmp_path):
     save_checkpoints(tmp_path, ("qwen2", "qwen3"), byte_tokenizer(), vocab_size=259)
     save_data(tmp_path)
     task = {"dtype": "bfloat16", "template": None, "max_prompt_tokens": 40, "max_answer_tokens": 8}
-    study = real_study(tmp_path, task)
+    study = study_on(tmp_path, task)
     arms = Arms(study, "alpaca", 0)
-    bench = Bench(arms)
+    runner = UnitRunner(arms)
     for optimiser in ("best_of_n", "ppo", "rloo", "grpo"):
-        found = bench.measure(Unit("alpaca", 0, "merged", optimiser))
+        found = runner.measure(Unit("alpaca", 0, "merged", optimiser))
         assert all(math.isfinite(row["gold"]) for row in found["curve"]) and len(found["curve"]) >= 3
-    assert {p.dtype for p in bench.model("moe").models[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in runner.model("moe").models[0].parameters()} == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -288,7 +288,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("task", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_in_the_task_say_what_to_do(task, message, root):
     with pytest.raises(ValueError, match=message):
-        Arms(real_study(root, task(root)), "alpaca", 0)
+        Arms(study_on(root, task(root)), "alpaca", 0)
 
 
 def test_reward_models_must_read_the_policys_tokens(root, tmp_path):
@@ -296,10 +296,10 @@ def test_reward_models_must_read_the_policys_tokens(root, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path)
-    arms = Arms(real_study(root, {"policy": str(tmp_path)}), "alpaca", 0)
+    arms = Arms(study_on(root, {"policy": str(tmp_path)}), "alpaca", 0)
     with pytest.raises(ValueError, match="must have the tokenizer of `task.policy`.*differ in 1 tokens, '<new>'"):
         arms.make("dense")
-    missing = Arms(real_study(root, model={"folder": str(tmp_path / "nowhere")}), "alpaca", 0)
+    missing = Arms(study_on(root, model={"folder": str(tmp_path / "nowhere")}), "alpaca", 0)
     with pytest.raises(ValueError, match="`model.folder` must be a folder or .*nowhere"):
         missing.make("dense")
 
@@ -308,10 +308,10 @@ def test_what_is_not_installed_is_said_before_anything_is_trained(root, tmp_path
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "datasets", None)
         with pytest.raises(ValueError, match="`task.prompts` needs the package `datasets`"):
-            Arms(real_study(root), "alpaca", 0)
+            Arms(study_on(root), "alpaca", 0)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ValueError, match=r"rloo and grpo need TRL, which is not installed: pip install 'ummrm\[trl\]'"):
-        run_study(real_study(root), tmp_path, progress=False)
+        run_study(study_on(root), tmp_path, progress=False)
     assert not (tmp_path / "units").exists()
 
 
@@ -319,15 +319,27 @@ def test_what_is_not_installed_is_said_before_anything_is_trained(root, tmp_path
     ("make", "message"),
     [
         (lambda r: tiny_study({"moe": {"kind": "moe", "rloo": True}}), "`rloo` and `grpo` of the arm 'moe' need"),
-        (lambda r: real_study(r, model={"model_type": "llama"}), "`model.folder` must name the checkpoint"),
-        (lambda r: real_study(r, {"kind": "text"}), "task.kind must be one of synthetic, real, got 'text'"),
-        (lambda r: real_study(r, {"template": "no place"}), "`template` must be a text with {prompt}"),
-        (lambda r: real_study(r, {"dtype": "float16"}), "`dtype` must be one of float32, bfloat16"),
-        (lambda r: real_study(r, {"selection_prompts": 9}), "`selection_prompts` must be at most policy_prompts=6"),
-        (lambda r: real_study(r, rloo={"generations": 3}), "`batch_size` must be a multiple of `generations`"),
-        (lambda r: real_study(r, grpo={"steps": 5}), "`measure_every` must be below steps=5"),
-        (lambda r: real_study(r, measure={"ppo_window": 4}), "`measure.ppo_window` must be at most the 3 measurements"),
-        (lambda r: real_study(r, {"gold": {"name": "x", "template": "{prompt}"}}), "text with {prompt} and {answer}"),
+        (lambda r: study_on(r, model={"model_type": "llama"}), "`model.folder` must name the checkpoint"),
+        (
+            lambda r: study_on(r, {"kind": "text"}),
+            "task.kind must be one of synthetic, checkpoints, got 'text'",
+        ),
+        (lambda r: study_on(r, {"template": "no place"}), "`template` must be a text with {prompt}"),
+        (lambda r: study_on(r, {"dtype": "float16"}), "`dtype` must be one of float32, bfloat16"),
+        (
+            lambda r: study_on(r, {"selection_prompts": 9}),
+            "`selection_prompts` must be at most policy_prompts=6",
+        ),
+        (lambda r: study_on(r, rloo={"generations": 3}), "`batch_size` must be a multiple of `generations`"),
+        (lambda r: study_on(r, grpo={"steps": 5}), "`measure_every` must be below steps=5"),
+        (
+            lambda r: study_on(r, measure={"ppo_window": 4}),
+            "`measure.ppo_window` must be at most the 3 measurements",
+        ),
+        (
+            lambda r: study_on(r, {"gold": {"name": "x", "template": "{prompt}"}}),
+            "text with {prompt} and {answer}",
+        ),
     ],
 )
 def test_mistakes_in_the_study_are_refused_when_it_is_read(make, message, root):
@@ -335,21 +347,21 @@ def test_mistakes_in_the_study_are_refused_when_it_is_read(make, message, root):
         make(root)
 
 
-def test_a_real_study_is_its_plain_data(root):
-    study = StudyConfig.from_dict(real_data(root, {"pairs": pairs_of(root)}))
+def test_a_study_on_checkpoints_is_its_plain_data(root):
+    study = StudyConfig.from_dict(data_on(root, {"pairs": pairs_of(root)}))
     assert StudyConfig.from_dict(study.to_dict()) == study
-    assert study.to_dict()["regimes"]["alpaca"]["task"]["kind"] == "real"
+    assert study.to_dict()["regimes"]["alpaca"]["task"]["kind"] == "checkpoints"
 
 
 def test_the_regime_of_the_documentation_is_one(root):
     page = (ROOT / "lab" / "README.md").read_text()
     (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
-    study = real_study(root, **yaml.safe_load(block))
-    assert isinstance(study.regimes["mine"].task, RealTaskConfig) and study.model.folder
+    study = study_on(root, **yaml.safe_load(block))
+    assert isinstance(study.regimes["mine"].task, CheckpointTaskConfig) and study.model.folder
 
 
 @pytest.mark.parametrize("name", ["pythia", "qwen"])
-def test_the_real_studies_name_everything_and_say_that_they_never_ran(name):
+def test_the_studies_on_checkpoints_name_everything_and_say_that_they_never_ran(name):
     study = load_study(name)
     (regime,) = study.regimes.values()
     assert study.model.folder and regime.task.policy and regime.task.gold.name and regime.task.prompts.name

@@ -1,4 +1,4 @@
-"""A study on real checkpoints and data in little: folders that tests save themselves, in place of hub names."""
+"""A study on checkpoints and data in little: folders that tests save themselves, in place of hub names."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from trl_inputs import make_tokenizer, words
 from lab import StudyConfig
 
 _TASK = {
-    "kind": "real",
+    "kind": "checkpoints",
     "template": "w1 {prompt} w2",
     "train_pairs": 16,
     "test_pairs": 8,
@@ -77,7 +77,7 @@ def save_data(root):
 ANSWERS = ("chosen", "rejected")
 
 
-def real_data(root, task=None, **changes):
+def data_on(root, task=None, **changes):
     """The plain data of the study."""
     data = copy.deepcopy(_STUDY)
     del data["policy"]
@@ -86,7 +86,7 @@ def real_data(root, task=None, **changes):
         "gold": {"name": str(root / "gold")},
         "prompts": {"name": "json", "data_files": str(root / "prompts.json"), "input_column": "input"},
     }
-    data["regimes"] = {"alpaca": {"title": "real", "task": {**_TASK, **names, **(task or {})}}}
+    data["regimes"] = {"alpaca": {"title": "checkpoints", "task": {**_TASK, **names, **(task or {})}}}
     data["model"] = {"folder": str(root / "policy")}
     data["arms"] = {
         "dense": {"kind": "dense", "ppo": True, "rloo": True, "grpo": True},
@@ -99,9 +99,9 @@ def real_data(root, task=None, **changes):
     return {**data, **changes}
 
 
-def real_study(root, task=None, **changes):
+def study_on(root, task=None, **changes):
     """The study."""
-    return StudyConfig.from_dict(real_data(root, task, **changes))
+    return StudyConfig.from_dict(data_on(root, task, **changes))
 
 
 def pairs_of(root):

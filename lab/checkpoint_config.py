@@ -1,14 +1,14 @@
 """The configuration of a task on real checkpoints and data by name: who answers, who judges, which prompts and pairs.
 
-How it is loaded is `checkpoints.py`'s business, how a task is made of it `real_task.py`'s.
+How it is loaded is `checkpoints.py`'s business, how a task is made of it `checkpoint_task.py`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
-from .demo.fields import require
+from .reading import require
 
 DTYPES = ("float32", "bfloat16")
 PROMPT, ANSWER = "{prompt}", "{answer}"
@@ -82,7 +82,7 @@ class GoldConfig:
 
 
 @dataclass(frozen=True)
-class RealTaskConfig:
+class CheckpointTaskConfig:
     """A task on real checkpoints. The study's `model.folder` names where the dense reward model starts.
 
     Policy and reward models read the same tokens, so that they must share a tokenizer; gold reads text.
@@ -106,9 +106,8 @@ class RealTaskConfig:
         max_prompt_tokens: longer prompts are left out.
         max_answer_tokens: longest answer, its end token included; longer ones of `pairs` are left out.
         sample_batch: answers sampled at a time.
+        kind: tells tasks apart.
     """
-
-    KIND: ClassVar[str] = "real"
 
     policy: str
     gold: GoldConfig
@@ -126,6 +125,7 @@ class RealTaskConfig:
     max_prompt_tokens: int = 256
     max_answer_tokens: int = 128
     sample_batch: int = 64
+    kind: Literal["checkpoints"] = "checkpoints"
 
     def __post_init__(self) -> None:
         sizes = ("train_pairs", "test_pairs", "policy_prompts", "selection_prompts", "max_prompt_tokens")

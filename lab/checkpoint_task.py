@@ -1,4 +1,4 @@
-"""A task made of real checkpoints and data: its prompts, preference pairs, and the policy's answers with gold rewards.
+"""A task made of checkpoints and data by name: prompts, preference pairs, and the policy's answers with gold rewards.
 
 The shortcut that is watched is length. What the policy and the gold model made is kept in a file, so that a resumed
 study goes on with the same data on devices too whose sampling does not repeat bit for bit.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from .checkpoint_config import CheckpointTaskConfig
 from .checkpoints import GoldModel, Wording, autocast, load_columns, load_policy, load_wording
+from .files import kept
 from .policy import PolicyModel, Rollout, sample
-from .real import RealTaskConfig
 from .tasks import PolicySamples, PreferencePairs, Sequences, Task
 from .tasks.base import data_facts
 
@@ -63,8 +63,8 @@ class Prompts:
         return texts, self.wording.answer_texts([row[start:end] for row, start, end in rows])
 
 
-class RealSource:
-    """What a real task needs, loaded when it is first asked for: tokenizer, policy, gold model, task.
+class CheckpointSource:
+    """what a task on checkpoints needs, loaded when it is first asked for: tokenizer, policy, gold model, task.
 
     Args:
         config: the task.
@@ -76,7 +76,7 @@ class RealSource:
 
     def __init__(
         self,
-        config: RealTaskConfig,
+        config: CheckpointTaskConfig,
         derive: Callable[..., int],
         device: str,
         folder: Path | None = None,
@@ -251,16 +251,12 @@ class RealSource:
             return make()
         plain = json.dumps([dataclasses.asdict(self.config), self.device], sort_keys=True)
         path = self.folder / f"task-{hashlib.sha256(plain.encode()).hexdigest()[:12]}.pt"
-        if not path.is_file():
-            made = make()
-            flat = {k: (v.tokens, v.lengths) if isinstance(v, Sequences) else v for k, v in made.items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            torch.save(flat, beside)
-            os.replace(beside, path)
+
+        def flat() -> dict:
+            return {k: (v.tokens, v.lengths) if isinstance(v, Sequences) else v for k, v in make().items()}
+
         pad = self.wording.tokenizer.pad_token_id
-        kept = torch.load(path, weights_only=True)
-        return {k: Sequences(*v, pad) if isinstance(v, tuple) else v for k, v in kept.items()}
+        return {k: Sequences(*v, pad) if isinstance(v, tuple) else v for k, v in kept(path, flat).items()}
 
 
 def _ordered(first: Sequences, second: Sequences, label: torch.Tensor) -> tuple[Sequences, Sequences]:
