@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checkout import ROOT
 import pytest
 import torch
+from checkout import ROOT
 
 import ummrm
 from ummrm.ops import library
@@ -133,7 +133,7 @@ def test_wheel_from_clean_sources(tmp_path, isolated):
     (wheel,) = wheels.glob("ummrm-*.whl")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel)
     assert {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")} <= {"ummrm", "bin"}
-    assert (target / "ummrm/triton_kernels/routing.py").is_file()
+    assert (target / "ummrm/ops/triton_kernels/routing.py").is_file()
     assert json.loads((target / "ummrm/_build_record.json").read_text())["torch_version"] == torch.__version__
     program = (
         "import ummrm, torch; print(ummrm.__file__); "

@@ -184,7 +184,7 @@ def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees
     )
     work = tmp_path / "work"
     home = tmp_path if elsewhere else work / "site"
-    info = {"cuda_archs": archs, "compiler": "g", "file": str(home / "ummrm/ops/library.py"), "sees_gpu": sees}
+    info = {"cuda_archs": archs, "compiler": "g", "file": str(home / "ummrm/__init__.py"), "sees_gpu": sees}
     shown = script(tmp_path / "python", f"print('a warning'); print({json.dumps(json.dumps(info))})")
     dump = "arch = sm_90a\\n Function k:\\n  REG:20 STACK:0 LOCAL:0"
     tool = script(tmp_path / "cuobjdump", f"print('{dump}')")
