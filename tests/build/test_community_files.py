@@ -58,3 +58,8 @@ def test_the_contributors_page_names_every_session_and_files_that_exist():
     assert {name or function for name, function in sessions} <= set(re.findall(r"`([\w.-]+)`", text))
     paths = [path for path in re.findall(r"`((?:\w+/)+[\w.]*)`", text) if "my_op" not in path]
     assert len(paths) > 8 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_page_of_the_documentation_is_in_its_index():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
