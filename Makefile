@@ -8,33 +8,39 @@
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
-#   make test        the fast tier of tests (what CI runs)
-#   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions
+#   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
+#   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
 #   make bench       the microbenchmarks, and a table of them
 #   make gpu-check   builds, tests, sanitizes and times the CUDA kernels; needs an NVIDIA GPU, nvcc, torch, no network
 #   make gpu-wheels  fetches into WHEELS what a machine without network lacks for gpu-check
-#   make lint        style checks
+#   make lint        style and types alone
+#   make docs        the API reference, from the docstrings, in build/docs
 #   make clean       removes builds and the virtual environment
 #
-# Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS.
+# Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS,
+# SESSION (of test-full: these sessions of tools/noxfile.py alone).
 # Of gpu-check: STAGE (build, test, sanitize, bench or triton alone), WHEELS (a folder), RESULTS (gets a copy of the results).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+SESSION ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# -P: the checkout itself stays off sys.path, so that what is tested is what was installed
-RUN := $(BIN)/python -P
+# -P, which Python 3.10 lacks: the checkout itself stays off sys.path, so that what is tested is what was installed
+RUN = $(BIN)/python $(shell $(PYTHON) -c "import sys; print('-P' if sys.version_info >= (3, 11) else '')")
 # the laboratory is no part of what is installed
 LAB := $(BIN)/python -m lab
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/include/ummrm/*.h kernels/cpu/*.cpp kernels/cpu/*.h)
+# All that the extension is compiled from and by; CUDA's sources too, which are where torch is built with CUDA.
+folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 kernels/include/ummrm
+NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
+	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +57,7 @@ $(VENV)/.cmake: $(VENV)/.made
 	touch $@
 
 # without isolation the build compiles against the torch just installed and keeps its object files between runs
-$(VENV)/.ummrm: $(VENV)/.torch pyproject.toml setup.py tools/build_backend.py $(NATIVE)
+$(VENV)/.ummrm: $(VENV)/.torch pyproject.toml $(NATIVE)
 	MAX_JOBS=$(JOBS) $(PIP) install --no-build-isolation -e ".[lab]"
 	touch $@
 
@@ -88,14 +94,14 @@ lab-findings: lab-claim lab-ablations lab-followup lab-sweep
 lab-gpu: $(VENV)/.ummrm
 	$(LAB) run gpu --output build/lab-gpu
 
-# The kernels' build beside pip and the extension's, which leave a core idle most of the time; then pytest alone. As a goal
+# The kernels' build beside pip, the extension's and the type checker, which leave a core idle most of the time; then pytest. As a goal
 # of its own only, since other goals, the benchmarks above all, are not to run side by side.
 ifneq ($(findstring :$(MAKECMDGOALS):,:test:test-full:),)
 MAKEFLAGS += -j2
 test-python: | test-cpp
 endif
 
-test: test-cpp test-python
+test: test-cpp lint test-python
 
 # The kernels build and pass without torch, and CUDA's without a GPU: on an emulator, and through nvcc where there is one
 # (for Ampere; for Hopper what has changed since the full tier compiled it; the full tier compiles for all).
@@ -108,7 +114,7 @@ test-python: $(VENV)/.test
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal --timeout 600 $(PYTEST_ARGS)
 
 test-full: test
-	$(RUN) tools/test_full.py
+	$(RUN) -m nox -f tools/noxfile.py $(addprefix -s ,$(SESSION))
 
 bench: $(VENV)/.ummrm
 	$(PIP) install -e ".[bench]" --no-build-isolation
@@ -124,13 +130,17 @@ GPU_WHEEL := --python-version $(GPU_PYTHON) --implementation cp --only-binary=:a
 	$(foreach p,2_28 2_27 2_17,--platform manylinux_$(p)_x86_64) --platform manylinux2014_x86_64 --platform manylinux1_x86_64
 gpu-wheels:
 	$(if $(WHEELS),,$(error WHEELS must name the folder to fill: make gpu-wheels WHEELS=folder))
-	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) "transformers>=5" "setuptools>=77,<82" "pytest>=8" "pytest-benchmark>=5"
+	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) "transformers>=5,<6" "setuptools>=77,<82" "pytest>=8" "pytest-benchmark>=5"
 	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) --no-deps nvidia-cutlass==4.2.0.0
 
-lint: $(VENV)/.ummrm
-	$(PIP) install ruff
+# mypy takes most of a minute of one core where it has no cache (build/mypy)
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(RUN) -m mypy
+
+docs: $(VENV)/.test
+	$(RUN) tools/api_reference.py build/docs
 
 clean:
 	rm -rf build $(VENV) ummrm/_C*.so ummrm/_build_record.json *.egg-info

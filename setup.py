@@ -120,14 +120,9 @@ def extension():
     return [ext], {"build": BuildFolder, "build_ext": Build}
 
 
-NEEDS_TORCH = {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
-try:
-    ext_modules, cmdclass = extension()
-except ModuleNotFoundError as error:
-    # Metadata and source archives need no torch; anything that compiles does.
-    if error.name != "torch" or NEEDS_TORCH & set(sys.argv):
-        raise
-    ext_modules, cmdclass = [], {}
+# Metadata and source archives need no torch, and do not wait for its import; anything that compiles does.
+COMPILES = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+ext_modules, cmdclass = extension() if COMPILES & set(sys.argv) else ([], {})
 
 setup(
     packages=find_packages(include=["ummrm", "ummrm.*"]),

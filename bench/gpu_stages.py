@@ -20,10 +20,10 @@ PYTHON = [sys.executable, "-P"]  # the checkout holds no extension: it stays beh
 PIP = [*PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
 
 _SHOW_BUILD = """
-import json, torch
+import json, torch, ummrm
 from ummrm.ops import library
 info = library.build_info()
-print(json.dumps({"cuda_archs": list(info["cuda_archs"]), "compiler": info["compiler"], "file": library.__file__,
+print(json.dumps({"cuda_archs": list(info["cuda_archs"]), "compiler": info["compiler"], "file": ummrm.__file__,
                   "torch_cuda": torch.version.cuda, "sees_gpu": torch.cuda.is_available(),
                   "tile_table": repr(library.tile_table())}))
 """

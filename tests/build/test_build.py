@@ -5,16 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
-from checkout import ROOT
 import pytest
 import torch
+from checkout import ROOT
 
 import ummrm
 from ummrm.ops import library
 
 PACKAGE = Path(ummrm.__file__).parent
+# Of a repository alone, and records of past runs on other machines
+NOT_IN_THE_ARCHIVE = (".", "bench/results/")
 
 
 def run(*command, **options):
@@ -133,7 +136,7 @@ def test_wheel_from_clean_sources(tmp_path, isolated):
     (wheel,) = wheels.glob("ummrm-*.whl")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel)
     assert {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")} <= {"ummrm", "bin"}
-    assert (target / "ummrm/triton_kernels/routing.py").is_file()
+    assert (target / "ummrm/ops/triton_kernels/routing.py").is_file()
     assert json.loads((target / "ummrm/_build_record.json").read_text())["torch_version"] == torch.__version__
     program = (
         "import ummrm, torch; print(ummrm.__file__); "
@@ -143,3 +146,16 @@ def test_wheel_from_clean_sources(tmp_path, isolated):
         sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}
     ).split()
     assert Path(where).parent == target / "ummrm" and float(value) == 1
+
+
+def test_the_source_archive_holds_the_checkout_and_the_package_does_not(tmp_path):
+    """Whoever has the archive can test and study; whoever installs gets `ummrm` alone."""
+    build = "import sys; sys.path.insert(0, 'tools'); import build_backend; build_backend.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=copy_of_sources(tmp_path / "source"))
+    (archive,) = tmp_path.glob("ummrm-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = {p.relative_to(tmp_path / "source").as_posix() for p in (tmp_path / "source").rglob("*") if p.is_file()}
+    left_out = {name for name in tracked - held if not name.startswith(NOT_IN_THE_ARCHIVE)}
+    assert left_out == set()
+    assert [name for name in held if name.startswith(("build/", "out/", ".venv")) or name.endswith(".so")] == []

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checkout import ROOT
 import pytest
+from checkout import ROOT
 from torch.utils import cpp_extension
 
 _SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "tools/cuda_build.py")

@@ -30,7 +30,7 @@ def sources(tmp_path):
         "setup.py": "s",
         "ummrm/ops/library.py": "l",
         "ummrm/ops/autograd.py": "g",
-        "ummrm/backends.py": "b",
+        "ummrm/ops/backends.py": "b",
         "ummrm/merge.py": "other",
         "README.md": "other",
         "tests/gpu/test_a.py": "other",
@@ -59,7 +59,7 @@ def test_every_named_source_exists():
         lambda root: (root / "setup.py").write_text(""),
         lambda root: (root / "ummrm/ops/library.py").write_text("x"),
         lambda root: (root / "ummrm/ops/autograd.py").write_text("x"),
-        lambda root: (root / "ummrm/backends.py").write_text("x"),
+        lambda root: (root / "ummrm/ops/backends.py").write_text("x"),
         lambda root: shutil.rmtree(root / "kernels/cuda"),
     ],
 )

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from checkout import ROOT
 import pytest
 import torch
+from checkout import ROOT
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_tokenizer

@@ -6,13 +6,11 @@ kernels themselves need a GPU; what is read of them here is the machine code tha
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
-from checkout import ROOT
 import pytest
+from checkout import ROOT
 
 from bench import tune
-
 
 USAGE = """
 Resource usage:

@@ -8,8 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from checkout import ROOT
 import pytest
+from checkout import ROOT
 
 VERSION = "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n"
 FILES = {"cutlass/version.h": VERSION, "cutlass/gemm/gemm.h": "// gemm", "cute/tensor.hpp": "// tensor"}

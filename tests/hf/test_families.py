@@ -262,6 +262,7 @@ def test_auto_classes_load_upcycled_folders(model_type, tmp_path):
     batch = padded_batch()
     loaded = auto_class(model_type).from_pretrained(tmp_path, attn_implementation="eager")
     assert type(loaded) is type(moe)
+    moe.set_attn_implementation("eager")  # older transformers take sdpa for gemma2, which leaves its soft cap out
     assert loaded.config._attn_implementation == "eager" == loaded.base_model.config._attn_implementation
     torch.testing.assert_close(outputs_of(loaded, batch), outputs_of(moe, batch), rtol=1e-5, atol=1e-5)
     backbone = AutoModel.from_pretrained(tmp_path)

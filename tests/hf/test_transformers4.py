@@ -15,7 +15,7 @@ from tiny_models import MODEL_TYPES, outputs_of, padded_batch, perturb_experts, 
 import ummrm
 from ummrm import UpcycleConfig
 
-PYTHON = ROOT / ".venvs/transformers4.57/bin/python"
+PYTHON = ROOT / ".venvs/transformers4-57/bin/python"
 CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2)
 NO_ROPE = {"bert", "roberta", "deberta-v2", "gpt2", "opt"}
 TWO_BASES = {"gemma3_text", "modernbert"}
