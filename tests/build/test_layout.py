@@ -4,10 +4,9 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-from checkout import ROOT
 import pytest
+from checkout import ROOT
 
 STEMS = ("routing", "permute", "expert_gemm", "activation", "merge_experts")
 COMPOSED = ("moe_ffn", "merged_ffn")  # compositions of the operators above; Triton has its own of the first
@@ -30,7 +29,7 @@ OUTSIDE = {
     "config": set(),
     "ops": {"torch", "triton"},
     "nn": {"torch"},
-    "hf": {"torch", "transformers"},
+    "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former
     "upcycle": {"torch", "transformers"},
     "merge": {"torch"},
     "trainer": {"torch", "trl", "datasets"},
