@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import MergeConfig
-from .hf import card, saving
+from .hf import card
 from .hf.merge_share import SHARE_NAME, merge_share
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge
 from .hf.registry import stock_config
@@ -100,13 +99,14 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         card_notes: Markdown about training data and metrics for the model card.
 
     Returns:
-        For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
-        `save_pretrained` atomic, with a model card (README.md) that says how it was made. For any
-        other network: a copy with each `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
-        given. Merged weights are bit for bit those that the merge phase's forward used.
+        For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable;
+        `ummrm.save_pretrained(model, folder)` saves it atomically, with a model card (README.md) that says how it was
+        made. For any other network: a copy with each `MergingFFN` replaced by a module of the class that
+        `UpcycledFFN.from_dense` was given. Merged weights are bit for bit those that the merge phase's forward used.
 
     Raises:
         TypeError: `moe` is not in its merge phase.
+        ValueError: a merged tensor is not finite; names the layer, the tensor and what is wrong in it.
     """
     ffns = merging_ffns(moe)
     if not ffns:
@@ -115,14 +115,20 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
             + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if upcycled_ffns(moe) else " with no experts.")
         )
     if not isinstance(moe, UmmPreTrainedMixin):
-        return copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()}).requires_grad_(True).eval()
+        merged = {name: ffn.to_dense() for name, ffn in ffns.items()}
+        for name, module in merged.items():
+            _check_finite(name, ffns[name], dict(module.named_parameters()))
+        dense = copy.deepcopy(moe, {id(ffn): merged[name] for name, ffn in ffns.items()})
+        return dense.requires_grad_(True).eval()
     model: Any = moe
     config = model.config
     with torch.device("meta"):
         dense: Any = model.stock_class(stock_config(config))
     layers = model.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
-        model.family.dense_ffn(layers[index], dense.config).write(model.get_submodule(site).merged_tensors())
+        tensors = ffns[site].merged_tensors()
+        _check_finite(site, ffns[site], tensors)
+        model.family.dense_ffn(layers[index], dense.config).write(tensors)
     transplant(moe, dense, clone=True)
     share = merge_share(moe)
     assert share is not None
@@ -135,8 +141,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         config.upcycle_config.num_shared_experts,
         card_notes,
     )
-    # an instance attribute, so that the class stays the stock one: saving it must be as safe as saving the experts
-    dense.save_pretrained = functools.partial(saving.save_pretrained, dense, model_card=text)
+    card.remember(dense, text)  # beside the model, which stays a stock object
     return dense.requires_grad_(True).eval()
 
 
@@ -156,6 +161,25 @@ def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
     if not ffns:
         raise TypeError(f"`moe` must be in its merge phase (ummrm.prepare_merge), got a {type(moe).__name__}.")
     return {name: ffn.coefficients().detach() for name, ffn in ffns.items()}
+
+
+def _check_finite(site: str, ffn: MergingFFN, tensors: dict[str, torch.Tensor]) -> None:
+    wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not wrong:
+        return
+    what = f"the merged tensor {wrong[0]!r} of {site} is not finite"
+    if not ffn.coefficients().isfinite().all():
+        raise ValueError(
+            f"{what}: its merge weights are not, alpha is {ffn.alpha.detach().tolist()}. The training of alpha has "
+            "diverged: train it again with a smaller learning rate, or from a checkpoint with finite values."
+        )
+    parts = {"experts": ffn.experts, "shared_experts": ffn.shared_experts}
+    held = [(f"{part}.{name}", t) for part, module in parts.items() for name, t in module.named_parameters()]
+    bad = [name for name, tensor in held if not tensor.isfinite().all()]
+    raise ValueError(
+        f"{what}: {', '.join(bad) or 'the weighted sum'} holds NaN or infinity. The training of the mixture has "
+        "diverged: go back to a checkpoint with finite values."
+    )
 
 
 def _routed_shares(ffns: dict[str, UpcycledFFN], statistics: RoutingStatistics | None) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ummrm import auxiliary_loss, merge, merge_coefficients, record_routing_statistics, upcycle
+from ummrm import auxiliary_loss, merge, merge_coefficients, record_routing_statistics, save_pretrained, upcycle
 
 from ..best_of_n import best_of_n, standardised
 from ..files import prepare_output
@@ -155,7 +155,7 @@ class _Run:
         models[MERGED] = merge(moe)
         self.check_merged(moe, models[MERGED])
         with self.timed("save"):
-            models[MERGED].save_pretrained(self.output / "merged")
+            save_pretrained(models[MERGED], self.output / "merged")
         self.check_reload(models[MERGED])
         self.measure_arms(models)
         return result

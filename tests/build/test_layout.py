@@ -31,7 +31,7 @@ OUTSIDE = {
     "config": set(),
     "ops": {"torch", "triton"},
     "nn": {"torch"},
-    "hf": {"torch", "transformers"},
+    "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former
     "upcycle": {"torch", "transformers"},
     "merge": {"torch"},
     "trainer": {"torch", "trl", "datasets"},

@@ -116,6 +116,57 @@ def test_a_merged_model_carries_no_trace_of_ummrm():
     assert merged.config.model_type == "llama"
 
 
+SPOILT = {
+    "NaN alpha": (
+        "model.layers.1.mlp",
+        "alpha",
+        float("nan"),
+        "'up' of {site} .* alpha is",
+    ),
+    "infinite alpha": ("model.layers.0.mlp", "alpha", float("inf"), "'up' of {site} .*: its merge weights are not"),
+    "NaN expert": (
+        "model.layers.1.mlp",
+        "experts.down_proj",
+        float("nan"),
+        "'down' of {site} .*: experts.down_proj",
+    ),
+    "infinite shared": (
+        "model.layers.0.mlp",
+        "shared_experts.gate_up_proj",
+        float("-inf"),
+        "'up' of {site} .*: shared",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_merged_tensor_that_is_not_finite_is_an_error_that_names_it(case):
+    site, name, value, message = SPOILT[case]
+    moe = ummrm.prepare_merge(moe_model())
+    with torch.no_grad():
+        moe.get_parameter(f"{site}.{name}").view(-1)[1] = value
+    with pytest.raises(ValueError, match="the merged tensor " + message.format(site=site)):
+        ummrm.merge(moe)
+
+
+def test_an_arbitrary_network_does_not_merge_into_one_that_is_not_finite():
+    class FFN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.down(F.relu(self.up(x)))
+
+    config = UpcycleConfig(num_experts=2, num_experts_per_tok=1)
+    moe = ummrm.prepare_merge(nn.Sequential(nn.Linear(4, 4), ummrm.UpcycledFFN.from_dense(FFN(), config)))
+    ummrm.merge(moe)
+    with torch.no_grad():
+        moe[1].experts.down_proj_bias[0, 2] = float("nan")
+    with pytest.raises(ValueError, match="tensor 'down.bias' of 1 is not finite: experts.down_proj_bias holds"):
+        ummrm.merge(moe)
+
+
 def unusable(case):
     moe = moe_model()
     if case == "dense":

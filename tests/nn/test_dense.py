@@ -94,9 +94,7 @@ def test_a_linear_map_is_known_once_it_is_registered(monkeypatch):
 
     monkeypatch.setattr("ummrm.nn.dense._transposed", [])
     ffn, paths = nn.Sequential(Transposed(18, 10), nn.SiLU(), nn.Linear(18, 10)), FFNPaths(up="0", down="2")
-    with pytest.raises(
-        ValueError, match="`up` must be the path of an nn.Linear .*got '0', a Transposed"
-    ):
+    with pytest.raises(ValueError, match="`up` must be the path of an nn.Linear .*got '0', a Transposed"):
         paths.read(ffn)
     register_transposed_linear(Transposed)
     assert paths.read(ffn).spec.up_rows == 18

@@ -1,9 +1,11 @@
 """A process that saves models in children that die by SIGKILL at the n-th system operation (see test_saving.py)."""
 
+import functools
 import json
 import os
 import signal
 import sys
+import tempfile
 
 import torch
 import transformers.configuration_utils
@@ -11,19 +13,10 @@ import transformers.modeling_utils
 from tiny_models import tiny_model
 
 import ummrm
-from ummrm.hf import saving
 
 CONFIG = ummrm.UpcycleConfig(num_experts=3, num_experts_per_tok=2)
 STEPS = (
-    (os, "rename"),
-    (os, "fsync"),
-    (os, "link"),
-    (os, "makedirs"),
-    (saving, "_put_in_place"),
-    (saving, "_exchange"),
-    (saving, "_flush_tree"),
-    (saving, "_carry_over"),
-    (saving.shutil, "rmtree"),
+    *((os, name) for name in ("write", "rename", "fsync", "mkdir", "unlink", "rmdir")),
     (transformers.modeling_utils, "safe_save_file"),
     (transformers.configuration_utils.PreTrainedConfig, "to_json_file"),
 )
@@ -35,9 +28,16 @@ def make_model(seed, merged):
     return ummrm.merge(ummrm.prepare_merge(model)) if merged else model
 
 
-def save_and_die(folder, die_at, seed, merged, exchange):
-    """Saves `make_model(seed, merged)`, killed at the `die_at`-th step of the save; the number of steps if it lives."""
+@functools.cache
+def kept_model(seed, merged):
     model = make_model(seed, merged)
+    with tempfile.TemporaryDirectory() as folder:  # what only the first save needs, or every child does it anew
+        ummrm.save_pretrained(model, folder)
+    return model
+
+
+def save_and_die(model, folder, die_at, shards):
+    """Saves, killed at the `die_at`-th step of the save (0: never); the number of steps if it lives."""
     steps = 0
 
     def watch(owner, name):
@@ -52,27 +52,35 @@ def save_and_die(folder, die_at, seed, merged, exchange):
 
         setattr(owner, name, watched)
 
-    if not exchange:
-        saving._exchange = lambda a, b: False
-    for owner, name in STEPS:
-        watch(owner, name)
-    model.save_pretrained(folder, max_shard_size="20KB")
+    if die_at:
+        for owner, name in STEPS:
+            watch(owner, name)
+    else:  # somebody attaches a tracer first
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ummrm.save_pretrained(model, folder, max_shard_size=shards)
     return steps
 
 
 def serve():
-    """Forks one child for each request on stdin (JSON arguments of `save_and_die`), so that imports are paid once.
+    """Forks one child for each request on stdin (JSON), so that imports and models are paid once.
 
-    Answers with the child's number of steps, or "killed", or "failed". Nothing here starts a thread before the fork.
+    Answers with the child's process where it waits for a tracer; then with its number of steps, "killed" or "failed".
+    Nothing here starts a thread before the fork.
     """
     torch.set_num_threads(1)
     for line in sys.stdin:
+        request = json.loads(line)
+        model = kept_model(request.pop("seed"), request.pop("merged"))
         receiver, sender = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(sender, str(save_and_die(**json.loads(line))).encode())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
+            os.write(sender, str(save_and_die(model, **request)).encode())
             os._exit(0)
         os.close(sender)
+        if not request["die_at"]:
+            os.waitpid(child, os.WUNTRACED)
+            print("STOPPED", child, flush=True)
         _, status = os.waitpid(child, 0)
         answer = os.read(receiver, 100).decode()
         os.close(receiver)

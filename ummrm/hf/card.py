@@ -1,20 +1,29 @@
 """The model card of a merged model: where it came from, what it was merged with, and how it did.
 
-Text only. `merge` writes it beside the weights at every save, `trainer` adds what it knows about the training.
+Text only. `merge` makes it, `saving` writes it beside the weights, `trainer` adds what it knows about the training.
+What comes from a configuration or a metric may be a stranger's: it is quoted, and can neither add to the front matter
+nor leave its cell.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import Tensor
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor, nn
 
 from ..nn.dense import PROJECTIONS
 
 FILE = "README.md"
 _MARK = "<!-- card written by ummrm; remove this line to keep your own text at the next save -->"
+# beside the models, so that a merged model has nothing of ours in it
+_REMEMBERED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def merged_card(
@@ -37,14 +46,18 @@ def merged_card(
         num_shared: S.
         notes: Markdown about training data and metrics, put in as it is.
     """
-    header = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
-    if base_model and not _is_local(base_model):
-        header += [f"base_model: {base_model}", "base_model_relation: finetune"]
-    header += ["tags:", "- reward-model", "- ummrm", "---", _MARK]
-    text = f"""
+    named = {"base_model": base_model, "base_model_relation": "finetune"} if _is_on_hub(base_model) else {}
+    header = ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification", **named, tags=["reward-model", "ummrm"]
+    ).to_yaml()
+    text = f"""---
+{header.strip()}
+---
+{_MARK}
+
 # Merged reward model
 
-A dense `{model_class}`, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
+A dense {_code(model_class)}, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
 the feed-forward layers of {base_model_text(base_model)} were copied into experts, the mixture was trained on preference
 pairs, and its experts were folded back with learned weights. It loads with transformers alone:
 
@@ -64,14 +77,34 @@ model = AutoModelForSequenceClassification.from_pretrained("path/of/this/folder"
 
 {_weights(coefficients, num_shared)}
 """
-    return "\n".join(header) + "\n" + text + (f"\n{notes.strip()}\n" if notes.strip() else "")
+    return text + (f"\n{notes.strip()}\n" if notes.strip() else "")
+
+
+def remember(model: nn.Module, text: str) -> None:
+    """Keeps the card of a model for as long as the model lives; a copy of the model has none."""
+    _REMEMBERED[model] = text
+
+
+def recall(model: nn.Module) -> str | None:
+    """The card that was kept for a model, or None."""
+    return _REMEMBERED.get(model)
 
 
 def base_model_text(base_model: str | None) -> str:
     """How a card names the dense model: a folder of some machine by its last part alone."""
     if not base_model:
         return "a dense reward model"
-    return f"`{Path(base_model).name if _is_local(base_model) else base_model}`"
+    return _code(Path(base_model).name if _is_local(base_model) else base_model)
+
+
+def _is_on_hub(base_model: str | None) -> bool:
+    if not base_model or _is_local(base_model):
+        return False
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _is_local(base_model: str) -> bool:
@@ -109,6 +142,23 @@ def _weights(coefficients: Mapping[str, Tensor], num_shared: int) -> str:
     return _table(("layer", *columns), rows)
 
 
-def _table(head: tuple[str, ...], rows) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Text of a table's cell: on one line, and with nothing that Markdown or HTML would read as more than text."""
+    return re.sub(r"([\\|`<\[])", r"\\\1", _line(str(value)))
+
+
+def _code(text: str) -> str:
+    """A code span of any text: on one line, fenced by more backticks than it holds in a row."""
+    text = _line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") or not text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

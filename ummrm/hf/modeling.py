@@ -19,14 +19,12 @@ from ..nn.experts import Experts
 from ..nn.merging_ffn import MergeShare, MergingFFN
 from ..nn.router import Router
 from ..nn.upcycled_ffn import UpcycledFFN
-from . import saving
+from . import loading, saving
 from .configuration import UmmConfigMixin
 from .families import Family
 from .generated import Generated
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
-
-_FFN_PARTS = ("router", "experts", "shared_experts", "alpha")
 
 
 class UmmPreTrainedMixin(Generated):
@@ -79,21 +77,23 @@ class UmmPreTrainedMixin(Generated):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; missing expert or router weights are an error, never a random initialisation.
+        """As in transformers; a missing, unexpected or misshapen tensor is an error, never a random initialisation.
+
+        A fresh head is made only where `num_labels` or `new_head=True` asks for one. An interrupted save into the
+        folder is completed or forgotten first (see `ummrm.hf.replacing`).
 
         Raises:
-            ValueError: the folder is not an upcycled model of this family, lacks some of its weights, or has another
+            ValueError: the folder is not an upcycled model of this family, lacks some of its tensors, or has another
                 fixed lambda in its weights than in its configuration.
+            OSError: as in transformers, or an interrupted save can't be completed.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if _is_ffn_key(model, key))
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(missing)} expert or router weights are missing, first "
-                f"{missing[0]!r}; the folder is incomplete or of another configuration. Save the model again."
-            )
-        check_share(model, pretrained_model_name_or_path)
+        source, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        new_head = kwargs.pop("new_head", False) or loading.asks_for_head(source, kwargs.get("config"), kwargs)
+        loading.settle(source, kwargs.get("subfolder", ""))
+        kwargs["ignore_mismatched_sizes"] = True  # so that the error names the tensor
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        loading.check_loaded(model, info, source, new_head=new_head)
+        check_share(model, source)
         freeze_for_merge(model)  # loading makes new parameters
         return (model, info) if wants_info else model
 
@@ -104,7 +104,7 @@ class UmmPreTrainedMixin(Generated):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers, but whole or not at all (see `ummrm.hf.saving`)."""
+        """As in transformers, but atomic, and touching no file that it does not write (see `ummrm.hf.saving`)."""
         follow_share(self)
         saving.save_atomically(super().save_pretrained, save_directory, **kwargs)
 
@@ -180,11 +180,6 @@ def ffn_sites(model: UmmPreTrainedMixin) -> dict[int, str]:
     prefix = "" if backbone is model else f"{model.base_model_prefix}."
     chosen = model.config.upcycle_config.layer_indices(len(family.layer_list(backbone)))
     return {index: f"{prefix}{family.layers}.{index}.{family.site}" for index in chosen}
-
-
-def _is_ffn_key(model: UmmPreTrainedMixin, key: str) -> bool:
-    sites = tuple(f"{site}.{part}" for site in ffn_sites(model).values() for part in _FFN_PARTS)
-    return key.startswith(sites) or SHARE_NAME in key
 
 
 def __getattr__(name: str) -> type:

@@ -16,6 +16,7 @@ from trl import RewardConfig, RewardTrainer
 
 from ..config import MergeConfig
 from ..hf.merge_share import merge_share
+from ..hf.saving import save_pretrained
 from ..merge import merge, prepare_merge
 from ..nn.dense import PROJECTIONS
 from ..nn.merging_ffn import merging_ffns
@@ -181,7 +182,7 @@ class UmmMergeTrainer(UmmTrainer):
     def save_merged(self, save_directory: str) -> None:
         """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
         if self.is_world_process_zero():
-            self.merge().save_pretrained(save_directory)
+            save_pretrained(self.merge(), save_directory)
             assert self.processing_class is not None  # RewardTrainer makes one from the model's name
             self.processing_class.save_pretrained(save_directory)
 

@@ -1,0 +1,215 @@
+"""Loading checkpoints strictly: what was saved, all of it, or an error that names what is missing.
+
+transformers fills a hole with random numbers and logs it. Here a missing, unexpected or misshapen tensor is an error;
+a fresh head is made only where the caller asks for one. `check_loaded` is the rule, for our classes' own
+`from_pretrained` too; `load_checkpoint` loads any folder or hub name as the class that saved it. A save into the folder
+that was interrupted is settled first (see `replacing.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from . import replacing
+
+_SHOWN = 3  # names of tensors in an error
+
+
+def settle(source: str | os.PathLike | None, subfolder: str = "") -> None:
+    """Completes or forgets an interrupted save into a local folder; a hub name has none.
+
+    Raises, and warns, as `replacing.settle`.
+    """
+    if source is not None and os.path.isdir(folder := os.path.join(source, subfolder)):
+        replacing.settle(Path(os.path.realpath(folder)))
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *, new_head: bool) -> None:
+    """Raises ValueError unless the checkpoint held every tensor of the model, and no other.
+
+    Args:
+        model: the loaded model; `config.architectures` says which class saved it.
+        info: what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returns: names after
+            transformers has left out what it ties, ignores or converts.
+        source: the folder or name, for the message.
+        new_head: whether the head, and a pooler below it, may be missing or of another shape. A tensor of another
+            class's head is not unexpected.
+    """
+
+    def is_head(key: str) -> bool:
+        return not _is_backbones(model, key) or "pooler" in key.split(".")
+
+    missing = [key for key in info["missing_keys"] if not (new_head and is_head(key))]
+    shapes = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    wrong = [key for key in shapes if not (new_head and is_head(key))]
+    saved_by = (model.config.architectures or [None])[0]
+    own = saved_by == type(model).__name__ and not new_head
+    unexpected = [key for key in info["unexpected_keys"] if own or not is_head(key)]
+    if missing or wrong or unexpected:
+        misshapen = [f"{key} is {shapes[key][0]} and should be {shapes[key][1]}" for key in wrong]
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+        parts = [f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        if not unexpected and all(map(is_head, missing + wrong)):
+            remedy = "Ask for a fresh head with new_head=True, or load a checkpoint that has one."
+        else:
+            remedy = "The checkpoint is incomplete or of another configuration; save the model again or get it anew."
+        raise ValueError(
+            f"{source} must hold every tensor of a {type(model).__name__} and no other; {'; '.join(parts)}. {remedy}"
+        )
+
+
+def asks_for_head(source: object, config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a `from_pretrained` asks for a fresh head: by `num_labels`, which Auto classes put into `config`."""
+    if "num_labels" in kwargs or "id2label" in kwargs:
+        return True
+    if config is None or source is None:
+        return False
+    try:
+        with open(os.path.join(str(source), "config.json"), encoding="utf-8") as file:
+            saved = json.load(file)
+    except (OSError, ValueError):  # a hub name, or no configuration beside the weights
+        return False
+    return len(saved.get("id2label") or {0: "", 1: ""}) != config.num_labels
+
+
+def load_checkpoint(
+    source: str | os.PathLike,
+    *,
+    expect: Literal["dense", "upcycled"] | None = None,
+    new_head: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a checkpoint as the class that saved it, every tensor of it.
+
+    Args:
+        source: a folder or a hub name.
+        expect: refuse an upcycled (or a dense) checkpoint.
+        new_head: load a backbone or a causal language model as a reward model with one output, its head freshly
+            initialised where the checkpoint has none.
+        kwargs: passed to `from_pretrained` (`dtype`, `revision`, `local_files_only`, ...).
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        OSError: there is no such folder, or a file of it can't be read.
+        ValueError: the checkpoint is not of the expected kind, names no class that is known here, is damaged, or
+            lacks a tensor. Each error is one line that names the source.
+
+    Warns:
+        UserWarning: an interrupted save into the folder was found, and completed or forgotten.
+    """
+    settle(source)
+    config = _config(source, kwargs)
+    upcycled = getattr(config, "umm", None) is not None
+    if expect == "dense" and upcycled:
+        raise ValueError(f"{source} must be a dense model, and is an upcycled one (model_type {config.model_type!r}).")
+    if expect == "upcycled" and not upcycled:
+        raise ValueError(
+            f"{source} is no upcycled model (model_type {config.model_type!r}); run `ummrm upcycle` on it first."
+        )
+    loader: Any = _saved_class(source, config)
+    if new_head:
+        loader, kwargs = AutoModelForSequenceClassification, {**kwargs, "num_labels": 1}
+        if upcycled:
+            kwargs["new_head"] = True
+    try:
+        with _without_report():
+            model, info = loader.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{source}: its weights are damaged ({error}); save the model again or get it anew."
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"{source}: its weights can't be loaded: {_one_line(error)}") from error
+    except OSError as error:
+        raise OSError(f"{source}: {_one_line(error)}") from error
+    check_loaded(model, info, source, new_head=new_head)
+    return model
+
+
+def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    hub = {key: kwargs[key] for key in ("revision", "local_files_only", "token", "cache_dir") if key in kwargs}
+    name = os.fspath(source)
+    if os.path.isfile(name) or (not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")))):
+        what = "a file" if os.path.isfile(name) else "no folder there"
+        raise FileNotFoundError(f"the checkpoint must be a folder or a hub name, got {name}: {what}.")
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise FileNotFoundError(f"{name} must hold a checkpoint, and has no config.json.")
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except ValueError as error:
+        raise ValueError(f"{name}: its configuration can't be used: {_one_line(error)}") from error
+    except OSError as error:
+        raise OSError(f"{name}: {_one_line(error)}") from error
+
+
+def _saved_class(source: object, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    name = (config.architectures or [None])[0]
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{source}/config.json must name its class in `architectures`, and does not; save the model again."
+        )
+    if getattr(config, "umm", None) is not None:
+        known = {cls.__name__: cls for cls in _classes_of(config)}.get(name)
+    else:
+        known = getattr(transformers, name, None)
+    if not (inspect.isclass(known) and issubclass(known, PreTrainedModel)):
+        raise ValueError(
+            f"{source} holds a {name}, which is no model class of transformers {transformers.__version__} or of ummrm; "
+            "install the version that saved it."
+        )
+    return known
+
+
+def _classes_of(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    """Every class that an Auto class has for a configuration."""
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        found = mapping.get(type(config), None) if mapping is not None else None
+        yield from found if isinstance(found, (list, tuple)) else [found] if found is not None else []
+
+
+def _is_backbones(model: PreTrainedModel, key: str) -> bool:
+    if model.base_model is not model:
+        return key.startswith(f"{model.base_model_prefix}.")
+    inside = {name.partition(".")[0] for name, _ in [*model.named_children(), *model.named_parameters()]}
+    return key.partition(".")[0] in inside
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(sorted(keys)[:_SHOWN]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers' table of missing tensors off the screen: `check_loaded` says it, on one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
