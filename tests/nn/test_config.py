@@ -1,8 +1,14 @@
 """Every configuration value is checked, and the error says what is allowed."""
 
+import dataclasses
+import json
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ummrm import MergeConfig, UpcycleConfig
+from ummrm.config import BALANCING_LOSSES, GATES, ROUTER_NOISES, ROUTERS
 
 BAD_UPCYCLE = [
     ({"num_experts": 0}, r"`num_experts` must be an integer of at least 1, got 0"),
@@ -87,3 +93,68 @@ def test_dict_round_trip(config):
 def test_unknown_fields_are_refused():
     with pytest.raises(ValueError, match=r"unknown field\(s\) num_expert; known are .*num_experts"):
         UpcycleConfig.from_dict({"num_expert": 3})
+
+
+# ---- any dictionary --------------------------------------------------------------------------------------------
+
+REALS = st.floats(0, allow_infinity=False) | st.integers(0, 2**1000)
+UPCYCLE = {
+    "num_shared_experts": st.integers(1, 2**70),
+    "gate": st.sampled_from(GATES),
+    "fixed_shared_weight": st.floats(0, 1),
+    "router": st.sampled_from(ROUTERS),
+    "router_noise": st.sampled_from(ROUTER_NOISES),
+    "jitter_eps": st.floats(0, 1),
+    "router_init_std": REALS,
+    "layers": st.just("all") | st.integers(1) | st.lists(st.integers(), min_size=1, unique=True).map(tuple),
+    "expert_noise": REALS,
+    "balancing_loss": st.sampled_from(BALANCING_LOSSES),
+    "balancing_loss_coef": REALS,
+    "z_loss_coef": REALS,
+}
+MERGE = {
+    "shared_share": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "learn_shared_share": st.booleans(),
+    "alpha_init": st.sampled_from(["uniform", "routing"]),
+    "alpha_per": st.sampled_from(["layer", "projection"]),
+}
+EXPERTS = st.integers(1, 2**70).flatmap(
+    lambda e: st.fixed_dictionaries({"num_experts": st.just(e), "num_experts_per_tok": st.integers(1, e)})
+)
+GOOD = st.builds(lambda e, rest: UpcycleConfig(**e, **rest), EXPERTS, st.fixed_dictionaries({}, optional=UPCYCLE))
+GOOD |= st.fixed_dictionaries({}, optional=MERGE).map(lambda data: MergeConfig(**data))
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([2**1024, -(10**400), 10**5000])  # floats end at 2^1024
+VALUES = NUMBERS | st.none() | st.booleans() | st.sampled_from(["", "all", "linear"]) | st.lists(NUMBERS, max_size=2)
+
+
+@st.composite
+def hostile(draw):
+    """A configuration class, and data for it: mostly a field's name with any value, or no dictionary at all."""
+    cls = draw(st.sampled_from([UpcycleConfig, MergeConfig]))
+    name = draw(st.sampled_from([*(field.name for field in dataclasses.fields(cls)), "", 0, None]))
+    value = draw(VALUES)
+    return cls, value if name is None else {name: value}
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.full)])
+def test_any_configuration_survives_json_and_any_other_data_is_refused(examples):
+    seeded = settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+
+    @seeded
+    @given(GOOD)
+    def survives(config):
+        assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    @seeded
+    @given(hostile())
+    def refused(case):
+        cls, data = case
+        try:
+            config = cls.from_dict(data)
+        except (TypeError, ValueError):
+            return
+        assert cls.from_dict(config.to_dict()) == config
+
+    survives()
+    refused()
