@@ -55,7 +55,7 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
 
     import ummrm
 
-    from .folders import copy_companions, load_checkpoint
+    from .folders import load_checkpoint
 
     with blaming("", ValueError):
         settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)
@@ -75,7 +75,7 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
         dense = ummrm.merge(model)
         if dtype is not None:
             dense.to(getattr(torch, dtype))
-    save(dense, target, source, steps, copy_companions)
+    save(dense, target, source, steps)
     how = "learned" if phase == "merging" else "uniform"
     say(f"{type(dense).__name__}, {how} merge weights, saved in {out}{was_there}; stock transformers loads it")
 
