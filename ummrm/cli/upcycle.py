@@ -29,7 +29,8 @@ def _panel(title: str):
 
     def option(text: str, default: object, *names: str) -> Any:
         # None stands for "not given", so that an option goes before the file and the file before the default
-        return typer.Option(*names, help=text, show_default=str(default), rich_help_panel=title)
+        text = f"{text.removesuffix('.')} (default: {default})."
+        return typer.Option(*names, help=text, show_default=False, rich_help_panel=title)
 
     return option
 
