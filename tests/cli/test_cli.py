@@ -42,6 +42,7 @@ def brings_companions(folder):
 
 def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
     add_companions(models / "dense")
+    (models / "dense/README.md").write_text("the card of the source")
     done = command("upcycle", "dense", "new/moe", "--num-experts", 3, "-k", 2, "--seed", 5)
     assert done.status == 0 and "UmmLlamaForSequenceClassification" in done.out, done.err
     assert "[1/3] loading dense" in done.err and "[3/3] saving new/moe" in done.err  # lines in a log, no bars
@@ -54,6 +55,7 @@ def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
     dense, merged = (AutoModelForSequenceClassification.from_pretrained(name) for name in ("dense", "merged"))
     torch.testing.assert_close(outputs_of(merged, batch), outputs_of(dense, batch), rtol=1e-5, atol=1e-5)
     assert brings_companions(models / "new/moe") and brings_companions(models / "merged")
+    assert "Merged reward model" in (models / "merged/README.md").read_text()
 
 
 def test_merge_uses_learned_weights(models, command):

@@ -1,4 +1,4 @@
-"""The seam between the commands and `ummrm.hf`: loading a model folder without holes, and taking the rest along."""
+"""The seam between the commands and `ummrm.hf`: loading a model folder without holes, saving, taking the rest along."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def load_checkpoint(source, *, expect=None, new_head=False):
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} weights, first {missing[0]!r}; save the model again.")
     return model
+
+
+def save_pretrained(model, folder) -> None:
+    """Saves atomically, a merged model with its card."""
+    import ummrm
+
+    own = vars(model).get("save_pretrained")
+    own(folder) if own is not None else ummrm.save_pretrained(model, folder)
 
 
 def copy_companions(source, target) -> None:

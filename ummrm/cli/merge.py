@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,15 +21,13 @@ def merge(
     shared_share: Annotated[
         float | None,
         typer.Option(
-            help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform.",
-            show_default="0.5",
+            help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform "
+            "(default: 0.5).",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16: merged as saved, then rounded once.", show_default="that of MOE"
-        ),
+        typer.Option(help="float32, bfloat16 or float16: merged as saved, then rounded once (default: that of MOE)."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Annotated[
@@ -55,7 +53,7 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
 
     import ummrm
 
-    from .folders import copy_companions, load_checkpoint
+    from .folders import load_checkpoint
 
     with blaming("", ValueError):
         settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)
@@ -72,10 +70,10 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
     with steps.step("merging experts"), blaming(f"{moe} can't be merged", ValueError):
         if phase == "mixture":
             ummrm.prepare_merge(model, settings)
-        dense = ummrm.merge(model)
+        dense: Any = ummrm.merge(model)  # of the model's stock class
         if dtype is not None:
             dense.to(getattr(torch, dtype))
-    save(dense, target, source, steps, copy_companions)
+    save(dense, target, source, steps)
     how = "learned" if phase == "merging" else "uniform"
     say(f"{type(dense).__name__}, {how} merge weights, saved in {out}{was_there}; stock transformers loads it")
 

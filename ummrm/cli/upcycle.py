@@ -29,7 +29,8 @@ def _panel(title: str):
 
     def option(text: str, default: object, *names: str) -> Any:
         # None stands for "not given", so that an option goes before the file and the file before the default
-        return typer.Option(*names, help=text, show_default=str(default), rich_help_panel=title)
+        text = f"{text.removesuffix('.')} (default: {default})."
+        return typer.Option(*names, help=text, show_default=False, rich_help_panel=title)
 
     return option
 
@@ -134,7 +135,7 @@ def run(
 
     import ummrm
 
-    from .folders import copy_companions, load_checkpoint
+    from .folders import load_checkpoint
 
     with blaming("", ValueError):
         settings = ummrm.UpcycleConfig.from_dict(fields)
@@ -152,22 +153,22 @@ def run(
             model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
     with steps.step("copying FFNs into experts"), blaming("", ValueError):
         moe = ummrm.upcycle(model, settings)
-    save(moe, target, source, steps, copy_companions)
+    save(moe, target, source, steps)
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
 
 
-def save(model, target: Path, source: Source, steps: Steps, copy_companions) -> None:
+def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> None:
     """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
     from safetensors import SafetensorError
 
-    import ummrm
+    from .folders import copy_companions, save_pretrained
 
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     check_space(target, num_bytes)
     with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
         remedy = "make room or give another folder; a model that was there before is as it was."
         with blaming(f"{target} can't be written", OSError, SafetensorError, remedy=remedy):
-            ummrm.save_pretrained(model, target)
+            save_pretrained(model, target)
             copy_companions(source.folder, target)
 
 
