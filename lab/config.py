@@ -56,7 +56,7 @@ class ArmConfig:
         kind: what it is made of (lab/README.md): `"dense"`, `"dense_longer"`, `"ensemble"`, `"weight_average"`, `"moe"`
             or `"merged"`.
         label: its name in tables and plots.
-        budget: of `dense_longer`: train on for as many steps as mixture and merge weights take (`"steps"`), or for as
+        budget: of `dense_longer`: continued training for as many steps as mixture and merge weights take (`"steps"`), or for as
             many floating-point operations (`"flops"`).
         rule: of `ensemble`: how normalised members' scores combine: their mean, the worst case, or mean minus variance
             (uncertainty-weighted, UWO; Coste et al., arXiv 2310.02743).
@@ -167,7 +167,7 @@ class StudyConfig:
         first_seed: the first one.
         dense: training of the dense model and of each ensemble member.
         upcycle: `ummrm.UpcycleConfig`.
-        moe: training of the mixture, and of the dense models that are trained on.
+        moe: training of the mixture, and continued training of dense models.
         merge: `ummrm.MergeConfig`; an arm's `shared_share` replaces its lambda.
         alpha: learning of the merge weights.
         members: members of ensembles and weight averages.
