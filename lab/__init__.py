@@ -6,10 +6,11 @@ extra `ummrm[lab]`, and uses the product as any user does; the product does not 
 """
 
 from .checkpoint_config import CheckpointTaskConfig
-from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig, load_study, shipped_studies
+from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig
 from .online import OnlineConfig
 from .report import report_lines, study_tables, write_report
 from .run import StudyError, run_study
+from .studies import load_study, shipped_studies
 
 __all__ = [
     "ArmConfig",

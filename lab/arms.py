@@ -217,7 +217,7 @@ class Arms:
         )
 
     def longer(self, stages: ResolvedArm, training: TrainConfig, member: int = 0) -> Stage:
-        """The dense model, trained on; member 0 sees the mixture's batches, another its own data order."""
+        """Continued training of the dense model; member 0 sees the mixture's batches, another its own data order."""
 
         def make(model: PreTrainedModel) -> dict:
             self._train(model, training, f"dense on {member}", self._order(member))
@@ -316,7 +316,7 @@ class Arms:
         return {"specialisation": [*(row for row in rows if row["step"] == last), *distances]}
 
     def equal_steps(self, stages: ResolvedArm, budget: str) -> TrainConfig:
-        """The training of a dense model that is trained on: as long, or as dear, as mixture and merge weights are."""
+        """Continued training of the dense model, as long or as costly as mixture and merge weights are."""
         if budget == "steps":
             return dataclasses.replace(stages.moe, steps=stages.moe.steps + stages.alpha.steps)
         extra = self.merged(stages, learned=True).flops - self.dense(stages).flops

@@ -100,7 +100,7 @@ class CheckpointTaskConfig:
         train_pairs: training pairs.
         test_pairs: held-out pairs.
         label_noise: share of training pairs whose label is flipped.
-        policy_prompts: prompts that policies are trained on.
+        policy_prompts: prompts for the policies' training.
         selection_prompts: the first ones of these, for best-of-n.
         samples: answers to each of them.
         max_prompt_tokens: longer prompts are left out.

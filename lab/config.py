@@ -11,8 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -24,7 +22,7 @@ from .demo.config import ModelConfig, TrainConfig
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
-from .reading import build, read_yaml, require
+from .reading import build, require
 from .tasks import SyntheticTaskConfig
 
 KINDS = ("dense", "dense_longer", "ensemble", "weight_average", "moe", "merged")
@@ -56,8 +54,8 @@ class ArmConfig:
         kind: what it is made of (lab/README.md): `"dense"`, `"dense_longer"`, `"ensemble"`, `"weight_average"`, `"moe"`
             or `"merged"`.
         label: its name in tables and plots.
-        budget: of `dense_longer`: train on for as many steps as mixture and merge weights take (`"steps"`), or for as
-            many floating-point operations (`"flops"`).
+        budget: of `dense_longer`: continued training for as many steps as mixture and merge weights take (`"steps"`),
+            or for as many floating-point operations (`"flops"`).
         rule: of `ensemble`: how normalised members' scores combine: their mean, the worst case, or mean minus variance
             (uncertainty-weighted, UWO; Coste et al., arXiv 2310.02743).
         uncertainty: UWO's weight of the variance.
@@ -167,7 +165,7 @@ class StudyConfig:
         first_seed: the first one.
         dense: training of the dense model and of each ensemble member.
         upcycle: `ummrm.UpcycleConfig`.
-        moe: training of the mixture, and of the dense models that are trained on.
+        moe: training of the mixture, and continued training of dense models.
         merge: `ummrm.MergeConfig`; an arm's `shared_share` replaces its lambda.
         alpha: learning of the merge weights.
         members: members of ensembles and weight averages.
@@ -343,58 +341,6 @@ class ResolvedArm:
     moe: TrainConfig
     merge: MergeConfig
     alpha: TrainConfig
-
-
-def load_study(source: str | Path) -> StudyConfig:
-    """Reads a study from a YAML file, or from those that this package brings, by name (`shipped_studies`).
-
-    A file may say `extends: NAME`, another study by file or name, and then gives only the sections that differ.
-
-    Raises:
-        FileNotFoundError: there is neither such a file nor such a name.
-        ValueError: it is not YAML, or not a study; says where.
-    """
-    path = _study_file(source)
-    return read_yaml(path, lambda data: StudyConfig.from_dict(_extended(data, (path,))))
-
-
-def shipped_studies() -> dict[str, Path]:
-    """The studies that come with the package, by name."""
-    folder = Path(str(resources.files(__package__) / "configs"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def _study_file(source: str | Path, beside: Path | None = None) -> Path:
-    """A study's file, given by its path, seen from the folder `beside` if given, or by the name of a shipped one."""
-    path = Path(source) if beside is None else beside / source
-    try:
-        if path.is_file():
-            return path
-    except OSError:
-        pass  # no file has a name as long as that
-    shipped = shipped_studies()
-    if str(source) not in shipped:
-        raise FileNotFoundError(f"no study at {source}, and none is shipped by that name: {', '.join(shipped)}.")
-    return shipped[str(source)]
-
-
-def _extended(data: Any, files: tuple[Path, ...]) -> Any:
-    """A study's plain data with the sections of the study that it extends, where it has none of its own.
-
-    `files`: its file, the last one, and those that extend it.
-    """
-    if not isinstance(data, Mapping) or "extends" not in data:
-        return data  # whole, or for `build` to refuse
-    if not isinstance(data["extends"], str):
-        raise ValueError(f"`extends` must be the name or the file of a study, got {data['extends']!r}.")
-    try:
-        base = _study_file(data["extends"], files[-1].parent)
-    except FileNotFoundError as error:
-        raise ValueError(f"`extends`: {error}") from error
-    if base.resolve() in (file.resolve() for file in files):
-        raise ValueError(f"`extends` must not lead back to where it came from, got {data['extends']!r}.")
-    sections = {name: value for name, value in data.items() if name != "extends"}
-    return {**read_yaml(base, lambda found: _extended(found, (*files, base))), **sections}
 
 
 def _with_kinds(data: Any) -> Any:

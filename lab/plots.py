@@ -282,7 +282,7 @@ def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None
 
 
 def _ablation_bars(axis: Axes, rows: Sequence[dict]) -> None:
-    """A group of bars for each instruction regime: shared, the regime's dearest routed expert, the mean routed one."""
+    """A group of bars for each instruction regime: shared, the regime's most costly routed one, the mean routed one."""
     instructions = list(dict.fromkeys(r["regime_of_pairs"] for r in rows))
     seeds = sorted({r["seed"] for r in rows})
     table = np.array(
@@ -293,7 +293,7 @@ def _ablation_bars(axis: Axes, rows: Sequence[dict]) -> None:
     )  # seeds, instruction regimes, experts (the shared one first)
     parts = {
         "the shared expert": (table[..., 0], "#000000"),
-        "the regime's dearest routed expert": (table[..., 1:].max(-1), "#D55E00"),
+        "the regime's most costly routed expert": (table[..., 1:].max(-1), "#D55E00"),
         "a routed expert, mean": (table[..., 1:].mean(-1), "#0072B2"),
     }
     for i, (label, (values, color)) in enumerate(parts.items()):

@@ -173,7 +173,7 @@ def left_out_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     """
     shown = {
         "the shared expert": lambda shared, routed: shared,
-        "the dearest routed expert": lambda shared, routed: max(routed),
+        "the most costly routed expert": lambda shared, routed: max(routed),
         "a routed expert, mean": lambda shared, routed: sum(routed) / len(routed),
     }
     mixture = study.mixture

@@ -1,4 +1,4 @@
-"""Runs a recipe from data to report: the main job of this package, end to end.
+"""Runs a recipe from data to report: the product's main job, end to end.
 
 Trains and measures; what is drawn and written is `report.py`'s and `plots.py`'s business.
 """

@@ -1,4 +1,4 @@
-"""Preference tasks for the recipe: a synthetic one with a known gold reward, and pairs made from real text."""
+"""Preference tasks: a synthetic one with a known gold reward, and pairs made from real text."""
 
 from .base import PolicySamples, PreferencePairs, Sequences, Task, concatenate
 from .synthetic import GoldReward, SyntheticTaskConfig, make_synthetic_task

@@ -1,4 +1,4 @@
-"""What a preference task is to the recipe: padded sequences, preference pairs, and policy samples with a gold reward.
+"""What a preference task is here: padded sequences, preference pairs, and policy samples with a gold reward.
 
 Plain data on the CPU. How it is made is `synthetic.py`'s and `text.py`'s business, what is done with it the recipe's.
 """
