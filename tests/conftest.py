@@ -10,6 +10,16 @@ import torch
 
 from ummrm.ops import backends
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # tests/gpu runs on machines that have pytest and torch alone
+    settings = None
+else:
+    common = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("fast", max_examples=100, **common)
+    settings.register_profile("full", max_examples=5000, **common)
+    settings.load_profile("fast")
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="where tests/gpu runs: cuda, or cpu to rehearse it")
@@ -21,6 +31,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # Hypothesis reads its seed in the same hook
 def pytest_configure(config):
     seed = config.getoption("--seed")
     # Tensors are small here: a second thread only adds waiting where other work shares the cores (ten times the run
@@ -32,6 +43,8 @@ def pytest_configure(config):
             torch.ops.load_library(library)
     seed = getattr(config, "workerinput", {}).get("ummrm_seed", seed)
     config.ummrm_seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    if settings is not None and config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = str(config.ummrm_seed)
 
 
 @pytest.hookimpl(optionalhook=True)

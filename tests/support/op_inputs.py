@@ -14,9 +14,11 @@ def floats(*shape, dtype=torch.float32, requires_grad=False, scale=1.0):
 
 def expert_indices(num_tokens, num_experts, top_k, kind="random"):
     """int32 [T, K], distinct in each row. Kinds: random; first (experts 0..K-1 only); hole (none to expert 0 if K < E);
-    some_dead and all_dead (rows of -1)."""
+    some_dead and all_dead (rows of -1); any (of -1 and every expert, not distinct)."""
     if num_experts == 0:
         return torch.full((num_tokens, top_k), -1, dtype=torch.int32)
+    if kind == "any":
+        return torch.randint(-1, num_experts, (num_tokens, top_k), dtype=torch.int32)
     scores = torch.rand(num_tokens, num_experts)
     if kind == "first":
         scores = -torch.arange(num_experts, dtype=torch.float32).expand(num_tokens, -1)

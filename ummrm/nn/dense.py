@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,19 +80,26 @@ class Projection:
     module: nn.Module
     half: int | None = None
 
+    def _parameter(self, name: str) -> torch.Tensor | None:
+        # a plain attribute, which need not be a registered parameter: adapters and parametrizations put tensors there
+        value: Any = getattr(self.module, name)
+        return value
+
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.half is None else tensor.chunk(2)[self.half]
 
     @property
     def weight(self) -> torch.Tensor:
         """[out, in], a view of the module's parameter."""
-        weight = self.module.weight
+        weight = self._parameter("weight")
+        assert weight is not None
         return self._own(weight.t() if _is_transposed(self.module) else weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
         """[out], a view of the module's parameter, or None."""
-        return None if self.module.bias is None else self._own(self.module.bias)
+        bias = self._parameter("bias")
+        return None if bias is None else self._own(bias)
 
     @property
     def in_features(self) -> int:
@@ -168,7 +176,7 @@ class DenseFFN:
         ups = [linear for name, linear in self.projections() if name != "down"]
         tensors = {"up": torch.cat([u.weight for u in ups]), "down": self.down.weight}
         if self.up.bias is not None:
-            tensors["up_bias"] = torch.cat([u.bias for u in ups])
+            tensors["up_bias"] = torch.cat([u.bias for u in ups if u.bias is not None])
         if self.down.bias is not None:
             tensors["down_bias"] = self.down.bias
         return tensors
@@ -228,7 +236,7 @@ class FFNPaths:
         Raises:
             ValueError: a path leads nowhere or not to a linear map; names the path and what was found.
         """
-        found = {name: _read(name, getattr(self, name), module) for name in PROJECTIONS}
+        found: dict[str, Any] = {name: _read(name, getattr(self, name), module) for name in PROJECTIONS}
         return DenseFFN(**found, activation=activation or self.activation or "silu")
 
 

@@ -22,6 +22,9 @@ class Experts(nn.Module):
     `down_proj` [n, H, I], and `<name>_bias` [n, rows] where the dense FFN had biases.
     """
 
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,

@@ -164,22 +164,22 @@ def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) ->
                 "call ummrm.upcycle(model, config) first."
             )
         return {}
-    missing = [name for name, ffn in ffns.items() if ffn.statistics is None]
+    statistics = {name: ffn.statistics for name, ffn in ffns.items() if ffn.statistics is not None}
+    missing = [name for name in ffns if name not in statistics]
     if missing:
         raise RuntimeError(
             f"auxiliary_loss reads the last forward's routing statistics, and {', '.join(missing)} has run none; "
             "call the model first."
         )
-    packed = [_packed(_with_gradient(name, ffn)) for name, ffn in ffns.items()]
+    for name, ffn in ffns.items():
+        _check_gradient(name, ffn, statistics[name])
+    packed = [_packed(s) for s in statistics.values()]
     device = packed[0].device
     summed = sum_over_processes(torch.cat([p.to(device) for p in packed]), group).split([len(p) for p in packed])
     return {name: _report(ffn, total) for (name, ffn), total in zip(ffns.items(), summed, strict=True)}
 
 
-def _with_gradient(name: str, ffn: UpcycledFFN) -> ForwardStatistics:
-    """What the FFN's last forward left, with the router's gradient if that is trained."""
-    statistics = ffn.statistics
-    assert statistics is not None
+def _check_gradient(name: str, ffn: UpcycledFFN, statistics: ForwardStatistics) -> None:
     wants = ffn.training and torch.is_grad_enabled() and ffn.router.weight.requires_grad
     if wants and not statistics.mean_prob.requires_grad:
         raise RuntimeError(

@@ -101,7 +101,7 @@ def prove_paths(module: nn.Module, paths: FFNPaths) -> FFNPaths:
 
 def _candidates(linears: dict[str, Projection]) -> list[FFNPaths]:
     """Every reading of the modules that their shapes allow, once for each activation."""
-    layouts = []
+    layouts: list[tuple[str | None, str, str]] = []
     for down_name, down in linears.items():
         others = {name: other for name, other in linears.items() if name != down_name}
         if {other.in_features for other in others.values()} != {down.out_features}:
@@ -137,11 +137,13 @@ def _probe(module: nn.Module, candidates: list[FFNPaths]) -> list[float]:
         )
     errors = []
     for size, paths in zip(sizes, candidates, strict=True):
-        if references[size] is None:
+        reference = references[size]
+        if reference is None:
             errors.append(math.inf)
             continue
-        x, expected = references[size]
-        got = apply_ffn(x, paths.read(probe), paths.activation)
+        x, expected = reference
+        ffn = paths.read(probe)
+        got = apply_ffn(x, ffn, ffn.activation)
         norm = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
         errors.append(((got - expected).norm() / norm).item())
     return errors
@@ -170,7 +172,9 @@ def _check_alike_in_training(module: nn.Module, paths: FFNPaths) -> None:
     That finds dropout which is no module of its own (`nn.functional.dropout` in a forward).
     """
     probe = copy.deepcopy(module).eval().float()
-    x, expected = _run_probe(probe, paths)
+    proven = _run_probe(probe, paths)
+    assert proven is not None, "the module of a candidate that fits has been run"
+    x, expected = proven
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
         got = probe.train()(x)
     if (got - expected).norm() > _PROBE_TOLERANCE * expected.norm():

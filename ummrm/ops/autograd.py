@@ -32,14 +32,15 @@ def _by_reference(function: Callable, args: Sequence, grads: Sequence, need: Seq
     with torch.enable_grad():
         args = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in args]
         out = function(*args)
-        pairs = zip(out if isinstance(out, (list, tuple)) else (out,), grads, strict=True)
-        pairs = [(o, g) for o, g in pairs if o.requires_grad]  # none, where the only expert that learns has no rows
+        all_pairs = zip(out if isinstance(out, (list, tuple)) else (out,), grads, strict=True)
+        pairs = [(o, g) for o, g in all_pairs if o.requires_grad]  # none, where the only expert that learns has no rows
         inputs = [a for a, n in zip(args, need, strict=True) if n]
-        found = [torch.zeros_like(a) for a in inputs]
+        found: Sequence[Tensor] = [torch.zeros_like(a) for a in inputs]
         if pairs:
             outputs, grads = zip(*pairs, strict=True)
-            settings = {"create_graph": again, "allow_unused": True, "materialize_grads": True}
-            found = torch.autograd.grad(outputs, inputs, grads, **settings)
+            found = torch.autograd.grad(
+                outputs, inputs, grads, create_graph=again, allow_unused=True, materialize_grads=True
+            )
     left = iter(found)
     return tuple(next(left) if n else None for n in need)
 
@@ -61,11 +62,12 @@ def _backward_of(reference_of: Callable):
 
     def decorate(function):
         @functools.wraps(function)
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads):
             # Autocast may be on where the user calls backward(), and the forward has settled the dtypes.
             with torch._C._DisableAutocast():
                 if torch.is_grad_enabled() or _batched(grads):
-                    return _by_reference(*reference_of(ctx.saved_tensors, ctx.settings), grads, ctx.needs_input_grad)
+                    plain, args = reference_of(ctx.saved_tensors, ctx.settings)
+                    return _by_reference(plain, args, grads, ctx.needs_input_grad)
                 return function(ctx, *grads)
 
         return staticmethod(backward)
@@ -90,13 +92,13 @@ def _below(op: Any, *args):
         return op(*args)
 
 
-def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
+def _needed(grads: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
     return [g if n else None for g, n in zip(grads, need, strict=True)]
 
 
 class _Route(Function):
     @staticmethod
-    def forward(ctx, logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
+    def forward(ctx: Any, logits, mask, clean_logits, top_k, gate, fixed_shared_weight):
         out = _below(ops.route, logits, mask, clean_logits, top_k, gate, fixed_shared_weight)
         expert_indices, tokens_per_expert = out[2:4]
         ctx.mark_non_differentiable(expert_indices, tokens_per_expert)
@@ -105,7 +107,7 @@ class _Route(Function):
         return tuple(out)
 
     @_backward_of(lambda saved, settings: (composite_route, (*saved[:3], *settings)))
-    def backward(ctx, grad_shared, grad_routed, _indices, _counts, grad_prob, grad_z):
+    def backward(ctx: Any, grad_shared, grad_routed, _indices, _counts, grad_prob, grad_z):
         grads = [g.contiguous() for g in (grad_shared, grad_routed, grad_prob, grad_z)]
         logits, clean = ops.route_backward(*grads, *ctx.saved_tensors, *ctx.settings[1:])
         need = ctx.needs_input_grad
@@ -114,13 +116,13 @@ class _Route(Function):
 
 class _Permute(Function):
     @staticmethod
-    def forward(ctx, x, sorted_to_slot, expert_offsets, top_k):
+    def forward(ctx: Any, x, sorted_to_slot, expert_offsets, top_k):
         ctx.save_for_backward(sorted_to_slot, expert_offsets)
         ctx.top_k = top_k
         return _below(ops.permute, x, sorted_to_slot, expert_offsets, top_k)
 
     @staticmethod
-    def backward(ctx, grad):  # made of an operator that is differentiable itself, and needs no autocast
+    def backward(ctx: Any, grad):  # made of an operator that is differentiable itself, and needs no autocast
         sorted_to_slot, expert_offsets = ctx.saved_tensors
         rows = torch.arange(sorted_to_slot.numel(), dtype=torch.int32, device=grad.device)
         slot_to_sorted = torch.empty_like(rows).scatter_(0, sorted_to_slot.long(), rows)
@@ -130,13 +132,13 @@ class _Permute(Function):
 
 class _Unpermute(Function):
     @staticmethod
-    def forward(ctx, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes):
+    def forward(ctx: Any, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes):
         ctx.save_for_backward(rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights)
         ctx.settings = sizes
         return _below(ops.unpermute, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, *sizes)
 
     @_backward_of(lambda saved, settings: (reference.unpermute, (*saved, *settings)))
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad):
         rows, shared, routed = ops.unpermute_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
         need = ctx.needs_input_grad
         return *_needed([rows], need[:1]), None, None, *_needed([shared, routed], need[3:5]), None, None
@@ -144,14 +146,14 @@ class _Unpermute(Function):
 
 class _ExpertGemm(Function):
     @staticmethod
-    def forward(ctx, shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose):
+    def forward(ctx: Any, shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose):
         ctx.save_for_backward(shared_rows, routed_rows, shared_proj, routed_proj, offsets, sb, rb)
         ctx.settings = num_tokens, transpose
         args = (shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose)
         return _below(ops.expert_gemm, *args)
 
     @_backward_of(lambda saved, settings: (reference.expert_gemm, (*saved[:5], settings[0], *saved[5:], settings[1])))
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad):
         shared_rows, routed_rows, shared_proj, routed_proj, offsets = ctx.saved_tensors[:5]
         (num_tokens, transpose), need = ctx.settings, ctx.needs_input_grad
         num_shared = shared_proj.shape[0]
@@ -174,44 +176,44 @@ class _ExpertGemm(Function):
 
 class _Activation(Function):
     @staticmethod
-    def forward(ctx, pre_activation, kind, glu):
+    def forward(ctx: Any, pre_activation, kind, glu):
         ctx.save_for_backward(pre_activation)
         ctx.settings = kind, glu
         return _below(ops.activation, pre_activation, kind, glu)
 
     @_backward_of(lambda saved, settings: (reference.activation, (*saved, *settings)))
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad):
         (pre_activation,) = ctx.saved_tensors
         return ops.activation_backward(grad.contiguous(), pre_activation, None, *ctx.settings)[0], None, None
 
 
 class _MergeExperts(Function):
     @staticmethod
-    def forward(ctx, coefficients, n, *tensors):
+    def forward(ctx: Any, coefficients, n, *tensors):
         ctx.save_for_backward(coefficients, *tensors)
         ctx.settings = n
         return tuple(_below(ops.merge_experts, list(tensors[:n]), list(tensors[n:]), coefficients))
 
     @_backward_of(lambda saved, n: (_merge_experts_flat, (saved[0], n, *saved[1:])))
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads):
         coefficients, *tensors = ctx.saved_tensors
         n, need = ctx.settings, ctx.needs_input_grad
-        shared, routed, grads = tensors[:n], tensors[n:], [g.contiguous() for g in grads]
-        dots = ops.merge_experts_dots(grads, shared, routed) if need[0] else None
+        shared, routed, of_merged = tensors[:n], tensors[n:], [g.contiguous() for g in grads]
+        dots = ops.merge_experts_dots(of_merged, shared, routed) if need[0] else None
 
         def scaled(i: int) -> Tensor | None:
             if not need[2 + i]:
                 return None
             of_shared, of_routed = coefficients[i % n].tensor_split([shared[i % n].shape[0]])
             c = of_shared if i < n else of_routed
-            return (c.view(-1, *[1] * grads[i % n].dim()) * grads[i % n]).to(tensors[i].dtype)
+            return (c.view(-1, *[1] * of_merged[i % n].dim()) * of_merged[i % n]).to(tensors[i].dtype)
 
         return dots, None, *[scaled(i) for i in range(2 * n)]
 
 
 class _MoeFfn(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args):
         *tensors, activation, glu = args
         out, *saved = _below(ops.moe_ffn_forward, *args)
         ctx.save_for_backward(*tensors, *saved)
@@ -219,7 +221,7 @@ class _MoeFfn(Function):
         return out
 
     @_backward_of(lambda saved, settings: (reference.moe_ffn, (*saved[:12], *settings)))
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad):
         need = [n for i, n in enumerate(ctx.needs_input_grad[:12]) if i != 3]  # expert_indices has no gradient
         grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need)
         return *grads[:3], None, *grads[3:], None, None
@@ -227,7 +229,7 @@ class _MoeFfn(Function):
 
 class _MergedFfn(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args):
         *tensors, activation, glu = args
         out, pre_activation = _below(ops.merged_ffn_forward, *args)
         ctx.save_for_backward(*tensors, pre_activation)
@@ -235,7 +237,7 @@ class _MergedFfn(Function):
         return out
 
     @_backward_of(lambda saved, settings: (reference.merged_ffn, (*saved[:10], *settings)))
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad):
         need = list(ctx.needs_input_grad[:10])
         return (
             *_needed(ops.merged_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need),

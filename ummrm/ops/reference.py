@@ -12,6 +12,7 @@ buffer [S*T + R, ...] holds the shared rows first (expert s, token t at s*T + t)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The activations that an expert may have, by the names that the kernels know them by.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -410,13 +411,15 @@ def merged_ffn(
     activation: str = "silu",
     glu: bool = True,
 ) -> Tensor:
-    def merged(shared: Tensor | None, routed: Tensor | None, rows: Tensor) -> Tensor | None:
-        if routed is None:
-            return None
+    def merged(shared: Tensor, routed: Tensor, rows: Tensor) -> Tensor:
         parts = merge_experts(list(shared.chunk(len(rows), 1)), list(routed.chunk(len(rows), 1)), rows)
         return torch.cat(parts).to(x.dtype)
 
     for_up, for_down = coefficients[:-1], coefficients[-1:]
-    up, up_bias = merged(shared_up, routed_up, for_up), merged(shared_up_bias, routed_up_bias, for_up)
-    down, down_bias = merged(shared_down, routed_down, for_down), merged(shared_down_bias, routed_down_bias, for_down)
+    up, down = merged(shared_up, routed_up, for_up), merged(shared_down, routed_down, for_down)
+    up_bias = down_bias = None
+    if shared_up_bias is not None and routed_up_bias is not None:
+        up_bias = merged(shared_up_bias, routed_up_bias, for_up)
+    if shared_down_bias is not None and routed_down_bias is not None:
+        down_bias = merged(shared_down_bias, routed_down_bias, for_down)
     return _dense_ffn(x, up, down, up_bias, down_bias, activation, glu)
