@@ -187,7 +187,6 @@ def _check_gradient(name: str, ffn: UpcycledFFN, statistics: ForwardStatistics) 
             "without autograd, as reentrant activation checkpointing does. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, and no torch.no_grad() around the forward.'
         )
-    return statistics
 
 
 def _packed(s: ForwardStatistics) -> torch.Tensor:
