@@ -130,7 +130,7 @@ GPU_WHEEL := --python-version $(GPU_PYTHON) --implementation cp --only-binary=:a
 	$(foreach p,2_28 2_27 2_17,--platform manylinux_$(p)_x86_64) --platform manylinux2014_x86_64 --platform manylinux1_x86_64
 gpu-wheels:
 	$(if $(WHEELS),,$(error WHEELS must name the folder to fill: make gpu-wheels WHEELS=folder))
-	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) "transformers>=5,<6" "setuptools>=77,<82" "pytest>=8" "pytest-benchmark>=5"
+	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) "transformers>=5.8.1,<6" "setuptools>=77,<82" "pytest>=8" "pytest-benchmark>=5"
 	$(PYTHON) -m pip download --dest $(WHEELS) $(GPU_WHEEL) --no-deps nvidia-cutlass==4.2.0.0
 
 # mypy takes most of a minute of one core where it has no cache (build/mypy)
