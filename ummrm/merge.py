@@ -170,8 +170,8 @@ def _check_finite(site: str, ffn: MergingFFN, tensors: dict[str, torch.Tensor]) 
     held = [(f"{part}.{name}", t) for part, module in parts.items() for name, t in module.named_parameters()]
     bad = [name for name, tensor in held if not tensor.isfinite().all()]
     raise ValueError(
-        f"{what}: {', '.join(bad) or 'the weighted sum'} holds NaN or infinity. The training of the mixture has diverged: "
-        "go back to a checkpoint with finite values."
+        f"{what}: {', '.join(bad) or 'the weighted sum'} holds NaN or infinity. The training of the mixture has "
+        "diverged: go back to a checkpoint with finite values."
     )
 
 
