@@ -73,9 +73,7 @@ def test_files_that_others_write_during_a_save_stay(tmp_path):
 
 
 @pytest.mark.parametrize("where", [".", ".."])
-def test_the_working_directory_and_what_lies_in_it_survive_a_save_into_or_above_it(
-    models, where, tmp_path, monkeypatch
-):
+def test_the_working_directory_and_what_lies_in_it_survive_a_save_into_or_above_it(where, tmp_path, monkeypatch):
     here = tmp_path / "project" / "here"
     here.mkdir(parents=True)
     (here / "notes.txt").write_text("mine")

@@ -46,9 +46,13 @@ def merged_card(
         num_shared: S.
         notes: Markdown about training data and metrics, put in as it is.
     """
-    named = {"base_model": base_model, "base_model_relation": "finetune"} if _is_on_hub(base_model) else {}
-    header = ModelCardData(
-        library_name="transformers", pipeline_tag="text-classification", **named, tags=["reward-model", "ummrm"]
+    on_hub = _is_on_hub(base_model)
+    header = ModelCardData(  # leaves out what is None
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=base_model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        tags=["reward-model", "ummrm"],
     ).to_yaml()
     text = f"""---
 {header.strip()}

@@ -54,7 +54,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *
     missing = [key for key in info["missing_keys"] if not (new_head and is_head(key))]
     shapes = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
     wrong = [key for key in shapes if not (new_head and is_head(key))]
-    saved_by = (model.config.architectures or [None])[0]
+    saved_by = next(iter(model.config.architectures or ()), None)
     own = saved_by == type(model).__name__ and not new_head
     unexpected = [key for key in info["unexpected_keys"] if own or not is_head(key)]
     if missing or wrong or unexpected:
@@ -159,7 +159,7 @@ def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConf
 
 
 def _saved_class(source: object, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    name = (config.architectures or [None])[0]
+    name = next(iter(config.architectures or ()), None)
     if not isinstance(name, str):
         raise ValueError(
             f"{source}/config.json must name its class in `architectures`, and does not; save the model again."

@@ -9,16 +9,30 @@ below it or mounted on it stays as it is. `copy_companions` brings along what is
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
+import shutil
+import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from . import card, replacing
 
 # what nearly every save writes: checked before the work begins, the rest when it is known
 _USUAL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", card.FILE]
+# what is of the model that was read and not of the one that was saved: weights in any format and their index, adapters,
+# configuration, the state and the results of its training
+_NOT_COMPANIONS = [
+    *(f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "pkl", "ckpt", "h5", "msgpack", "ot", "npz", "gguf")),
+    *("*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.index.json", "*.index.*.json", "adapter_config.json"),
+    *("config.json", "trainer_state.json", "*_results.json", "*.tfevents.*", "zero_to_fp32.py", "latest", ".*"),
+]
+_OF_THE_SAVE = {"generation_config.json", card.FILE}  # kept where the folder has them
 
 
 def save_pretrained(
@@ -51,6 +65,69 @@ def save_pretrained(
             card.write(path, text, previous=save_directory)
 
     save_atomically(save, save_directory, **kwargs)
+
+
+def copy_companions(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
+    """Brings along what a checkpoint has beside its weights and configuration: tokenizer, chat templates, licence, ...
+
+    Call it after the save. Atomic, as a save is; replaces files of the same names, but neither a README.md nor a
+    generation_config.json that the folder has. Links are followed; what is no file is left out with a warning. Of
+    subfolders only the one with further chat templates is read.
+
+    Args:
+        source: the folder or hub name that the model came from.
+        target: the folder that it was saved into.
+        revision: of a hub name.
+        local_files_only: take a hub name from the cache alone, as it is done offline anyway.
+
+    Returns:
+        The names of the copied files.
+
+    Raises:
+        OSError: a file can't be read or written, or the hub name can't be reached and is not in the cache.
+    """
+    if not os.path.isdir(source):
+        source = snapshot_download(
+            os.fspath(source), revision=revision, local_files_only=local_files_only, ignore_patterns=_NOT_COMPANIONS
+        )
+    origin, folder = Path(source), Path(target)
+    if folder.exists() and os.path.samefile(origin, folder):
+        return []
+    kept = {name for name in _OF_THE_SAVE if os.path.lexists(folder / name)}
+    copied = _copy_files(origin, folder, kept)
+    if (origin / CHAT_TEMPLATE_DIR).is_dir():
+        templates = _copy_files(origin / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR, set())
+        copied += [f"{CHAT_TEMPLATE_DIR}/{name}" for name in templates]
+    return copied
+
+
+def _copy_files(origin: Path, folder: Path, kept: set[str]) -> list[str]:
+    names = [n for n in sorted(os.listdir(origin)) if not any(fnmatch.fnmatch(n, p) for p in _NOT_COMPANIONS)]
+    files = []
+    for name in names:
+        try:
+            mode = os.stat(origin / name).st_mode
+        except FileNotFoundError:
+            mode = 0
+        if stat.S_ISREG(mode) and name not in kept:
+            files.append(name)
+        elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            what = replacing.kind_of(mode) if mode else "a link to nothing"
+            warnings.warn(f"{origin / name} is {what}, and is not copied to {folder}.", stacklevel=3)
+
+    def copy(staged: str | os.PathLike) -> None:
+        for name in files:
+            shutil.copyfile(origin / name, os.path.join(staged, name))
+
+    if files:
+        save_atomically(copy, folder)
+    return files
 
 
 def save_atomically(save: Callable[..., None], save_directory: str | os.PathLike, **kwargs) -> None:
