@@ -17,8 +17,7 @@ from .hf.normalization import (
     set_reward_normalization,
 )
 from .hf.registry import register_family
-from .hf.saving import save_pretrained
-from .merge import merge, merge_coefficients, prepare_merge
+from .merge import merge, merge_coefficients, prepare_merge, save_pretrained
 from .nn.dense import FFNPaths
 from .nn.losses import auxiliary_loss, preference_loss
 from .nn.merging_ffn import MergingFFN

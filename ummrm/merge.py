@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
-import functools
+import os
+import weakref
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import MergeConfig
 from .hf import card, saving
@@ -21,6 +23,8 @@ from .nn.routing_statistics import RoutingStatistics
 from .nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
 from .upcycle import transplant
 
+# Cards of merged models; nothing of ours may stand on the model itself, which is stock, in memory and in a pickle.
+_CARDS: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 _SHARE_FLOOR = 1e-4  # an expert that was never used still starts with a finite alpha
 
 
@@ -97,10 +101,11 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         card_notes: Markdown about training data and metrics for the model card.
 
     Returns:
-        For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable, its
-        `save_pretrained` saving whole or not at all, with a model card (README.md) that says how it was made. For any
-        other network: a copy with each `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was
-        given. Merged weights are bit for bit those that the merge phase's forward used.
+        For a Hugging Face model: a model of the original, stock class with nothing of ummrm in it, in eval mode with
+        every parameter trainable; `ummrm.save_pretrained` saves it atomically and with a model card (README.md) that
+        says how it was made, its own `save_pretrained` as transformers does. For any other network: a copy with each
+        `MergingFFN` replaced by a module of the class that `UpcycledFFN.from_dense` was given. Merged weights are bit
+        for bit those that the merge phase's forward used.
 
     Raises:
         TypeError: `moe` is not in its merge phase.
@@ -130,9 +135,27 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         config.upcycle_config.num_shared_experts,
         card_notes,
     )
-    # an instance attribute, so that the class stays the stock one: saving it must be as safe as saving the experts
-    dense.save_pretrained = functools.partial(saving.save_pretrained, dense, model_card=text)
+    _CARDS[dense] = text
     return dense.requires_grad_(True).eval()
+
+
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | os.PathLike, *, model_card: str | None = None, **kwargs
+) -> None:
+    """Saves any Hugging Face model like its own `save_pretrained`, but atomically and with its card.
+
+    Args:
+        model: the model.
+        save_directory: the folder.
+        model_card: text of its README.md; by default, for what `ummrm.merge` returned in this process, a card that says
+            how it was made. A card in the folder that ummrm did not write stays.
+        kwargs: passed to the model class's `save_pretrained`.
+
+    Raises:
+        NotADirectoryError: a file stands at `save_directory`.
+    """
+    text = _CARDS.get(model) if model_card is None else model_card
+    saving.save_pretrained(model, save_directory, model_card=text, **kwargs)
 
 
 def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:

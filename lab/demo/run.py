@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ummrm.merge import merge, merge_coefficients
+from ummrm.merge import merge, merge_coefficients, save_pretrained
 from ummrm.nn.losses import auxiliary_loss
 from ummrm.nn.routing_statistics import record_routing_statistics
 from ummrm.upcycle import upcycle
@@ -141,7 +141,7 @@ class _Run:
         models[MERGED] = merge(moe)
         self.check_merged(moe, models[MERGED])
         with self.timed("save"):
-            models[MERGED].save_pretrained(self.output / "merged")
+            save_pretrained(models[MERGED], self.output / "merged")
         self.check_reload(models[MERGED])
         self.measure_arms(models)
         return result

@@ -34,7 +34,7 @@ OUTSIDE = {
     "nn": {"torch"},
     "hf": {"torch", "transformers"},
     "upcycle": {"torch", "transformers"},
-    "merge": {"torch"},
+    "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "cli": {"torch", "transformers", "typer", "rich", "yaml"},
     "__main__": set(),

@@ -1,7 +1,10 @@
 """The model card of a merged model: true, saved with the weights, and never over someone else's."""
 
 import copy
+import gc
 import pickle
+import sys
+import weakref
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ def test_the_card_says_how_the_model_was_made(per, tmp_path):
     moe = prepared(MergeConfig(shared_share=0.25, alpha_per=per))
     moe.save_pretrained(tmp_path / "merging")  # the base model's name outlives the folders in between
     moe = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merging")
-    ummrm.merge(moe, card_notes="## Training\n\n120 pairs").save_pretrained(tmp_path / "merged")
+    ummrm.save_pretrained(ummrm.merge(moe, card_notes="## Training\n\n120 pairs"), tmp_path / "merged")
     text = (tmp_path / "merged" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: transformers\n") and "\nbase_model: someone/dense-rm\n" in text
     assert "| shared_share | 0.25 |" in text and "| num_experts | 3 |" in text and "120 pairs" in text
@@ -42,20 +45,34 @@ def test_the_card_says_how_the_model_was_made(per, tmp_path):
 
 def test_a_local_base_model_is_named_in_the_text_alone_without_its_folders(tmp_path):
     for base in (str(tmp_path / "dense"), "./dense"):
-        ummrm.merge(prepared(base=base)).save_pretrained(tmp_path / "merged")
+        ummrm.save_pretrained(ummrm.merge(prepared(base=base)), tmp_path / "merged")
         text = (tmp_path / "merged" / "README.md").read_text()
         assert "base_model:" not in text and "`dense`" in text and str(tmp_path) not in text
 
 
 def test_someone_elses_card_stays_and_ours_is_renewed(tmp_path):
     merged = ummrm.merge(prepared(), card_notes="first")
-    merged.save_pretrained(tmp_path / "merged")
-    ummrm.merge(prepared(), card_notes="second").save_pretrained(tmp_path / "merged")
+    ummrm.save_pretrained(merged, tmp_path / "merged")
+    ummrm.save_pretrained(ummrm.merge(prepared(), card_notes="second"), tmp_path / "merged")
     card = tmp_path / "merged" / "README.md"
     assert "second" in card.read_text() and "first" not in card.read_text()
     card.write_text("my own words")
-    merged.save_pretrained(tmp_path / "merged")
+    ummrm.save_pretrained(merged, tmp_path / "merged")
     assert card.read_text() == "my own words"
+
+
+def test_the_card_is_known_as_long_as_the_model_and_stands_nowhere_on_it(tmp_path):
+    merged = ummrm.merge(prepared())
+    assert "save_pretrained" not in vars(merged)
+    merged.save_pretrained(tmp_path / "plain")  # transformers' own: it knows no card
+    assert not (tmp_path / "plain" / "README.md").exists()
+    ummrm.save_pretrained(merged, tmp_path / "given", model_card="my own words")
+    assert (tmp_path / "given" / "README.md").read_text() == "my own words"
+    cards, known = sys.modules["ummrm.merge"]._CARDS, weakref.ref(merged)
+    assert merged in cards
+    del merged
+    gc.collect()
+    assert known() is None and known not in cards.keyrefs()
 
 
 def test_a_merged_model_can_still_be_copied_and_pickled(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from transformers import AutoConfig
 
-from .. import MergeConfig, prepare_merge
+from .. import MergeConfig, prepare_merge, save_pretrained
 from .. import merge as merge_model
 from .folders import copy_tokenizer, load_model
 from .output import say
@@ -38,7 +38,7 @@ def merge(
     if phase == "mixture":
         prepare_merge(model, MergeConfig() if shared_share is None else MergeConfig(shared_share=shared_share))
     dense = merge_model(model)
-    dense.save_pretrained(out)
+    save_pretrained(dense, out)
     copy_tokenizer(moe, out)
     how = "learned" if phase == "merging" else "uniform"
     say(f"{type(dense).__name__}, {how} merge weights, saved in {out}; stock transformers loads it")

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from trl import RewardConfig
 
 from ..config import MergeConfig
-from ..merge import merge, prepare_merge
+from ..merge import merge, prepare_merge, save_pretrained
 from ..nn.merging_ffn import merging_ffns
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
@@ -154,5 +154,5 @@ class UmmMergeTrainer(UmmTrainer):
     def save_merged(self, save_directory: str) -> None:
         """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
         if self.is_world_process_zero():
-            self.merge().save_pretrained(save_directory)
+            save_pretrained(self.merge(), save_directory)
             self.processing_class.save_pretrained(save_directory)
