@@ -33,7 +33,7 @@ OUTSIDE = {
     "nn": {"torch"},
     "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former
     "upcycle": {"torch", "transformers"},
-    "merge": {"torch"},
+    "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "cli": {"torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),

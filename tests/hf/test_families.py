@@ -214,7 +214,7 @@ def test_bf16_merged_weights_are_bitwise_the_merge_time_weights(model_type, tmp_
 
 
 def test_stock_transformers_without_ummrm(tmp_path):
-    """In a process where ummrm cannot be imported: the merged folders load, the upcycled ones are a clear error."""
+    """In a process where ummrm cannot be imported: merged folders and pickles load, upcycled ones are a clear error."""
     for model_type in MODEL_TYPES:
         folder = tmp_path / model_type
         moe = perturb_experts(ummrm.upcycle(tiny_model(model_type), SMALL))
@@ -223,6 +223,7 @@ def test_stock_transformers_without_ummrm(tmp_path):
         merged = ummrm.merge(ummrm.prepare_merge(moe))
         merged.save_pretrained(folder / "merged")
         torch.save((auto_class(model_type).__name__, batch, outputs_of(merged, batch)), folder / "expected.pt")
+        torch.save(merged, folder / "merged.pt")
     script = textwrap.dedent(f"""
         import pathlib, sys, torch, transformers
         sys.modules["ummrm"] = None  # any import of it now fails
@@ -240,10 +241,11 @@ def test_stock_transformers_without_ummrm(tmp_path):
             auto = getattr(transformers, auto)
             model, info = auto.from_pretrained(folder / "merged", output_loading_info=True)
             assert not info["missing_keys"] and not info["unexpected_keys"], (folder.name, info)
-            assert not type(model).__name__.startswith("Umm")
-            logits = model(**batch).logits
-            logits = logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
-            torch.testing.assert_close(logits.flatten(), expected[:logits.numel()], rtol=1e-5, atol=1e-5)
+            for model in (model, torch.load(folder / "merged.pt", weights_only=False)):
+                assert not type(model).__name__.startswith("Umm")
+                logits = model(**batch).logits
+                logits = logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
+                torch.testing.assert_close(logits.flatten(), expected[:logits.numel()], rtol=1e-5, atol=1e-5)
             try:
                 auto.from_pretrained(folder / "moe")
             except ValueError as error:

@@ -53,7 +53,7 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
 
     import ummrm
 
-    from .folders import load_checkpoint
+    from ..hf.loading import load_checkpoint
 
     with blaming("", ValueError):
         settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)

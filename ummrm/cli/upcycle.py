@@ -135,7 +135,7 @@ def run(
 
     import ummrm
 
-    from .folders import load_checkpoint
+    from ..hf.loading import load_checkpoint
 
     with blaming("", ValueError):
         settings = ummrm.UpcycleConfig.from_dict(fields)
@@ -161,7 +161,7 @@ def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> 
     """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
     from safetensors import SafetensorError
 
-    from .folders import copy_companions, save_pretrained
+    from ..hf.saving import copy_companions, save_pretrained
 
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     check_space(target, num_bytes)

@@ -22,13 +22,13 @@ class Generated:
     umm_made_by: tuple
 
     def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return (_new_instance, type(self).umm_made_by, *state)
+        reduced = super().__reduce_ex__(max(2, protocol))
+        assert isinstance(reduced, tuple)  # a string would name a global object
+        return (_new_instance, type(self).umm_made_by, *reduced[2:])
 
 
 def _new_instance(make: Callable[..., type], *arguments):
-    cls = make(*arguments)
-    return cls.__new__(cls)
+    return object.__new__(make(*arguments))
 
 
 def new_class(stock: type, mixins: tuple[type, ...], made_by: tuple, namespace: dict) -> type:
