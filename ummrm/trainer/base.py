@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 from ..hf import card
 from ..hf.merge_share import follow_share
@@ -47,6 +47,8 @@ class UmmTrainer(RewardTrainer, abc.ABC):
 
     _tag_names = ["trl", "reward-trainer", "ummrm"]
     _paper = PAPER
+    _config_class: type[RewardConfig] = RewardConfig
+    _output_suffix = "Reward"
 
     def __init__(self, model, args=None, *rest, log_layers: bool = True, **kwargs) -> None:
         self.log_layers = log_layers
@@ -57,9 +59,16 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         self._spread = {"train": RewardSpread(), "eval": RewardSpread()}
         if not isinstance(model, str):
             self._check_model(model)
-        super().__init__(model, args, *rest, **kwargs)
+        super().__init__(model, self._own_args(model) if args is None else args, *rest, **kwargs)
         if isinstance(model, str):
             self._check_model(self._network)
+
+    @classmethod
+    def _own_args(cls, model: nn.Module | str) -> RewardConfig:
+        """What is taken where no arguments are given: TRL's, whose default of bf16 a CPU refuses unless it is named."""
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        folder = f"{Path(str(name)).name or 'model'}-{cls._output_suffix}"
+        return cls._config_class(folder, use_cpu=not torch.accelerator.is_available())
 
     @abc.abstractmethod
     def _check_model(self, model: nn.Module) -> None:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import warnings
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -72,6 +71,8 @@ class UmmMergeTrainer(UmmTrainer):
     """
 
     _name = "UMM-RM merge"
+    _config_class = UmmMergeConfig
+    _output_suffix = "Merge"
 
     def __init__(
         self,
@@ -99,10 +100,7 @@ class UmmMergeTrainer(UmmTrainer):
         if measured and statistics is None and (not isinstance(statistics_batches, int) or statistics_batches < 1):
             raise ValueError(f"`statistics_batches` must be an integer of at least 1, got {statistics_batches!r}.")
         self._merge_config = merge_config
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-            on_cpu = not torch.accelerator.is_available()  # TRL's default, bf16, is refused there unless asked for
-            args = UmmMergeConfig(f"{Path(name).name}-Merge", use_cpu=on_cpu)
+        args = self._own_args(model) if args is None else args
         call = inspect.signature(RewardTrainer.__init__).bind_partial(self, model, args, *rest, **kwargs).arguments
         if call.get("optimizers", (None,))[0] is None and call.get("optimizer_cls_and_kwargs") is None:
             args = _with_a_rate_for_alpha(args)
