@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,13 +118,15 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
             + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if upcycled_ffns(moe) else " with no experts.")
         )
     if not isinstance(moe, UmmPreTrainedMixin):
-        dense = copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()})
-        return dense.requires_grad_(True).eval()
+        other = copy.deepcopy(moe, {id(ffn): ffn.to_dense() for ffn in ffns.values()})
+        return other.requires_grad_(True).eval()
     with torch.device("meta"):
-        dense = moe.stock_class(stock_config(moe.config))
+        dense: Any = moe.stock_class(stock_config(moe.config))
     layers = moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
-        moe.family.dense_ffn(layers[index], dense.config).write(moe.get_submodule(site).merged_tensors())
+        ffn = moe.get_submodule(site)
+        assert isinstance(ffn, MergingFFN)
+        moe.family.dense_ffn(layers[index], dense.config).write(ffn.merged_tensors())
     transplant(moe, dense, clone=True)
     config = moe.config
     text = card.merged_card(
