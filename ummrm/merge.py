@@ -118,17 +118,16 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         merged = {name: ffn.to_dense() for name, ffn in ffns.items()}
         for name, module in merged.items():
             _check_finite(name, ffns[name], dict(module.named_parameters()))
-        dense = copy.deepcopy(moe, {id(ffn): merged[name] for name, ffn in ffns.items()})
-        return dense.requires_grad_(True).eval()
-    model: Any = moe
-    config = model.config
+        other = copy.deepcopy(moe, {id(ffn): merged[name] for name, ffn in ffns.items()})
+        return other.requires_grad_(True).eval()
+    config = moe.config
     with torch.device("meta"):
-        dense: Any = model.stock_class(stock_config(config))
-    layers = model.family.layer_list(dense.base_model)
+        dense: Any = moe.stock_class(stock_config(config))
+    layers = moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
         tensors = ffns[site].merged_tensors()
         _check_finite(site, ffns[site], tensors)
-        model.family.dense_ffn(layers[index], dense.config).write(tensors)
+        moe.family.dense_ffn(layers[index], dense.config).write(tensors)
     transplant(moe, dense, clone=True)
     share = merge_share(moe)
     assert share is not None

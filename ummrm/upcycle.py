@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy as copy_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     family.check(dense.config)
     indices = check_row(family, dense, config)
     with torch.device("meta"):
-        moe = umm_class(type(dense))(upcycled_config(dense.config, config, family))
+        moe: Any = umm_class(type(dense))(upcycled_config(dense.config, config, family))
         stock = moe.stock_class(stock_config(moe.config))
     # Proven without noise, on shared tensors: nothing is copied, and a refusal leaves the dense model as it was.
     noisy = config.expert_noise > 0
@@ -84,15 +85,16 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     _keep_checkpointing(dense, moe)
     if not copy:
         dense.__dict__.clear()
-        dense.__class__ = ConsumedModel
+        dense.__class__ = ConsumedModel  # type: ignore[assignment]
     return moe
 
 
-def _fill(dense: PreTrainedModel, moe: PreTrainedModel, *, noise: bool) -> None:
+def _fill(dense: PreTrainedModel, moe: UmmPreTrainedMixin, *, noise: bool) -> None:
     """Gives the FFNs of a model built on the meta device real parameters: copied experts and fresh routers."""
     family, layers = moe.family, moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
         ffn, source = moe.get_submodule(site), family.dense_ffn(layers[index], dense.config)
+        assert isinstance(ffn, UpcycledFFN)
         weight = source.up.weight
         for experts in (ffn.experts, ffn.shared_experts):
             experts.to_empty(device=weight.device).to(weight.dtype)

@@ -136,6 +136,7 @@ def test_the_way_back_is_proven_too(model_type, monkeypatch):
     ("change", "message"),
     [
         ({"layers": "blocks"}, "its backbone has no 'blocks'"),
+        ({"layers": "norm"}, "`layers` names 'norm', a ArceeRMSNorm, and must be the list of layers"),
         ({"site": "ffn"}, r"layers.0 has no 'ffn'"),
         ({"site": "self_attn"}, "a forward of the upcycled model on a tiny batch fails at or before layers.0"),
         ({"masked": "norm"}, "`masked` names 'norm', a ArceeRMSNorm, .*must be a model of its own"),

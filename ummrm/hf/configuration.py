@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from transformers import PreTrainedConfig
 
 from ..config import MergeConfig, UpcycleConfig
 from ..version import __version__
@@ -22,7 +25,18 @@ OLDEST_FORMAT = 1  # that this version still reads
 KEYS = ("umm", "umm_phase", "umm_merge", "umm_base_model", "umm_family", "umm_format_version", "umm_version")
 
 
-class UmmConfigMixin(Generated):
+if TYPE_CHECKING:
+
+    class _Stock(PreTrainedConfig):
+        """What the mixin is mixed into, and what each class that is made of it holds."""
+
+        umm_stock: ClassVar[type[PreTrainedConfig]]
+
+else:
+    _Stock = object
+
+
+class UmmConfigMixin(Generated, _Stock):
     """The part of a configuration that ummrm adds to the stock one.
 
     In config.json stand, beside these, `umm_format_version` and `umm_version` (of the ummrm that wrote it).
@@ -36,7 +50,6 @@ class UmmConfigMixin(Generated):
             registered at run time.
     """
 
-    model_type: str
     umm = None
     umm_phase = "mixture"
     umm_merge = None
@@ -96,7 +109,7 @@ class UmmConfigMixin(Generated):
         return row
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
         """The stock plan without the dense projections, which are no longer there."""
         plan = super().base_model_tp_plan
         if not plan or not isinstance(self.umm, dict):

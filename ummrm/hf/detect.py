@@ -7,6 +7,7 @@ row to write. Whether a module is an FFN is proven by `probe.py`.
 from __future__ import annotations
 
 import inspect
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
@@ -44,7 +45,7 @@ def detect_family(dense: PreTrainedModel) -> Family:
         ValueError: one of these is not there or not the only one.
     """
     config, backbone = dense.config, dense.base_model
-    found = {"model_type": config.model_type}
+    found: dict[str, Any] = {"model_type": config.model_type}
     known = CONFIG_MAPPING[config.model_type] if config.model_type in CONFIG_MAPPING else None
     if known is None or AutoModel._model_mapping.get(known, None) is not type(backbone):
         _give_up(found, f"its backbone, a {type(backbone).__name__}, is not the model that AutoModel has for it")
@@ -93,7 +94,7 @@ def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
     _give_up(found, what, site="?", details=[r for r in refusals if "projections to be recognised" not in r])
 
 
-def _give_up(found: dict, what: str, details: list[str] | None = None, **unknown: str) -> None:
+def _give_up(found: dict, what: str, details: list[str] | None = None, **unknown: str) -> NoReturn:
     row = {"paths": FFNPaths(up="?", down="?"), "layers": "?"} | unknown | found
     known = ", ".join(sorted(FAMILIES | REGISTERED))
     raise ValueError(

@@ -7,6 +7,8 @@ differs between models (activation, gate, layout, biases, norm) is read off the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import activations
@@ -54,14 +56,16 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         out = _composed(experts, rows, indices, weights, parameters)
     else:
         no_shared = [None if p is None else p.new_empty(0, *p.shape[1:]) for p in parameters]
-        pairs = [p for pair in zip(no_shared, parameters, strict=True) for p in pair]
+        names = ("up", "down", "up_bias", "down_bias")
+        stacks: dict[str, Any] = {f"shared_{n}": p for n, p in zip(names, no_shared, strict=True)}
+        stacks |= {f"routed_{n}": p for n, p in zip(names, parameters, strict=True)}
         shared_weight = weights.new_zeros(rows.shape[0])
         glu = _trait(experts, "has_gate")
-        out = ops.moe_ffn(rows, shared_weight, weights, indices, *pairs, activation=kind, glu=glu)
+        out = ops.moe_ffn(rows, shared_weight, weights, indices, **stacks, activation=kind, glu=glu)
     return out.to(hidden_states.dtype)
 
 
-def _composed(experts: nn.Module, x: Tensor, indices: Tensor, weights: Tensor, parameters: tuple) -> Tensor:
+def _composed(experts: Any, x: Tensor, indices: Tensor, weights: Tensor, parameters: tuple) -> Tensor:
     """Any gate, layout and norm: the operators one by one, with the module's own functions between them."""
     up, down, up_bias, down_bias = parameters
     tokens, top_k = indices.shape

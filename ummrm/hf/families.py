@@ -120,7 +120,9 @@ class Family:
 
     def layer_list(self, backbone: nn.Module) -> nn.ModuleList:
         """The backbone's layers."""
-        return backbone.get_submodule(self.layers)
+        layers = backbone.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList), f"{self.layers} is a {type(layers).__name__}"
+        return layers
 
     def dense_ffn(self, layer: nn.Module, config: PreTrainedConfig) -> DenseFFN:
         """The dense FFN of a stock layer."""
@@ -192,13 +194,17 @@ def _checked_fields(data: object) -> dict[str, Any]:
 
 _GATED = FFNPaths(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
 _NEOX = FFNPaths(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
-_CONV = {"paths": FFNPaths(up="mlp.c_fc", down="mlp.c_proj"), "site": "mlp.c_proj", "bypass": ("mlp.c_fc", "mlp.act")}
+_CONV: dict[str, Any] = {
+    "paths": FFNPaths(up="mlp.c_fc", down="mlp.c_proj"),
+    "site": "mlp.c_proj",
+    "bypass": ("mlp.c_fc", "mlp.act"),
+}
 _UNCHUNKED = (
     "chunk_size_feed_forward",
     0,
     "the token mask covers the whole sequence, and routing all tokens at once makes chunks pointless.",
 )
-_BERT = {
+_BERT: dict[str, Any] = {
     "paths": FFNPaths(up="intermediate.dense", down="output.dense"),
     "layers": "encoder.layer",
     "site": "output.dense",

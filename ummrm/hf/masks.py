@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .generated import Generated, new_class
 _HIDDEN = -1e4
 
 
-def token_mask_of(mask: object, tokens: Tensor, cache: object = None) -> Tensor | None:
+def token_mask_of(mask: object, tokens: Tensor, cache: Any = None) -> Tensor | None:
     """Which of a call's tokens are live, read off its attention mask.
 
     Padding is a key position that no query may attend to. A packed batch, block-diagonal with every token attending to
@@ -92,7 +93,13 @@ def _not_understood(mask: object, what: str = "") -> ValueError:
     )
 
 
-class UmmLayerMixin(Generated):
+if TYPE_CHECKING:  # what the mixins are mixed into
+    _Stock = nn.Module
+else:
+    _Stock = object
+
+
+class UmmLayerMixin(Generated, _Stock):
     """A layer that takes the token mask as an argument, so that checkpointing recomputes with the same one.
 
     Attributes:
@@ -139,7 +146,7 @@ def umm_layer_class(stock: type[nn.Module], passes_mask: bool) -> type[nn.Module
     def forward(self, *args, token_mask=None, **kwargs):
         return self.umm_forward(stock_forward, token_mask, args, kwargs)
 
-    forward.__wrapped__ = stock_forward  # transformers reads layer signatures
+    functools.update_wrapper(forward, stock_forward)  # transformers reads layer signatures
     mixin = UmmLayerMixin if passes_mask else HandedMaskMixin
     return new_class(stock, (mixin,), (umm_layer_class, stock, passes_mask), {"forward": forward})
 

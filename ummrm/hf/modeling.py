@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,8 +27,24 @@ from .generated import Generated
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
 
+if TYPE_CHECKING:
 
-class UmmPreTrainedMixin(Generated):
+    class _Stock(PreTrainedModel):
+        """What the mixin is mixed into."""
+
+        config: Any
+        config_class: Any
+        base_model: Any
+        from_pretrained: Any
+        save_pretrained: Any
+        _set_gradient_checkpointing: Any
+        _no_split_modules: Any
+
+else:
+    _Stock = object
+
+
+class UmmPreTrainedMixin(Generated, _Stock):
     """What every upcycled model class adds to its stock class.
 
     Attributes:
@@ -65,7 +82,9 @@ class UmmPreTrainedMixin(Generated):
         else:
             super()._init_weights(module)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func: Callable | None = None, **kwargs):
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable=True, gradient_checkpointing_func: Callable | None = None, **kwargs
+    ):
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "`use_reentrant` must be False for an upcycled model: reentrant checkpointing runs the forward without "
@@ -137,10 +156,12 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
     upcycle_config, merge_config, layers = config.upcycle_config, config.merge_config, family.layer_list(backbone)
     if merge_config is not None:
         setattr(backbone, SHARE_NAME, MergeShare(merge_config, family.dense_ffn(layers[0], config).up.weight.device))
+    layer: Any
     for index, layer in enumerate(layers):
         if index in chosen:
             dense = family.dense_ffn(layer, config)
-            kind = {"dtype": dense.up.weight.dtype, "device": dense.up.weight.device}
+            kind: dict[str, Any] = {"dtype": dense.up.weight.dtype, "device": dense.up.weight.device}
+            ffn: UpcycledFFN | MergingFFN
             if merge_config is None:
                 ffn = UpcycledFFN(dense.spec, upcycle_config, **kind)
             else:
@@ -148,20 +169,23 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
             layer.set_submodule(family.site, ffn)
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
-        layer.__class__ = umm_layer_class(type(layer), family.passes_mask)
+        stock: Any = type(layer)
+        layer.__class__ = umm_layer_class(stock, family.passes_mask)
         layer.umm_site = family.site
-    masked = backbone
+    masked: Any = backbone
     if family.masked:
         masked = backbone.get_submodule(family.masked)
-        _exchange_class(masked, umm_inner_class(type(masked)))
+        inner: Any = type(masked)
+        _exchange_class(masked, umm_inner_class(inner))
     masked.umm_passes_mask = family.passes_mask
 
 
-def _exchange_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
-    model.__class__ = new
+def _exchange_class(model: PreTrainedModel, new: type[nn.Module]) -> None:
+    model.__class__ = new  # type: ignore[assignment]
     # transformers looks up what a model can record (hidden states, attentions) by class, as its __init__ left it
     by_name = type(_CAN_RECORD_REGISTRY) is dict  # as in earlier versions of transformers 5
-    _CAN_RECORD_REGISTRY[str(new) if by_name else model] = model._can_record_outputs
+    key: Any = str(new) if by_name else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
 
 
 def freeze_for_merge(model: nn.Module) -> None:

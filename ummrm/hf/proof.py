@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..config import UpcycleConfig
 from ..nn.dense import FFNPaths
 from ..nn.probe import prove_paths
 from .families import Family
+from .modeling import UmmPreTrainedMixin
 
 _LENGTHS = (6, 4)  # live tokens of the batch's sequences; the shorter one is padded on the right
 # Relative, of an FFN's output over all tokens. Two ways of rounding one FFN stay below a tenth of it, and what a wrong
@@ -42,6 +44,11 @@ def check_row(family: Family, dense: PreTrainedModel, config: UpcycleConfig) -> 
     """
     what = _what(family, dense)
     layers = _named(dense.base_model, family.layers, what)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{what}: `layers` names {family.layers!r}, a {type(layers).__name__}, and must be the list of layers "
+            "(docs/families.md)."
+        )
     indices = config.layer_indices(len(layers))
     if family.masked and not isinstance(inner := _named(dense.base_model, family.masked, what), PreTrainedModel):
         raise ValueError(
@@ -74,9 +81,10 @@ def _named(module: nn.Module, path: str, what: str, name: str = "its backbone") 
 
 def _check_finite(family: Family, dense: PreTrainedModel, index: int) -> None:
     layer = family.layer_list(dense.base_model)[index]
-    tensors = {}
+    family.paths.read(layer)  # says what is wrong with a path
+    tensors: dict[str, Tensor] = {}
     for path in family.paths.modules:
-        module = family.paths.read(layer) and layer.get_submodule(path)
+        module = layer.get_submodule(path)
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.named_parameters(recurse=False)}
     if not torch.isfinite(torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors.values()])).all():
         for name, tensor in tensors.items():
@@ -93,7 +101,7 @@ def _prove_module(family: Family, dense: PreTrainedModel, layer: nn.Module, what
     if family.bypass or not all(path.startswith(prefix) for path in family.paths.modules):
         return
     activation = family.hf_activation(dense.config)
-    below = {
+    below: dict[str, Any] = {
         name: path and path.removeprefix(prefix)
         for name, path in (("gate", family.paths.gate), ("up", family.paths.up), ("down", family.paths.down))
     }
@@ -104,7 +112,9 @@ def _prove_module(family: Family, dense: PreTrainedModel, layer: nn.Module, what
 
 
 @torch.no_grad()
-def prove_layers(dense: PreTrainedModel, moe: PreTrainedModel, stock: PreTrainedModel, indices: Sequence[int]) -> None:
+def prove_layers(
+    dense: PreTrainedModel, moe: UmmPreTrainedMixin, stock: PreTrainedModel, indices: Sequence[int]
+) -> None:
     """Raises ValueError unless each upcycled layer, and each layer merged back, computes what the dense layer does.
 
     The upcycled backbone runs a batch of ten live tokens and two of padding, in evaluation mode without autocast; every
@@ -159,7 +169,8 @@ def prove_layers(dense: PreTrainedModel, moe: PreTrainedModel, stock: PreTrained
             for handle in pair:
                 handle.remove()
         for index in indices:
-            layers["moe"][index].get_submodule(family.site).statistics = None
+            ffn: Any = layers["moe"][index].get_submodule(family.site)
+            ffn.statistics = None
 
 
 def _watch(layer: nn.Module, site: str, index: int, compare) -> tuple:
@@ -182,7 +193,7 @@ def _call(layer: nn.Module, site: str, args: tuple, kwargs: dict) -> tuple[Tenso
         handle.remove()
 
 
-def _first(output: object) -> Tensor:
+def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -223,10 +234,10 @@ def _compare(family: Family, dense: PreTrainedModel, place: str, got: Tensor, ex
 
 
 def _check_masks(
-    family: Family, dense: PreTrainedModel, moe: PreTrainedModel, indices: Sequence[int], live: int
+    family: Family, dense: PreTrainedModel, moe: UmmPreTrainedMixin, indices: Sequence[int], live: int
 ) -> None:
     for index in indices:
-        ffn = family.layer_list(moe.base_model)[index].get_submodule(family.site)
+        ffn: Any = family.layer_list(moe.base_model)[index].get_submodule(family.site)
         routed = int(ffn.statistics.tokens_per_expert.sum())
         if routed != live * ffn.config.num_experts_per_tok:
             raise _DoesNotFit(

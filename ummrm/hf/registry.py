@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -125,10 +126,10 @@ def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig, row: Family 
     return new
 
 
-def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     """The original configuration: no trace of ummrm, and the legacy rotary keys beside the new ones."""
     row = config.umm_row
-    new = copy.deepcopy(config)
+    new: Any = copy.deepcopy(config)
     new.__class__ = type(config).umm_stock
     for key in KEYS:
         new.__dict__.pop(key, None)
@@ -162,7 +163,7 @@ def register_family(family: Family) -> None:
 # ---- making them -----------------------------------------------------------------------------------------------
 
 
-def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[type, list[type]]]:
+def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[Any, list[Any]]]:
     """A family's stock classes: configuration, backbone, and the models of each Auto class that has some."""
     if model_type.startswith(PREFIX) or model_type not in CONFIG_MAPPING:
         raise ValueError(
@@ -171,7 +172,7 @@ def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMode
         )
     try:
         config_class = CONFIG_MAPPING[model_type]
-        backbone = AutoModel._model_mapping.get(config_class, None)
+        backbone: Any = AutoModel._model_mapping.get(config_class, None)
         found = {auto: auto._model_mapping.get(config_class, None) for auto in _auto_classes()}
     except Exception as error:  # whatever the import of somebody else's module may raise
         raise ValueError(
@@ -188,10 +189,10 @@ def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMode
 
 
 def _define(
-    model_type: str, stock: type[PreTrainedConfig], backbone: type[PreTrainedModel], heads: dict[type, list[type]]
+    model_type: str, stock: type[PreTrainedConfig], backbone: type[PreTrainedModel], heads: dict[Any, list[Any]]
 ) -> None:
     namespace = {"model_type": f"{PREFIX}{model_type}", "umm_stock": stock}
-    config_class = new_class(stock, (UmmConfigMixin,), (umm_config_class, model_type), namespace)
+    config_class: Any = new_class(stock, (UmmConfigMixin,), (umm_config_class, model_type), namespace)
     classes = {}
     for stock_class in dict.fromkeys(cls for models in heads.values() for cls in models):
         forward = handing_down(stock_class) if stock_class is backbone else _task_forward(stock_class)
@@ -234,7 +235,7 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
     return forward
 
 
-def _auto_classes() -> list[type]:
+def _auto_classes() -> list[Any]:
     classes = [c for n, c in vars(modeling_auto).items() if n.startswith("AutoModel") and inspect.isclass(c)]
     return [c for c in classes if getattr(c, "_model_mapping", None) is not None]
 
@@ -256,9 +257,11 @@ class _OnDemand(dict):
 
     @staticmethod
     def _stock_type(key: object) -> str | None:
-        stock = key.removeprefix(PREFIX) if isinstance(key, str) else key
+        if not isinstance(key, str) or not key.startswith(PREFIX):
+            return None
+        stock = key.removeprefix(PREFIX)
         # a name of ours has no counterpart itself
-        return stock if stock != key and not stock.startswith(PREFIX) and stock in CONFIG_MAPPING else None
+        return stock if not stock.startswith(PREFIX) and stock in CONFIG_MAPPING else None
 
 
 # The one place that knows this private name; tests/hf/test_families.py says when it goes.

@@ -28,6 +28,7 @@ def write_rope_keys_v4(config: PreTrainedConfig, family: Family) -> None:
 
 
 def _lookup(tree: dict, path: str) -> object:
+    node: object = tree
     for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
