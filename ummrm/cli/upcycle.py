@@ -148,7 +148,7 @@ def run(
     torch.manual_seed(seed)
     with steps.step(f"loading {dense} ({size(source.num_bytes)})", own_bar=True):
         with blaming(f"{dense} can't be loaded", Exception):
-            model = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head))
+            model: Any = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head))
             model.config.name_or_path = dense  # a hub name, rather than its place in the cache
             model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
     with steps.step("copying FFNs into experts"), blaming("", ValueError):

@@ -122,7 +122,8 @@ class UmmPreTrainedMixin(Generated, _Stock):
         follow_share(self)
         return result
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    # positional arguments beyond the folder are few and named differently from version to version: all by keyword
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers, but atomic, and touching no file that it does not write (see `ummrm.hf.saving`)."""
         follow_share(self)
         saving.save_atomically(super().save_pretrained, save_directory, **kwargs)
