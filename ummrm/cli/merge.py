@@ -66,7 +66,8 @@ def run(moe: str, out: str, shared_share: float | None, dtype: str | None, devic
     steps, was_there = Steps(3), replaced(target)
     with steps.step(f"loading {moe} ({size(source.num_bytes)})", own_bar=True):
         with blaming(f"{moe} can't be loaded", Exception):
-            model: Any = load_checkpoint(source.folder, expect="upcycled").to(device)
+            model: Any = load_checkpoint(source.folder, expect="upcycled")
+            model.to(device)
     with steps.step("merging experts"), blaming(f"{moe} can't be merged", ValueError):
         if phase == "mixture":
             ummrm.prepare_merge(model, settings)
