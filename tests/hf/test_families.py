@@ -260,7 +260,7 @@ def test_auto_classes_load_upcycled_folders(model_type, tmp_path):
     moe.set_attn_implementation("eager")  # older transformers take sdpa for gemma2, which leaves its soft cap out
     assert loaded.config._attn_implementation == "eager" == loaded.base_model.config._attn_implementation
     torch.testing.assert_close(outputs_of(loaded, batch), outputs_of(moe, batch), rtol=1e-5, atol=1e-5)
-    backbone = AutoModel.from_pretrained(tmp_path)
+    backbone = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(backbone) is type(moe.base_model)
     torch.testing.assert_close(
         backbone(**batch).last_hidden_state[batch["attention_mask"].bool()],
