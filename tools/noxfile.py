@@ -227,6 +227,8 @@ def package(session):
     session.install(CPU_TORCH, f"{wheel}[cli]")
     session.install("--no-deps", "--force-reinstall", wheel)
     folder = session.create_tmp()
+    shutil.rmtree(folder)
+    os.makedirs(folder)
     session.chdir(folder)
     session.run(*safe(Path(session.bin) / "python"), str(ROOT / "tests/support/installed_package.py"), folder)
 

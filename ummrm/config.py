@@ -8,7 +8,7 @@ Both are plain data (JSON in a model's config.json). They know nothing of torch 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
@@ -82,8 +82,11 @@ class _Config:
         """Builds the configuration from `to_dict`'s data.
 
         Raises:
+            TypeError: `data` is no mapping.
             ValueError: a key that this version does not know, or a value that is not allowed.
         """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__}: `data` must be a mapping of fields, got {_shown(data)}.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(key if isinstance(key, str) else _shown(key) for key in data.keys() - known)
         if unknown:

@@ -60,6 +60,8 @@ def test_the_slow_tier_is_noxs():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     sessions = {session["name"]: session["description"] for session in json.loads(done.stdout)}
     assert set(sessions) == SESSIONS and all(sessions.values())
+    programs = re.findall(r'ROOT / "([\w/]+\.py)"', (ROOT / "tools/noxfile.py").read_text())
+    assert len(programs) > 3 and [name for name in programs if not (ROOT / name).is_file()] == []
 
 
 def test_what_cannot_run_in_the_slow_tier_is_a_failure(tmp_path):

@@ -34,7 +34,7 @@ def test_loaded_weights_bring_their_lambda_and_the_configuration_follows(mixture
     torch.testing.assert_close(outputs_of(ummrm.merge(other), batch), outputs_of(saved, batch), rtol=1e-5, atol=1e-6)
 
     other.get_buffer(NAME).fill_(0.25)  # set by hand: no load to follow
-    ummrm.merge(other).save_pretrained(tmp_path / "merged")
+    ummrm.save_pretrained(ummrm.merge(other), tmp_path / "merged")
     assert "| shared_share | 0.25 |" in (tmp_path / "merged" / "README.md").read_text()
     other.save_pretrained(tmp_path / "moe")
     assert other.config.merge_config == MergeConfig(shared_share=0.25)

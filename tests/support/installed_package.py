@@ -25,7 +25,7 @@ def check_files():
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ummrm"}, tops
     assert [str(file) for file in files if "results" in file.parts or file.suffix in (".csv", ".cu", ".cpp")] == []
     names = {file.as_posix() for file in files}
-    assert {"ummrm/py.typed", "ummrm/_build_record.json", "ummrm/ops/triton_kernels/tuned.json"} <= names
+    assert {"ummrm/py.typed", "ummrm/_build_record.json", "ummrm/ops/triton_kernels/routing.py"} <= names
     assert any(file.suffix == ".so" for file in files)
     others = ("lab", "tests", "bench", "kernels", "csrc", "tools")
     strangers = [name for name in others if importlib.util.find_spec(name)]

@@ -71,10 +71,13 @@ def describe(source: Source) -> dict[str, Any]:
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     record["layers"] = layers if isinstance(layers, int) else None
     if headers is not None:
+        from ..hf.merge_share import SHARE_NAME
+
         sites = {match[1] for name in headers if (match := _EXPERTS.fullmatch(name))}
         if source.is_upcycled:
             record["upcycled_layers"] = len(sites)
-        record["parameters"] = sum(header.elements for header in headers.values())
+        # a fixed lambda stands among the weights and is no parameter
+        record["parameters"] = sum(h.elements for n, h in headers.items() if not n.endswith(f"{SHARE_NAME}.share"))
         if record["kind"] == "mixture":
             routed = sum(h.elements for n, h in headers.items() if (m := _EXPERTS.fullmatch(n)) and m[2] == "experts")
             record["parameters_per_token"] = (
