@@ -171,7 +171,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The main job: dense, dense trained equally long, upcycle, train, learn alpha, merge, export, reload.
+    """The main job: dense, dense with continued training, upcycle, train, learn alpha, merge, export, reload.
 
     Attributes:
         name: for titles and logs.
@@ -182,7 +182,7 @@ class RecipeConfig:
         device: where models run.
         dense: training of the dense model.
         upcycle: `ummrm.UpcycleConfig`.
-        moe: training of the mixture; the control "dense, trained equally long" takes the same settings, over as many
+        moe: training of the mixture; the control "dense, continued training" takes the same settings, over as many
             steps as the mixture's training and the learning of alpha together.
         merge: `ummrm.MergeConfig`.
         alpha: learning of the merge weights.

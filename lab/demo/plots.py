@@ -30,14 +30,14 @@ STYLES = {
 }
 LABELS = {
     "dense": "dense",
-    "dense_longer": "dense, trained equally long",
+    "dense_longer": "dense, continued training",
     "moe": "MoE",
     "merged": "merged",
 }
 _STAGES = {"dense": "dense", "dense_longer": "dense_longer", "moe": "moe", "alpha": "merged"}
 _STAGE_LABELS = {
     "dense": "dense",
-    "dense_longer": "dense, trained equally long",
+    "dense_longer": "dense, continued training",
     "moe": "MoE",
     "alpha": "merged, learning alpha",
 }

@@ -24,7 +24,7 @@ def result_table(result: RecipeResult) -> Table:
     table = Table(title=f"{result.config.name}: four reward models", title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in result.arms:
-        table.add_column(ARMS[name].replace(", trained ", ",\n"), justify="right", vertical="bottom")
+        table.add_column(ARMS[name].replace(", ", ",\n"), justify="right", vertical="bottom")
     arms, base = list(result.arms.values()), result.arms[DENSE].latency_ms
     rows = {
         "accuracy": [f"{a.test.value:.3f}±{a.test.standard_error:.3f}" for a in arms],

@@ -145,7 +145,7 @@ class _Run:
         self.check_upcycled(models[DENSE], moe)
         self.train(MOE, "mixture", moe, config.moe, seed=2, auxiliary=auxiliary_loss)
         as_long = TrainConfig(**{**vars(config.moe), "steps": config.moe.steps + config.alpha.steps})
-        self.train(LONGER, "dense, equally long", models[LONGER], as_long, seed=2)
+        self.train(LONGER, "dense, continued", models[LONGER], as_long, seed=2)
 
         self.measure_experts(moe)
         models[MOE] = copy.deepcopy(moe)

@@ -19,7 +19,7 @@ from .measure import Accuracy, rewards_of
 
 DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
 REPORT_FILES = ("results.json", "results.csv", "best_of_n.csv", "training.csv", "table.txt")
-ARMS = {DENSE: "dense", LONGER: "dense, trained equally long", MOE: "MoE", MERGED: "merged"}
+ARMS = {DENSE: "dense", LONGER: "dense, continued training", MOE: "MoE", MERGED: "merged"}
 
 
 @dataclass
