@@ -27,7 +27,9 @@ def _softmax(logits, token, expert, live, num_experts, ACC: tl.constexpr):
     total = tl.sum(p, 1)
     nan = total != total  # from a NaN or +inf logit, or from -inf alone
     infinite = (largest == float("inf")) | (largest == float("-inf"))
-    return x, p / total[:, None], tl.where(infinite, largest, largest + tl.log(total)), nan
+    lse = tl.where(infinite, largest, largest + tl.log(total))
+    has_nan = tl.max((x != x).to(tl.int32), 1) > 0  # which the largest may hide behind an infinity
+    return x, p / total[:, None], tl.where(has_nan, float("nan"), lse), nan
 
 
 @triton.jit
