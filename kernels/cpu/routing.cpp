@@ -336,17 +336,15 @@ void route_finish(const Route& args, int32_t* tokens_per_expert, void* mean_prob
 
 // The sort is a counting sort: slots by (expert, block), -1 as the expert after the last.
 
-int64_t sort_slots_count(const SortSlots& args, int64_t begin, int64_t end) {
+void sort_slots_count(const SortSlots& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     int64_t* count = args.block_next + block * (args.experts + 1);
     std::fill(count, count + args.experts + 1, 0);
     for (int64_t slot = block * kSortBlock; slot < std::min((block + 1) * kSortBlock, args.slots); ++slot) {
       const int64_t expert = args.expert_indices[slot];
-      if (expert < -1 || expert >= args.experts) return slot;
       ++count[expert < 0 ? args.experts : expert];
     }
   }
-  return -1;
 }
 
 void sort_slots_scan(const SortSlots& args) {
