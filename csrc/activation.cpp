@@ -3,31 +3,54 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include "checks.h"
 #include "device.h"
-#include "ops.h"
 
 namespace ummrm {
 namespace {
 
-// The width of the activation, from the pre-activation's.
-int64_t check_pre_activation(const Checker& check, const Tensor& pre_activation, bool glu) {
+void check_pre_activation(const Checker& check, const Tensor& pre_activation, string_view kind, bool glu) {
   check.floating("pre_activation", pre_activation);
   check.shape("pre_activation", pre_activation, {-1, -1}, glu ? "[rows, 2*I]" : "[rows, I]",
               "flatten the leading dimensions first");
-  const int64_t width = pre_activation.size(1);
-  TORCH_CHECK_VALUE(!glu || width % 2 == 0, "ummrm.", check.op,
-                    ": `pre_activation` must have an even width with glu=True (gate | up), got ", width,
-                    "; concatenate gate and up, or pass glu=False.");
-  return glu ? width / 2 : width;
+  TORCH_CHECK_VALUE(!glu || pre_activation.size(1) % 2 == 0, "ummrm.", check.op,
+                    ": `pre_activation` must have an even width with glu=True (gate | up), got ",
+                    pre_activation.size(1), "; concatenate gate and up, or pass glu=False.");
+  check.activation(kind);
 }
+
+// The width of the activation, from the pre-activation's.
+int64_t width_of(const Tensor& pre_activation, bool glu) { return pre_activation.size(1) / (glu ? 2 : 1); }
 
 constexpr int64_t kCost = 8;  // element operations: an exponential and a division
 
 }  // namespace
 
+void checks::activation(const Tensor& pre_activation, string_view kind, bool glu) {
+  check_pre_activation(Checker{"activation"}, pre_activation, kind, glu);
+}
+
+void checks::activation_backward(const Tensor& grad, const Tensor& pre_activation, const OptionalTensor& row_weights,
+                                 string_view kind, bool glu) {
+  const Checker check{"activation_backward"};
+  check_pre_activation(check, pre_activation, kind, glu);
+  const int64_t rows = pre_activation.size(0);
+  check.device("grad", grad, pre_activation, "pre_activation");
+  check.shape("grad", grad, {rows, width_of(pre_activation, glu)}, "[rows, I]",
+              "pass the gradient of activation's result");
+  check.dtype("grad", grad, pre_activation.scalar_type(), "give it the dtype of `pre_activation`");
+  if (row_weights.has_value()) {
+    check.device("row_weights", *row_weights, pre_activation, "pre_activation");
+    check.shape("row_weights", *row_weights, {rows}, "[rows]", "give one weight a row");
+    check.dtype("row_weights", *row_weights, accumulator(pre_activation),
+                "gate weights stay in fp32 (fp64 for fp64 rows)");
+  }
+}
+
 Tensor activation(const Tensor& pre_activation, string_view kind, bool glu) {
+  checks::activation(pre_activation, kind, glu);
   const Checker check{"activation"};
-  const int64_t width = check_pre_activation(check, pre_activation, glu);
+  const int64_t width = width_of(pre_activation, glu);
   const ActivationKind chosen = check.activation(kind);
   const Tensor pre = pre_activation.contiguous();
   const Tensor out = at::empty({pre.size(0), width}, pre.options());
@@ -43,18 +66,10 @@ Tensor activation(const Tensor& pre_activation, string_view kind, bool glu) {
 
 Tensor3 activation_backward(const Tensor& grad_in, const Tensor& pre_activation, const OptionalTensor& row_weights_in,
                             string_view kind, bool glu) {
+  checks::activation_backward(grad_in, pre_activation, row_weights_in, kind, glu);
   const Checker check{"activation_backward"};
-  const int64_t width = check_pre_activation(check, pre_activation, glu), rows = pre_activation.size(0);
+  const int64_t width = width_of(pre_activation, glu), rows = pre_activation.size(0);
   const ActivationKind chosen = check.activation(kind);
-  check.device("grad", grad_in, pre_activation, "pre_activation");
-  check.shape("grad", grad_in, {rows, width}, "[rows, I]", "pass the gradient of activation's result");
-  check.dtype("grad", grad_in, pre_activation.scalar_type(), "give it the dtype of `pre_activation`");
-  if (row_weights_in.has_value()) {
-    check.device("row_weights", *row_weights_in, pre_activation, "pre_activation");
-    check.shape("row_weights", *row_weights_in, {rows}, "[rows]", "give one weight a row");
-    check.dtype("row_weights", *row_weights_in, accumulator(pre_activation),
-                "gate weights stay in fp32 (fp64 for fp64 rows)");
-  }
   const Tensor pre = pre_activation.contiguous(), grad = grad_in.contiguous();
   const OptionalTensor weights = contiguous(row_weights_in);
   const auto acc = pre.options().dtype(accumulator(pre));

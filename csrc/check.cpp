@@ -2,7 +2,9 @@
 #include "check.h"
 
 #include <atomic>
+#include <limits>
 #include <sstream>
+#include <utility>
 
 #include "device.h"
 #include "ummrm/permute.h"
@@ -10,7 +12,16 @@
 namespace ummrm {
 namespace {
 
-std::atomic<bool> check_devices{kCheckFromStart};
+std::atomic<bool> check_devices{false};
+
+// The only lists of these names; Python's are held to them by a test.
+constexpr std::pair<const char*, Gate> kGates[] = {{"shared_complement", Gate::shared_complement},
+                                                   {"fixed", Gate::fixed}};
+constexpr std::pair<const char*, ActivationKind> kActivations[] = {{"silu", ActivationKind::silu},
+                                                                   {"gelu", ActivationKind::gelu},
+                                                                   {"gelu_tanh", ActivationKind::gelu_tanh},
+                                                                   {"relu", ActivationKind::relu},
+                                                                   {"relu2", ActivationKind::relu2}};
 
 // As Python spells it.
 std::string name_of(at::ScalarType type) {
@@ -32,11 +43,25 @@ std::string described(const at::Tensor& tensor) {
   return out.str();
 }
 
-// Index values that may be read: the tensor itself on CPU, a copy elsewhere if that was asked for, else nothing.
+// Index values that may be read: the tensor itself on CPU, a copy elsewhere if that was asked for, else nothing. A meta
+// tensor has none.
 std::optional<at::Tensor> readable(const at::Tensor& indices) {
-  if (on_host(indices)) return indices.contiguous();
+  if (indices.is_meta()) return std::nullopt;
+  if (indices.is_cpu()) return indices.contiguous();
   if (check_devices) return indices.contiguous().cpu();
   return std::nullopt;
+}
+
+template <class Kind, size_t count>
+Kind one_of(const std::pair<const char*, Kind> (&known)[count], const char* op, const char* argument,
+            c10::string_view name) {
+  std::string listed;
+  for (size_t i = 0; i < count; ++i) {
+    if (name == known[i].first) return known[i].second;
+    listed += (i == 0 ? "" : i + 1 < count ? ", " : " or ") + ("'" + std::string(known[i].first) + "'");
+  }
+  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `", argument, "` must be ", listed, ", got '", std::string(name),
+                    "'; pass one of these.");
 }
 
 }  // namespace
@@ -99,12 +124,23 @@ void Checker::device(const char* name, const at::Tensor& tensor, const at::Tenso
                     like_name, ".device)`.");
 }
 
-void Checker::at_least(const char* name, int64_t value, int64_t least) const {
+void Checker::count(const char* name, int64_t value, int64_t least) const {
   TORCH_CHECK_VALUE(value >= least, "ummrm.", op, ": `", name, "` must be at least ", least, ", got ", value,
                     "; pass a larger value.");
+  TORCH_CHECK_VALUE(value <= std::numeric_limits<int32_t>::max(), "ummrm.", op, ": `", name,
+                    "` must be below 2^31, got ", value, "; pass a smaller value.");
 }
 
-void Checker::offsets(const at::Tensor& expert_offsets, int64_t slots) const {
+void Checker::slots(const char* tokens_name, int64_t tokens, int64_t top_k) const {
+  count("top_k", top_k, 1);
+  TORCH_CHECK_VALUE(tokens <= std::numeric_limits<int32_t>::max() / top_k, "ummrm.", op, ": `", tokens_name,
+                    "` must have T * top_k below 2^31, got T = ", tokens, " and top_k = ", top_k, "; split the batch.");
+}
+
+void Checker::offsets(const at::Tensor& expert_offsets, int64_t slots, const at::Tensor& like,
+                      const char* like_name) const {
+  index("expert_offsets", expert_offsets, -1, "[E + 1]", like, like_name);
+  count("expert_offsets.numel()", expert_offsets.numel(), 1);
   const auto host = readable(expert_offsets);
   if (!host.has_value()) return;
   const auto* offsets = host->const_data_ptr<int32_t>();
@@ -128,7 +164,31 @@ void Checker::values(const char* name, const at::Tensor& indices, int64_t low, i
                     " at position ", bad, "; ", remedy, ".");
 }
 
+void Checker::routed_indices(const at::Tensor& expert_indices, const std::optional<at::Tensor>& mask,
+                             int64_t experts) const {
+  values("expert_indices", expert_indices, mask.has_value() ? -1 : 0, experts, "pass what route returned");
+  if (!mask.has_value()) return;
+  const auto host = readable(expert_indices), live = readable(*mask);
+  if (!host.has_value() || !live.has_value()) return;
+  const auto* values = host->const_data_ptr<int32_t>();
+  const auto* alive = live->const_data_ptr<bool>();
+  for (int64_t t = 0, top_k = host->size(1); t < host->size(0); ++t) {
+    if (!alive[t]) continue;
+    const int64_t bad = cpu::first_out_of_range(values, t * top_k, (t + 1) * top_k, 0, experts);
+    TORCH_CHECK_INDEX(bad < 0, "ummrm.", op, ": `expert_indices` must lie in [0, ", experts - 1,
+                      "] where `mask` is True, got ", values[bad], " at position ", bad,
+                      "; pass what route returned for this mask.");
+  }
+}
+
+void Checker::served(const at::Tensor& tensor) const {
+  TORCH_CHECK_VALUE(has_kernels(tensor), "ummrm.", op,
+                    ": `device` must be of a type that this build has kernels for, got '", tensor.device(),
+                    "'; move the tensors to 'cpu'.");
+}
+
 DType Checker::element(const char* name, const at::Tensor& tensor) const {
+  served(tensor);
   switch (tensor.scalar_type()) {
     case at::kDouble:
       TORCH_CHECK_TYPE(on_host(tensor), "ummrm.", op, ": `", name,
@@ -143,22 +203,16 @@ DType Checker::element(const char* name, const at::Tensor& tensor) const {
   return DType::f32;  // not reached
 }
 
-Gate Checker::gate(c10::string_view name) const {
-  if (name == "shared_complement") return Gate::shared_complement;
-  if (name == "fixed") return Gate::fixed;
-  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `gate` must be 'shared_complement' or 'fixed', got '", std::string(name),
-                    "'; pass one of these.");
-}
+Gate Checker::gate(c10::string_view name) const { return one_of(kGates, op, "gate", name); }
 
 ActivationKind Checker::activation(c10::string_view name) const {
-  if (name == "silu") return ActivationKind::silu;
-  if (name == "gelu") return ActivationKind::gelu;
-  if (name == "gelu_tanh") return ActivationKind::gelu_tanh;
-  if (name == "relu") return ActivationKind::relu;
-  if (name == "relu2") return ActivationKind::relu2;
-  TORCH_CHECK_VALUE(false, "ummrm.", op, ": `", std::string(op).starts_with("activation") ? "kind" : "activation",
-                    "` must be 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2', got '", std::string(name),
-                    "'; pass one of these.");
+  return one_of(kActivations, op, std::string(op).starts_with("activation") ? "kind" : "activation", name);
+}
+
+std::vector<std::string> activation_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, kind] : kActivations) names.emplace_back(name);
+  return names;
 }
 
 }  // namespace ummrm

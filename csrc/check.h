@@ -33,17 +33,28 @@ struct Checker {
   void index(const char* name, const at::Tensor& tensor, int64_t size, const char* words, const at::Tensor& like,
              const char* like_name) const;
   void device(const char* name, const at::Tensor& tensor, const at::Tensor& like, const char* like_name) const;
-  void at_least(const char* name, int64_t value, int64_t least) const;
-  // Starting at 0, never falling, ending at or below `slots`. Read on CPU, elsewhere under check_indices_on_devices.
-  void offsets(const at::Tensor& expert_offsets, int64_t slots) const;
+  // A number of something: at least `least` and below 2^31, so that sizes made of two of them fit in 64 bits.
+  void count(const char* name, int64_t value, int64_t least) const;
+  // T * top_k slots: both at least 0 and 1, and their product below 2^31, which indices count in.
+  void slots(const char* tokens_name, int64_t tokens, int64_t top_k) const;
+  // int32 [E + 1] beside `like`, starting at 0, never falling, ending at or below `slots`. Values are read on CPU,
+  // elsewhere under check_indices_on_devices.
+  void offsets(const at::Tensor& expert_offsets, int64_t slots, const at::Tensor& like, const char* like_name) const;
   // Every value in [low, high). Read likewise.
   void values(const char* name, const at::Tensor& indices, int64_t low, int64_t high, const char* remedy) const;
+  // `expert_indices` [T, K] that a backward was given: in [-1, experts), and -1 under a mask alone. Read likewise.
+  void routed_indices(const at::Tensor& expert_indices, const std::optional<at::Tensor>& mask, int64_t experts) const;
 
-  // The kernels' name of the element type, which is one of the four, and on CUDA not float64.
+  // That the build has kernels where `tensor` lies, as it has not for a meta tensor that has come so far.
+  void served(const at::Tensor& tensor) const;
+  // The kernels' name of the element type, which is one of the four, and on CUDA not float64; of a served tensor.
   DType element(const char* name, const at::Tensor& tensor) const;
   Gate gate(c10::string_view name) const;
   ActivationKind activation(c10::string_view name) const;
 };
+
+// What `activation` knows, as Python spells it.
+std::vector<std::string> activation_names();
 
 // `ummrm.check(True)`: also read index values on devices where that waits for the device.
 void check_indices_on_devices(bool enabled);

@@ -13,8 +13,9 @@
 #if defined(UMMRM_EMULATED)
 #define UMMRM_FOR_CUDA(implement)
 namespace ummrm {
-inline constexpr bool kHasCuda = true, kCheckFromStart = true;
+inline constexpr bool kHasCuda = true;
 inline bool on_host(const at::Tensor&) { return false; }
+inline bool has_kernels(const at::Tensor& tensor) { return tensor.is_cpu(); }
 inline int launch_on(const at::Tensor&, const auto& launch) { return launch(cuda::Stream{}); }
 }  // namespace ummrm
 #elif defined(UMMRM_CUDA)
@@ -23,8 +24,9 @@ inline int launch_on(const at::Tensor&, const auto& launch) { return launch(cuda
 #define UMMRM_FOR_CUDA(implement) \
   TORCH_LIBRARY_IMPL(ummrm, CUDA, library) { implement(library); }
 namespace ummrm {
-inline constexpr bool kHasCuda = true, kCheckFromStart = false;
+inline constexpr bool kHasCuda = true;
 inline bool on_host(const at::Tensor& tensor) { return tensor.is_cpu(); }
+inline bool has_kernels(const at::Tensor& tensor) { return tensor.is_cpu() || tensor.is_cuda(); }
 inline int launch_on(const at::Tensor& tensor, const auto& launch) {
   const c10::cuda::CUDAGuard guard(tensor.device());
   return launch(c10::cuda::getCurrentCUDAStream().stream());
@@ -33,8 +35,9 @@ inline int launch_on(const at::Tensor& tensor, const auto& launch) {
 #else
 #define UMMRM_FOR_CUDA(implement)
 namespace ummrm {
-inline constexpr bool kHasCuda = false, kCheckFromStart = false;
-inline bool on_host(const at::Tensor&) { return true; }
+inline constexpr bool kHasCuda = false;
+inline bool on_host(const at::Tensor& tensor) { return tensor.is_cpu(); }
+inline bool has_kernels(const at::Tensor& tensor) { return tensor.is_cpu(); }
 }  // namespace ummrm
 #endif
 

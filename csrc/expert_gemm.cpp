@@ -4,9 +4,9 @@
 // host knows it too and cuBLAS has the products.
 #include "ummrm/expert_gemm.h"
 
+#include "checks.h"
 #include "device.h"
 #include "gemm.h"
-#include "ops.h"
 
 namespace ummrm {
 namespace {
@@ -34,13 +34,8 @@ Tensor rows_of(const Counts& counts, const Group& group, const Tensor& shared, c
   return one_row_a_token(counts, shared) ? shared : shared.slice(0, group.begin, group.end);
 }
 
-Counts check_counts(const Checker& check, const Tensor& expert_offsets, const Tensor& routed, int64_t num_tokens,
-                    int64_t num_shared) {
-  check.at_least("num_tokens", num_tokens, 0);
-  check.at_least("num_shared_experts", num_shared, 0);
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", routed, "routed_rows");
-  check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
-  check.offsets(expert_offsets, routed.size(0));
+// Of arguments that have been checked.
+Counts counts_of(const Tensor& expert_offsets, const Tensor& routed, int64_t num_tokens, int64_t num_shared) {
   return {num_tokens, num_shared, expert_offsets.numel() - 1, routed.size(0)};
 }
 
@@ -67,6 +62,12 @@ std::vector<Group> groups_of(const Counts& counts, const Tensor& expert_offsets,
   return groups;
 }
 
+// Sizes first: what the rows must be is computed from them.
+void check_sizes(const Checker& check, int64_t num_tokens, const char* shared_name, int64_t num_shared) {
+  check.count("num_tokens", num_tokens, 0);
+  check.count(shared_name, num_shared, 0);
+}
+
 void check_rows(const Checker& check, const char* shared_name, const Tensor& shared, const char* routed_name,
                 const Tensor& routed, int64_t num_tokens, int64_t num_shared, int64_t slots, int64_t width) {
   check.floating(routed_name, routed);
@@ -78,6 +79,8 @@ void check_rows(const Checker& check, const char* shared_name, const Tensor& sha
               "[T, width] or [S*T, width]", "pass one row a token, or one a token and shared expert");
 }
 
+int64_t slots_of(const Tensor& routed) { return routed.dim() == 2 ? routed.size(0) : -1; }
+
 void check_proj(const Checker& check, const char* name, const Tensor& tensor, const Tensor& rows, at::IntArrayRef shape,
                 const char* words) {
   check.device(name, tensor, rows, "routed_rows");
@@ -87,27 +90,72 @@ void check_proj(const Checker& check, const char* name, const Tensor& tensor, co
 
 }  // namespace
 
-Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, const Tensor& shared_proj,
-                   const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
-                   const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose) {
+void checks::expert_gemm(const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& shared_proj,
+                         const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
+                         const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose) {
   const Checker check{"expert_gemm"};
   check.shape("shared_proj", shared_proj, {-1, -1, -1}, "[S, N, D]", "stack the experts' projections");
-  const int64_t num_shared = shared_proj.size(0), slots = routed_rows_in.dim() == 2 ? routed_rows_in.size(0) : -1;
+  const int64_t num_shared = shared_proj.size(0), slots = slots_of(routed_rows);
   const int64_t in = shared_proj.size(transpose ? 1 : 2), out_width = shared_proj.size(transpose ? 2 : 1);
-  check_rows(check, "shared_rows", shared_rows_in, "routed_rows", routed_rows_in, num_tokens, num_shared, slots, in);
-  const Counts counts = check_counts(check, expert_offsets, routed_rows_in, num_tokens, num_shared);
-  const int64_t experts = counts.num_experts;
-  check_proj(check, "shared_proj", shared_proj, routed_rows_in, {-1, -1, -1}, "[S, N, D]");
-  check_proj(check, "routed_proj", routed_proj, routed_rows_in, {experts, shared_proj.size(1), shared_proj.size(2)},
+  check_sizes(check, num_tokens, "shared_proj.shape[0]", num_shared);
+  check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, num_tokens, num_shared, slots, in);
+  check.offsets(expert_offsets, slots, routed_rows, "routed_rows");
+  const int64_t experts = expert_offsets.numel() - 1;
+  check_proj(check, "shared_proj", shared_proj, routed_rows, {-1, -1, -1}, "[S, N, D]");
+  check_proj(check, "routed_proj", routed_proj, routed_rows, {experts, shared_proj.size(1), shared_proj.size(2)},
              "[E, N, D]");
   if (shared_bias.has_value())
-    check_proj(check, "shared_bias", *shared_bias, routed_rows_in, {num_shared, out_width}, "[S, N]");
+    check_proj(check, "shared_bias", *shared_bias, routed_rows, {num_shared, out_width}, "[S, N]");
   if (routed_bias.has_value())
-    check_proj(check, "routed_bias", *routed_bias, routed_rows_in, {experts, out_width}, "[E, N]");
+    check_proj(check, "routed_bias", *routed_bias, routed_rows, {experts, out_width}, "[E, N]");
   TORCH_CHECK_VALUE(!transpose || (!shared_bias.has_value() && !routed_bias.has_value()), "ummrm.expert_gemm: `",
                     shared_bias.has_value() ? "shared_bias" : "routed_bias",
                     "` must be None with transpose=True, got a tensor; an input gradient has no bias.");
+}
 
+void checks::expert_gemm_wgrad(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows,
+                               const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& expert_offsets,
+                               int64_t num_tokens, int64_t num_shared_experts, bool, bool,
+                               std::optional<at::ScalarType> out_dtype) {
+  const Checker check{"expert_gemm_wgrad"};
+  const int64_t slots = slots_of(routed_rows);
+  check_sizes(check, num_tokens, "num_shared_experts", num_shared_experts);
+  check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, num_tokens, num_shared_experts, slots, -1);
+  check_rows(check, "grad_shared_rows", grad_shared_rows, "grad_routed_rows", grad_routed_rows, num_tokens,
+             num_shared_experts, slots, -1);
+  check.dtype("grad_routed_rows", grad_routed_rows, routed_rows.scalar_type(),
+              "rows and their gradients share a dtype");
+  check.device("grad_routed_rows", grad_routed_rows, routed_rows, "routed_rows");
+  check.offsets(expert_offsets, slots, routed_rows, "routed_rows");
+  check.result("out_dtype", out_dtype, routed_rows);
+}
+
+void checks::expert_bias_grad(const Tensor& shared_rows, const Tensor& routed_rows, const OptionalTensor& row_weights,
+                              const Tensor& expert_offsets, int64_t num_tokens, int64_t num_shared_experts, bool,
+                              bool) {
+  const Checker check{"expert_bias_grad"};
+  const int64_t slots = slots_of(routed_rows);
+  check_sizes(check, num_tokens, "num_shared_experts", num_shared_experts);
+  check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, num_tokens, num_shared_experts, slots, -1);
+  check.offsets(expert_offsets, slots, routed_rows, "routed_rows");
+  if (row_weights.has_value()) {
+    check.device("row_weights", *row_weights, routed_rows, "routed_rows");
+    check.shape("row_weights", *row_weights, {num_shared_experts * num_tokens + slots}, "[S*T + T*K]",
+                "give one weight a row");
+    check.dtype("row_weights", *row_weights, accumulator(routed_rows),
+                "gate weights stay in fp32 (fp64 for fp64 rows)");
+  }
+}
+
+Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, const Tensor& shared_proj,
+                   const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
+                   const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose) {
+  checks::expert_gemm(shared_rows_in, routed_rows_in, shared_proj, routed_proj, expert_offsets, num_tokens, shared_bias,
+                      routed_bias, transpose);
+  const Checker check{"expert_gemm"};
+  const Counts counts = counts_of(expert_offsets, routed_rows_in, num_tokens, shared_proj.size(0));
+  const int64_t num_shared = counts.num_shared, experts = counts.num_experts, slots = counts.slots;
+  const int64_t in = shared_proj.size(transpose ? 1 : 2), out_width = shared_proj.size(transpose ? 2 : 1);
   const DType element = check.element("routed_rows", routed_rows_in);
   const Tensor shared_rows = shared_rows_in.contiguous(), routed_rows = routed_rows_in.contiguous();
   const Tensor out = at::empty({counts.rows(), out_width}, routed_rows.options());
@@ -155,13 +203,10 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
                           const Tensor& routed_in, const Tensor& expert_offsets, int64_t num_tokens,
                           int64_t num_shared_experts, bool need_shared, bool need_routed,
                           std::optional<at::ScalarType> out_dtype) {
+  checks::expert_gemm_wgrad(grad_shared_in, grad_routed_in, shared_in, routed_in, expert_offsets, num_tokens,
+                            num_shared_experts, need_shared, need_routed, out_dtype);
   const Checker check{"expert_gemm_wgrad"};
-  const int64_t slots = routed_in.dim() == 2 ? routed_in.size(0) : -1;
-  check_rows(check, "shared_rows", shared_in, "routed_rows", routed_in, num_tokens, num_shared_experts, slots, -1);
-  check_rows(check, "grad_shared_rows", grad_shared_in, "grad_routed_rows", grad_routed_in, num_tokens,
-             num_shared_experts, slots, -1);
-  check.dtype("grad_routed_rows", grad_routed_in, routed_in.scalar_type(), "rows and their gradients share a dtype");
-  const Counts counts = check_counts(check, expert_offsets, routed_in, num_tokens, num_shared_experts);
+  const Counts counts = counts_of(expert_offsets, routed_in, num_tokens, num_shared_experts);
   const DType element = check.element("routed_rows", routed_in);
   const at::ScalarType result = check.result("out_dtype", out_dtype, routed_in);
   const int64_t rows_width = routed_in.size(1), grad_width = grad_routed_in.size(1);
@@ -194,7 +239,7 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
                                    num_tokens,
                                    num_shared_experts,
                                    counts.num_experts,
-                                   slots,
+                                   counts.slots,
                                    rows_width,
                                    grad_width,
                                    one_row_a_token(counts, shared),
@@ -216,17 +261,10 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
 Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const OptionalTensor& row_weights_in,
                          const Tensor& expert_offsets, int64_t num_tokens, int64_t num_shared_experts, bool need_shared,
                          bool need_routed) {
+  checks::expert_bias_grad(shared_in, routed_in, row_weights_in, expert_offsets, num_tokens, num_shared_experts,
+                           need_shared, need_routed);
   const Checker check{"expert_bias_grad"};
-  const int64_t slots = routed_in.dim() == 2 ? routed_in.size(0) : -1;
-  check_rows(check, "shared_rows", shared_in, "routed_rows", routed_in, num_tokens, num_shared_experts, slots, -1);
-  const Counts counts = check_counts(check, expert_offsets, routed_in, num_tokens, num_shared_experts);
-  if (row_weights_in.has_value()) {
-    check.device("row_weights", *row_weights_in, routed_in, "routed_rows");
-    check.shape("row_weights", *row_weights_in, {num_shared_experts * num_tokens + slots}, "[S*T + T*K]",
-                "give one weight a row");
-    check.dtype("row_weights", *row_weights_in, accumulator(routed_in),
-                "gate weights stay in fp32 (fp64 for fp64 rows)");
-  }
+  const Counts counts = counts_of(expert_offsets, routed_in, num_tokens, num_shared_experts);
   const DType element = check.element("routed_rows", routed_in);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const OptionalTensor row_weights = contiguous(row_weights_in);
@@ -260,7 +298,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
                                   num_tokens,
                                   num_shared_experts,
                                   counts.num_experts,
-                                  slots,
+                                  counts.slots,
                                   width,
                                   one_row_a_token(counts, shared),
                                   shared.const_data_ptr(),

@@ -11,7 +11,7 @@ namespace ummrm {
 void product_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias = std::nullopt);
 
-// a @ b (+ bias) in fp32 by oneDNN, whatever the rule; for its test and for the benchmark behind the rule.
+// a @ b (+ bias) in fp32 by oneDNN, whatever the rule: for its test, also where the rule does not choose it.
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias);
 
 // The rule for fp32, in words, for build_info.

@@ -1,8 +1,8 @@
 // Operators of the stem `merge_experts`: merge_experts, merge_experts_dots.
 #include "ummrm/merge_experts.h"
 
+#include "checks.h"
 #include "device.h"
-#include "ops.h"
 
 namespace ummrm {
 namespace {
@@ -28,7 +28,7 @@ int64_t expert_elements(const Tensor& experts) {
   return elements;
 }
 
-Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
+void check_lists(const Checker& check, TensorList shared, TensorList routed) {
   const auto n = static_cast<int64_t>(routed.size());
   TORCH_CHECK_VALUE(n > 0, "ummrm.", check.op,
                     ": `routed` must hold at least one tensor, got 0; pass the FFN's tensors.");
@@ -42,8 +42,7 @@ Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
                         name[0] == 's' ? "S" : "E", ", ...], got a scalar; stack the experts.");
     }
   }
-  Lists lists{{}, {}, shared[0].size(0), routed[0].size(0)};
-  TORCH_CHECK_VALUE(lists.num_experts() > 0, "ummrm.", check.op,
+  TORCH_CHECK_VALUE(shared[0].size(0) + routed[0].size(0) > 0, "ummrm.", check.op,
                     ": `routed` and `shared` must hold at least one expert, got 0; stack the experts.");
   for (int64_t i = 0; i < n; ++i) {
     for (const auto& [name, tensor] : {std::pair{"shared", shared[i]}, std::pair{"routed", routed[i]}}) {
@@ -55,9 +54,14 @@ Lists check_lists(const Checker& check, TensorList shared, TensorList routed) {
     check.shape("routed", routed[i], expected, "[E, ...]", "every tensor holds the same experts");
     expected[0] = shared[0].size(0);
     check.shape("shared", shared[i], expected, "[S, ...]", "a shared expert has the shape of a routed one");
-    lists.shared.push_back(with_contiguous_slices(shared[i]));
-    lists.routed.push_back(with_contiguous_slices(routed[i]));
   }
+}
+
+// Of arguments that have been checked.
+Lists lists_of(TensorList shared, TensorList routed) {
+  Lists lists{{}, {}, shared[0].size(0), routed[0].size(0)};
+  for (const Tensor& tensor : shared) lists.shared.push_back(with_contiguous_slices(tensor));
+  for (const Tensor& tensor : routed) lists.routed.push_back(with_contiguous_slices(tensor));
   return lists;
 }
 
@@ -110,15 +114,36 @@ void for_each_launch(const Checker& check, const Lists& lists, const std::vector
 
 }  // namespace
 
-std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients_in) {
+void checks::merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients) {
   const Checker check{"merge_experts"};
-  const Lists lists = check_lists(check, shared, routed);
-  const int64_t n = lists.size(), experts = lists.num_experts();
-  check.device("coefficients", coefficients_in, lists.like(), "routed[0]");
-  check.shape("coefficients", coefficients_in, {n, experts}, "[len(routed), S + E]",
+  check_lists(check, shared, routed);
+  check.device("coefficients", coefficients, routed[0], "routed[0]");
+  check.shape("coefficients", coefficients,
+              {static_cast<int64_t>(routed.size()), shared[0].size(0) + routed[0].size(0)}, "[len(routed), S + E]",
               "one row a tensor, shared experts first");
-  check.dtype("coefficients", coefficients_in, accumulator(lists.like()),
+  check.dtype("coefficients", coefficients, accumulator(routed[0]),
               "coefficients stay in fp32 (fp64 for fp64 experts)");
+}
+
+void checks::merge_experts_dots(TensorList grads, TensorList shared, TensorList routed) {
+  const Checker check{"merge_experts_dots"};
+  check_lists(check, shared, routed);
+  TORCH_CHECK_VALUE(grads.size() == routed.size(),
+                    "ummrm.merge_experts_dots: `grads` must have as many tensors as `routed` (", routed.size(),
+                    "), got ", grads.size(), "; pass one gradient a merged tensor.");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check.device("grads", grads[i], routed[0], "routed[0]");
+    check.shape("grads", grads[i], routed[i].sizes().slice(1), "a merged tensor's",
+                "pass one gradient a merged tensor");
+    check.dtype("grads", grads[i], routed[0].scalar_type(), "all tensors of one call share a dtype");
+  }
+}
+
+std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients_in) {
+  checks::merge_experts(shared, routed, coefficients_in);
+  const Checker check{"merge_experts"};
+  const Lists lists = lists_of(shared, routed);
+  const int64_t n = lists.size(), experts = lists.num_experts();
   const DType dtype = check.element("routed", lists.like());
   const Tensor coefficients = coefficients_in.contiguous();
   std::vector<Tensor> merged;
@@ -139,20 +164,12 @@ std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Te
 }
 
 Tensor merge_experts_dots(TensorList grads_in, TensorList shared, TensorList routed) {
+  checks::merge_experts_dots(grads_in, shared, routed);
   const Checker check{"merge_experts_dots"};
-  const Lists lists = check_lists(check, shared, routed);
+  const Lists lists = lists_of(shared, routed);
   const int64_t n = lists.size(), experts = lists.num_experts();
-  TORCH_CHECK_VALUE(static_cast<int64_t>(grads_in.size()) == n,
-                    "ummrm.merge_experts_dots: `grads` must have as many tensors as `routed` (", n, "), got ",
-                    grads_in.size(), "; pass one gradient a merged tensor.");
   std::vector<Tensor> grads;
-  for (int64_t i = 0; i < n; ++i) {
-    check.device("grads", grads_in[i], lists.like(), "routed[0]");
-    check.shape("grads", grads_in[i], routed[i].sizes().slice(1), "a merged tensor's",
-                "pass one gradient a merged tensor");
-    check.dtype("grads", grads_in[i], lists.like().scalar_type(), "all tensors of one call share a dtype");
-    grads.push_back(grads_in[i].contiguous());
-  }
+  for (const Tensor& grad : grads_in) grads.push_back(grad.contiguous());
   const DType dtype = check.element("routed", lists.like());
   const Tensor dots = at::empty({n, experts}, lists.like().options().dtype(accumulator(lists.like())));
   if (on_host(lists.like())) {

@@ -1,15 +1,16 @@
 // The extension `ummrm._C`: every operator's schema, and what Python sees beside the operators. Kernels are registered
 // where they are written, one file a stem; fakes and autograd in ummrm/ops/library.py and ummrm/ops/autograd.py.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <sstream>
 
+#include "checks.h"
 #include "device.h"
 #include "gemm.h"
-#include "ops.h"
 #include "ummrm/cpu_info.h"
 #include "ummrm/expert_gemm_tiles.h"
 
@@ -77,6 +78,7 @@ TORCH_LIBRARY(ummrm, m) {
                 ", Tensor pre_activation, Tensor slot_to_sorted, "
                 "Tensor sorted_to_slot, Tensor expert_offsets, str activation, bool glu, bool[11] need) -> Tensor[]");
   // merged_ffn
+  define(m, "merge_ffn(Tensor coefficients, " + experts + ", bool glu) -> Tensor[]");
   const std::string merged = "Tensor x, Tensor coefficients, " + experts;
   define(m, "merged_ffn(" + merged + ", str activation, bool glu) -> Tensor");
   define(m, "merged_ffn_forward(" + merged + ", str activation, bool glu) -> (Tensor out, Tensor pre_activation)");
@@ -126,41 +128,48 @@ py::list tile_table() {
   return rows;
 }
 
-// The C++ functions themselves, without dispatcher, autograd and autocast: what the microbenchmarks time.
-void define_launchers(py::module_ m) {
-  using release = py::call_guard<py::gil_scoped_release>;
-  using Tensors = std::vector<at::Tensor>;
-  m.def("route", &ummrm::route, release());
-  m.def("route_backward", &ummrm::route_backward, release());
-  m.def("sort_slots", &ummrm::sort_slots, release());
-  m.def("permute", &ummrm::permute, release());
-  m.def("unpermute", &ummrm::unpermute, release());
-  m.def("unpermute_backward", &ummrm::unpermute_backward, release());
-  m.def("expert_gemm", &ummrm::expert_gemm, release());
-  m.def("expert_gemm_wgrad", &ummrm::expert_gemm_wgrad, release());
-  m.def("expert_bias_grad", &ummrm::expert_bias_grad, release());
-  m.def("activation", &ummrm::activation, release());
-  m.def("activation_backward", &ummrm::activation_backward, release());
-  m.def(
-      "merge_experts",
-      [](const Tensors& shared, const Tensors& routed, const at::Tensor& coefficients) {
-        return ummrm::merge_experts(shared, routed, coefficients);
-      },
-      release());
-  m.def(
-      "merge_experts_dots",
-      [](const Tensors& grads, const Tensors& shared, const Tensors& routed) {
-        return ummrm::merge_experts_dots(grads, shared, routed);
-      },
-      release());
-  m.def("onednn_product", &ummrm::onednn_product, release(),
-        "a @ b (+ bias) in fp32, the alternative of csrc/gemm.cpp.");
-  m.def("moe_ffn", &ummrm::moe_ffn, release());
-  m.def("moe_ffn_forward", &ummrm::moe_ffn_forward, release());
-  m.def("moe_ffn_backward", &ummrm::moe_ffn_backward, release());
-  m.def("merged_ffn", &ummrm::merged_ffn, release());
-  m.def("merged_ffn_forward", &ummrm::merged_ffn_forward, release());
-  m.def("merged_ffn_backward", &ummrm::merged_ffn_backward, release());
+// As pybind11 hands over an argument of type T.
+template <class T>
+struct Handed {
+  using type = T;
+};
+template <>
+struct Handed<at::TensorList> {
+  using type = const std::vector<at::Tensor>&;
+};
+
+template <class... Arguments>
+void define_check(py::module_& m, const char* name, void (*check)(Arguments...)) {
+  m.def(name, [check](typename Handed<Arguments>::type... arguments) {
+    HANDLE_TH_ERRORS
+    const py::gil_scoped_release release;  // reading indices may wait for a device
+    check(arguments...);
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+}
+
+void define_checks(py::module_ m) {
+  namespace checks = ummrm::checks;
+  define_check(m, "route", &checks::route);
+  define_check(m, "route_backward", &checks::route_backward);
+  define_check(m, "sort_slots", &checks::sort_slots);
+  define_check(m, "permute", &checks::permute);
+  define_check(m, "unpermute", &checks::unpermute);
+  define_check(m, "unpermute_backward", &checks::unpermute_backward);
+  define_check(m, "expert_gemm", &checks::expert_gemm);
+  define_check(m, "expert_gemm_wgrad", &checks::expert_gemm_wgrad);
+  define_check(m, "expert_bias_grad", &checks::expert_bias_grad);
+  define_check(m, "activation", &checks::activation);
+  define_check(m, "activation_backward", &checks::activation_backward);
+  define_check(m, "merge_experts", &checks::merge_experts);
+  define_check(m, "merge_experts_dots", &checks::merge_experts_dots);
+  define_check(m, "moe_ffn", &checks::moe_ffn);
+  define_check(m, "moe_ffn_forward", &checks::moe_ffn);
+  define_check(m, "moe_ffn_backward", &checks::moe_ffn_backward);
+  define_check(m, "merge_ffn", &checks::merge_ffn);
+  define_check(m, "merged_ffn", &checks::merged_ffn);
+  define_check(m, "merged_ffn_forward", &checks::merged_ffn);
+  define_check(m, "merged_ffn_backward", &checks::merged_ffn_backward);
 }
 
 }  // namespace
@@ -171,5 +180,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("check", &ummrm::check_indices_on_devices, py::arg("enabled"),
         "Whether index values are checked on devices where reading them waits for the device. CPU tensors always are.");
   m.def("tile_table", &tile_table, "Tiles of the grouped expert GEMM on CUDA: rows, columns and depth, and where.");
-  define_launchers(m.def_submodule("launch", "The operators without the dispatcher, for microbenchmarks."));
+  m.def("activation_names", &ummrm::activation_names, "The activations that the kernels know.");
+  m.def("onednn_product", &ummrm::onednn_product, py::call_guard<py::gil_scoped_release>(),
+        "a @ b (+ bias) in fp32: csrc/gemm.cpp's product on some processors, for a test on all.");
+  define_checks(m.def_submodule("checks", "Each operator's argument checks alone, on its schema's arguments."));
 }

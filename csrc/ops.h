@@ -1,5 +1,6 @@
 // The operators' C++ signatures, one for each schema line in module.cpp, where arguments and results are named; the
-// meaning of each is in ummrm/ops.py. Called directly these skip the dispatcher; `dispatched` goes through it.
+// meaning of each is in ummrm/ops/__init__.py. Called directly these skip the dispatcher; UMMRM_DISPATCHED goes through
+// it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -76,6 +77,10 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
                                      const Tensor& expert_offsets, string_view activation, bool glu,
                                      std::array<bool, 11> need);
 
+std::vector<Tensor> merge_ffn(const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
+                              const Tensor& shared_down, const Tensor& routed_down,
+                              const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                              const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, bool glu);
 Tensor merged_ffn(const Tensor& x, const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
                   const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
                   const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,

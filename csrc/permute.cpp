@@ -3,15 +3,11 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include "checks.h"
 #include "device.h"
-#include "ops.h"
 
 namespace ummrm {
 namespace {
-
-struct Sizes {
-  int64_t tokens, slots;
-};
 
 // Number of sorted rows that hold a slot, where the host may read it, and where a device finds it.
 int64_t live_rows(const Tensor& expert_offsets) {
@@ -22,15 +18,14 @@ const int32_t* live_rows_on_device(const Tensor& contiguous_offsets) {
 }
 
 // What unpermute and its backward share.
-Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& slot_to_sorted,
-                      const Tensor& expert_offsets, const OptionalTensor& shared_weight,
-                      const OptionalTensor& routed_weights, int64_t num_shared, int64_t top_k) {
+void check_unpermute(const Checker& check, const Tensor& rows, const Tensor& slot_to_sorted,
+                     const Tensor& expert_offsets, const OptionalTensor& shared_weight,
+                     const OptionalTensor& routed_weights, int64_t num_shared, int64_t top_k) {
   check.floating("rows", rows);
-  check.at_least("top_k", top_k, 1);
-  check.at_least("num_shared_experts", num_shared, 0);
+  check.count("top_k", top_k, 1);
+  check.count("num_shared_experts", num_shared, 0);
   check.index("slot_to_sorted", slot_to_sorted, -1, "[T*K]", rows, "rows");
-  check.index("expert_offsets", expert_offsets, -1, "[E + 1]", rows, "rows");
-  check.at_least("expert_offsets.numel()", expert_offsets.numel(), 1);
+  check.count("slot_to_sorted.numel()", slot_to_sorted.numel(), 0);
   const int64_t slots = slot_to_sorted.numel(), tokens = slots / top_k;
   TORCH_CHECK_VALUE(slots % top_k == 0, "ummrm.", check.op,
                     ": `slot_to_sorted` must have T * top_k entries, a multiple of ", top_k, ", got ", slots,
@@ -47,24 +42,47 @@ Sizes check_unpermute(const Checker& check, const Tensor& rows, const Tensor& sl
     check.shape("routed_weights", *routed_weights, {tokens, top_k}, "[T, K]", "take it from ummrm.ops.route");
     check.dtype("routed_weights", *routed_weights, accumulator(rows), "gate weights stay in fp32 (fp64 for fp64 rows)");
   }
-  check.offsets(expert_offsets, slots);
+  check.offsets(expert_offsets, slots, rows, "rows");
   check.values("slot_to_sorted", slot_to_sorted, 0, slots, "take it from ummrm.ops.sort_slots");
-  return {tokens, slots};
 }
 
 }  // namespace
 
+void checks::permute(const Tensor& x, const Tensor& sorted_to_slot, const Tensor& expert_offsets, int64_t top_k) {
+  const Checker check{"permute"};
+  check.floating("x", x);
+  check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
+  check.slots("x", x.size(0), top_k);
+  const int64_t slots = x.size(0) * top_k;
+  check.index("sorted_to_slot", sorted_to_slot, slots, "[T*K]", x, "x");
+  check.offsets(expert_offsets, slots, x, "x");
+  check.values("sorted_to_slot", sorted_to_slot, 0, slots, "take it from ummrm.ops.sort_slots");
+}
+
+void checks::unpermute(const Tensor& rows, const Tensor& slot_to_sorted, const Tensor& expert_offsets,
+                       const OptionalTensor& shared_weight, const OptionalTensor& routed_weights,
+                       int64_t num_shared_experts, int64_t top_k) {
+  check_unpermute(Checker{"unpermute"}, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights,
+                  num_shared_experts, top_k);
+}
+
+void checks::unpermute_backward(const Tensor& grad_out, const Tensor& rows, const Tensor& slot_to_sorted,
+                                const Tensor& expert_offsets, const OptionalTensor& shared_weight,
+                                const OptionalTensor& routed_weights, int64_t num_shared_experts, int64_t top_k) {
+  const Checker check{"unpermute_backward"};
+  check_unpermute(check, rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, num_shared_experts,
+                  top_k);
+  check.device("grad_out", grad_out, rows, "rows");
+  check.shape("grad_out", grad_out, {slot_to_sorted.numel() / top_k, rows.size(1)}, "[T, H]",
+              "pass the gradient of unpermute's result");
+  check.dtype("grad_out", grad_out, rows.scalar_type(), "pass the gradient of unpermute's result");
+}
+
 Tensor permute(const Tensor& x_in, const Tensor& sorted_to_slot_in, const Tensor& expert_offsets_in, int64_t top_k) {
+  checks::permute(x_in, sorted_to_slot_in, expert_offsets_in, top_k);
   const Checker check{"permute"};
   check.element("x", x_in);
-  check.at_least("top_k", top_k, 1);
-  check.shape("x", x_in, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
   const int64_t slots = x_in.size(0) * top_k;
-  check.index("sorted_to_slot", sorted_to_slot_in, slots, "[T*K]", x_in, "x");
-  check.index("expert_offsets", expert_offsets_in, -1, "[E + 1]", x_in, "x");
-  check.at_least("expert_offsets.numel()", expert_offsets_in.numel(), 1);
-  check.offsets(expert_offsets_in, slots);
-  check.values("sorted_to_slot", sorted_to_slot_in, 0, slots, "take it from ummrm.ops.sort_slots");
   const Tensor x = x_in.contiguous(), sorted_to_slot = sorted_to_slot_in.contiguous();
   const Tensor expert_offsets = expert_offsets_in.contiguous();
   const int64_t hidden = x.size(1);
@@ -84,9 +102,10 @@ Tensor permute(const Tensor& x_in, const Tensor& sorted_to_slot_in, const Tensor
 Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const Tensor& expert_offsets_in,
                  const OptionalTensor& shared_weight_in, const OptionalTensor& routed_weights_in,
                  int64_t num_shared_experts, int64_t top_k) {
+  checks::unpermute(rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in, routed_weights_in,
+                    num_shared_experts, top_k);
   const Checker check{"unpermute"};
-  const auto [tokens, slots] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in,
-                                               routed_weights_in, num_shared_experts, top_k);
+  const int64_t tokens = slot_to_sorted_in.numel() / top_k;
   const Tensor rows = rows_in.contiguous(), slot_to_sorted = slot_to_sorted_in.contiguous();
   const Tensor expert_offsets = expert_offsets_in.contiguous();
   const OptionalTensor shared_weight = contiguous(shared_weight_in), routed_weights = contiguous(routed_weights_in);
@@ -116,12 +135,10 @@ Tensor unpermute(const Tensor& rows_in, const Tensor& slot_to_sorted_in, const T
 Tensor3 unpermute_backward(const Tensor& grad_out_in, const Tensor& rows_in, const Tensor& slot_to_sorted_in,
                            const Tensor& expert_offsets_in, const OptionalTensor& shared_weight_in,
                            const OptionalTensor& routed_weights_in, int64_t num_shared_experts, int64_t top_k) {
+  checks::unpermute_backward(grad_out_in, rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in,
+                             routed_weights_in, num_shared_experts, top_k);
   const Checker check{"unpermute_backward"};
-  const auto [tokens, slots] = check_unpermute(check, rows_in, slot_to_sorted_in, expert_offsets_in, shared_weight_in,
-                                               routed_weights_in, num_shared_experts, top_k);
-  check.device("grad_out", grad_out_in, rows_in, "rows");
-  check.shape("grad_out", grad_out_in, {tokens, rows_in.size(1)}, "[T, H]", "pass the gradient of unpermute's result");
-  check.dtype("grad_out", grad_out_in, rows_in.scalar_type(), "pass the gradient of unpermute's result");
+  const int64_t tokens = slot_to_sorted_in.numel() / top_k;
   const Tensor grad_out = grad_out_in.contiguous(), rows = rows_in.contiguous();
   const Tensor slot_to_sorted = slot_to_sorted_in.contiguous(), expert_offsets = expert_offsets_in.contiguous();
   const OptionalTensor shared_weight = contiguous(shared_weight_in), routed_weights = contiguous(routed_weights_in);

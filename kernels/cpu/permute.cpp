@@ -3,7 +3,6 @@
 #include "ummrm/permute.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "dispatch.h"
 
@@ -13,10 +12,11 @@ void permute(const Permute& args, int64_t begin, int64_t end) {
   const auto* x = static_cast<const char*>(args.x);
   auto* out = static_cast<char*>(args.out);
   for (int64_t row = begin; row < std::min(end, args.live_rows); ++row) {
-    std::memcpy(out + row * args.row_bytes, x + args.sorted_to_slot[row] / args.top_k * args.row_bytes, args.row_bytes);
+    const auto* from = x + args.sorted_to_slot[row] / args.top_k * args.row_bytes;
+    std::copy_n(from, args.row_bytes, out + row * args.row_bytes);
   }
   const int64_t dead = std::max(begin, args.live_rows);
-  if (dead < end) std::memset(out + dead * args.row_bytes, 0, (end - dead) * args.row_bytes);
+  if (dead < end) std::fill_n(out + dead * args.row_bytes, (end - dead) * args.row_bytes, char{0});
 }
 
 namespace {
@@ -104,7 +104,7 @@ UMMRM_INLINE void unpermute_backward_body(const UnpermuteBackward& args, int64_t
         const F weight = weight_or_one<F>(args.routed_weights, slot);
         dot = scaled_and_dot(g, rows + at, weight, grad_routed != nullptr, hidden, grad_rows + at);
       } else {
-        std::memset(static_cast<void*>(grad_rows + at), 0, hidden * sizeof(T));
+        std::fill_n(reinterpret_cast<char*>(grad_rows + at), hidden * sizeof(T), char{0});
       }
       if (grad_routed != nullptr) grad_routed[slot] = dot;
     }

@@ -47,7 +47,8 @@ UMMRM_INLINE void load_tile(DType dtype, const void* logits, const Lanes& lanes,
   load_rows<f16>(logits, lanes, experts, x);
 }
 
-// p = softmax(x) and lse = logsumexp(x) by lane. A NaN or +inf logit, or all -inf, makes the whole row of p NaN.
+// p = softmax(x) and lse = logsumexp(x) by lane. A NaN or +inf logit, or all -inf, makes the whole row of p NaN; a NaN
+// is the largest of its row, so that lse is NaN beside an infinity too.
 template <class F>
 UMMRM_INLINE void softmax_tile(const F* x, int64_t experts, F* p, F* lse) {
   F largest[kTile], sum[kTile];
@@ -56,7 +57,10 @@ UMMRM_INLINE void softmax_tile(const F* x, int64_t experts, F* p, F* lse) {
     sum[l] = 0;
   }
   for (int64_t e = 1; e < experts; ++e) {
-    for (int64_t l = 0; l < kTile; ++l) largest[l] = x[e * kTile + l] > largest[l] ? x[e * kTile + l] : largest[l];
+    for (int64_t l = 0; l < kTile; ++l) {
+      const F value = x[e * kTile + l];
+      largest[l] = (value > largest[l]) | (value != value) ? value : largest[l];
+    }
   }
   for (int64_t e = 0; e < experts; ++e) {
     for (int64_t l = 0; l < kTile; ++l) {
@@ -332,17 +336,15 @@ void route_finish(const Route& args, int32_t* tokens_per_expert, void* mean_prob
 
 // The sort is a counting sort: slots by (expert, block), -1 as the expert after the last.
 
-int64_t sort_slots_count(const SortSlots& args, int64_t begin, int64_t end) {
+void sort_slots_count(const SortSlots& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     int64_t* count = args.block_next + block * (args.experts + 1);
     std::fill(count, count + args.experts + 1, 0);
     for (int64_t slot = block * kSortBlock; slot < std::min((block + 1) * kSortBlock, args.slots); ++slot) {
       const int64_t expert = args.expert_indices[slot];
-      if (expert < -1 || expert >= args.experts) return slot;
       ++count[expert < 0 ? args.experts : expert];
     }
   }
-  return -1;
 }
 
 void sort_slots_scan(const SortSlots& args) {

@@ -133,9 +133,13 @@ __device__ inline T lanes_sum(T value) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
+// The larger of two; NaN if either is, which fmaxf is not.
+__device__ inline float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
 template <int lanes = kWarp>
 __device__ inline float lanes_max(float value) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    value = max_or_nan(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
   return value;
 }
 

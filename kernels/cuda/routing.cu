@@ -34,7 +34,7 @@ struct Row {
     for (int i = 0; i < held; ++i) {
       x[i] = 0;
       if (live && holds(i)) x[i] = load_one(dtype, logits, token * experts + expert(i));
-      if (holds(i)) largest = fmaxf(largest, x[i]);
+      if (holds(i)) largest = max_or_nan(largest, x[i]);
     }
     largest = lanes_max<lanes>(largest);
     for (int i = 0; i < held; ++i) {

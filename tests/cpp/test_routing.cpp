@@ -162,8 +162,7 @@ static void sorting(int64_t slots, int64_t experts, int64_t threads) {
   std::vector<int64_t> next(blocks * (experts + 1), -9);
   const ummrm::SortSlots args{expert.data(),   slots,          experts,    forward.data(),
                               backward.data(), offsets.data(), next.data()};
-  launch(blocks, threads,
-         [&](int64_t b, int64_t e) { CHECK(ummrm::cpu::sort_slots_count(args, b, e) == -1, "all in range"); });
+  launch(blocks, threads, [&](int64_t b, int64_t e) { ummrm::cpu::sort_slots_count(args, b, e); });
   ummrm::cpu::sort_slots_scan(args);
   launch(blocks, threads, [&](int64_t b, int64_t e) { ummrm::cpu::sort_slots_scatter(args, b, e); });
   std::iota(want.begin(), want.end(), 0);
@@ -175,9 +174,6 @@ static void sorting(int64_t slots, int64_t experts, int64_t threads) {
     const auto below = std::count_if(expert.begin(), expert.end(), [&](int32_t x) { return x >= 0 && x < e; });
     CHECK(offsets[e] == below, "offset %lld", static_cast<long long>(e));
   }
-  if (slots == 0) return;
-  expert[slots - 1] = static_cast<int32_t>(experts);
-  CHECK(ummrm::cpu::sort_slots_count(args, 0, blocks) == slots - 1, "finds the slot out of range");
 }
 
 int main() {

@@ -8,7 +8,6 @@ from op_cases import EVEN, NAMES, ODD, SHAPES, case
 from op_inputs import floats, moe_inputs
 
 from ummrm import ops
-from ummrm.ops import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,12 +158,3 @@ def test_frozen_inputs(device, name):
     results = frozen()
     assert all(not t.requires_grad for t in results)
     assert_same_bits(step()[: len(results)], results)
-
-
-@pytest.mark.compiled_only
-def test_launchers_are_the_operators(device):
-    z = floats(6, 8).to(device)
-    assert torch.equal(library.launch.activation(z, "silu", True), ops.activation(z))
-    logits = floats(20, 4).to(device)
-    launched = library.launch.route(logits, None, None, 2, "fixed", 0.5)
-    assert_same_bits(launched, ops.route(logits, 2, gate="fixed"))

@@ -47,6 +47,7 @@ def good_arguments():
         "moe_ffn": (*moe, *kind),
         "moe_ffn_forward": (*moe, *kind),
         "moe_ffn_backward": (out, *moe, *saved, *kind, [True] * 11),
+        "merge_ffn": (*merged[1:], True),
         "merged_ffn": (*merged, *kind),
         "merged_ffn_forward": (*merged, *kind),
         "merged_ffn_backward": (out, *merged, floats(T, 2 * INTERMEDIATE), *kind, [True] * 10),

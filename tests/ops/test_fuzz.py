@@ -19,7 +19,7 @@ KINDS = ("random", "first", "hole", "some_dead", "all_dead", "any")
 LAYOUTS = ("contiguous", "strided", "transposed", "offset", "broadcast")
 # where a value that is not finite can only reach the gradients that the formula gives it to: the reference runs every
 # expert on every row, and a NaN among an expert's weights reaches the products with the rows that it leaves out
-ELEMENTWISE = ("route", "permute", "unpermute", "activation", "merge_experts")
+ELEMENTWISE = ("route", "permute", "unpermute", "activation", "merge_experts", "merge_ffn")
 
 
 @dataclass(frozen=True)

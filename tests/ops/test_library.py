@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from op_inputs import expert_indices, floats, gate_weights, moe_inputs
-from test_merged_ffn import merged_inputs
+from test_merged_ffn import merged_inputs, without_x
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,7 @@ def cases():
     proj, rows = (floats(S, 3, H, **make), floats(E, 3, H, **make)), floats(T * K, H, **make)
     moe = {n: v.detach() for n, v in moe_arguments().items()}
     merged = merged_inputs(T, H, INTERMEDIATE, E, S, dtype=torch.float64, requires_grad=False)
+    merge = without_x(merged)
     experts = [floats(S, 3, **make)], [floats(E, 3, **make)]
     return {
         "route": (lambda x: ops.route(x, top_k=K).routed_weights, floats(T, E, **make)),
@@ -45,6 +46,7 @@ def cases():
         "activation": (lambda x: ops.activation(x), floats(T, 6, **make)),
         "merge_experts": (lambda x: ops.merge_experts(*experts, x)[0], torch.rand(1, S + E, **make)),
         "moe_ffn": (lambda x: ops.moe_ffn(**moe | {"x": x}), moe["x"]),
+        "merge_ffn": (lambda x: ops.merge_ffn(**merge | {"coefficients": x})[0], merge["coefficients"]),
         "merged_ffn": (lambda x: ops.merged_ffn(**merged | {"coefficients": x}), merged["coefficients"]),
     }
 
@@ -57,6 +59,7 @@ NAMES = (
     "activation",
     "merge_experts",
     "moe_ffn",
+    "merge_ffn",
     "merged_ffn",
 )
 
@@ -246,7 +249,7 @@ def test_a_device_without_kernels_is_one_clear_error(device):
 def test_no_operator_mutates_or_aliases():
     """By schema, for torch.compile to rely on; opcheck proves it on values."""
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("ummrm::")]
-    assert len(names) == 19
+    assert len(names) == 20
     for name in names:
         schema = getattr(raw, name.removeprefix("ummrm::")).default._schema
         assert not schema.is_mutable
@@ -289,12 +292,3 @@ def test_build_info():
     assert isinstance(library.tile_table(), list)
     ummrm.check(True)
     ummrm.check(False)
-
-
-def test_launchers_are_the_operators():
-    """ummrm._C.launch.<op>: the same result without the dispatcher, for microbenchmarks."""
-    z = floats(6, 8)
-    assert torch.equal(library.launch.activation(z, "silu", True), ops.activation(z))
-    indices = expert_indices(6, 4, 2)
-    for a, b in zip(library.launch.sort_slots(indices, 4), ops.sort_slots(indices, 4), strict=True):
-        assert torch.equal(a, b)

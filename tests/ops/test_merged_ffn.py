@@ -100,22 +100,40 @@ def test_gradcheck(backend, glu, biases):
 @poisoned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_the_ffn_of_the_merged_tensors(backend, dtype):
-    """Bit for bit the dense FFN on what merge_experts returns: what is exported is what was trained."""
+    """Merged by merge_ffn, which has the bits of merge_experts: what is exported is what was trained."""
     a = merged_inputs(15, 8, 6, 3, 2, dtype=dtype, requires_grad=False)
-    c = a["coefficients"]
+    x, c = a["x"], a["coefficients"]
 
     def merge(name, rows):
         pairs = a[f"shared_{name}"].chunk(len(rows), 1), a[f"routed_{name}"].chunk(len(rows), 1)
         return torch.cat(ops.merge_experts(*map(list, pairs), c[rows]))
 
-    tensors = {
-        n: merge(n, rows) for n, rows in (("up", [0, 1]), ("down", [2]), ("up_bias", [0, 1]), ("down_bias", [2]))
-    }
+    up, down, up_bias, down_bias = tensors = ops.merge_ffn(**without_x(a))
+    parts = ("up", [0, 1]), ("down", [2]), ("up_bias", [0, 1]), ("down_bias", [2])
+    for tensor, (name, rows) in zip(tensors, parts, strict=True):
+        assert torch.equal(tensor, merge(name, rows))
     f = torch.nn.functional.linear
-    z = f(a["x"], tensors["up"], tensors["up_bias"])
-    want = f(ops.activation(z), tensors["down"], tensors["down_bias"])
+    want = f(ops.activation(f(x, up, up_bias)), down, down_bias)
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(ops.merged_ffn(**a), want, rtol=tolerance, atol=tolerance)
+
+
+def without_x(arguments):
+    return {n: v for n, v in arguments.items() if n != "x"}
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("glu", [True, False], ids=["gated", "plain"])
+def test_merge_ffn_against_reference(backend, dtype, glu):
+    """Values and gradients; and the same bits recorded or not, since they are saved without recording."""
+    for case, missing in zip(CASES, (None, "up_bias", "down_bias", "bias", None), strict=True):
+        arguments = without_x(merged_inputs(*case, glu, dtype=dtype)) | {"glu": glu}
+        arguments = {n: v for n, v in arguments.items() if missing is None or not n.endswith(missing)}
+        compare(ops.merge_ffn, reference.merge_ffn, arguments, floor_dtype=dtype)
+        with torch.no_grad():
+            plain = ops.merge_ffn(**arguments)
+        assert all(torch.equal(a, b) for a, b in zip(plain, ops.merge_ffn(**arguments), strict=True))
 
 
 @poisoned
@@ -228,6 +246,8 @@ GOOD = merged_inputs(5, 4, 3, 3, 2, requires_grad=False)
 )
 def test_refuses(override, error, argument):
     assert_refused("merged_ffn", GOOD, override, error, argument)
+    if argument not in ("x", "activation") and "x" not in override:
+        assert_refused("merge_ffn", without_x(GOOD), override, error, argument)
 
 
 @poisoned
@@ -235,6 +255,7 @@ def test_refuses(override, error, argument):
 def test_opcheck(biases):
     arguments = merged_inputs(6, 4, 3, 3, 2, biases=biases)
     torch.library.opcheck(raw.merged_ffn.default, in_order(arguments))
+    torch.library.opcheck(raw.merge_ffn.default, (*in_order(arguments)[1:10], True))
     detached = in_order({n: v.detach() for n, v in arguments.items()})
     torch.library.opcheck(raw.merged_ffn_forward.default, detached)
     out, pre_activation = raw.merged_ffn_forward(*detached)

@@ -113,6 +113,22 @@ def test_nan_rows(backend, bad):
     assert grad[[0, 3]].isfinite().all() and grad[1:3].isnan().all()
 
 
+@pytest.mark.parametrize("infinity", [float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_beside_an_infinity(backend, dtype, infinity):
+    """An infinity is the largest of its row, or all of the rest: it must not hide the NaN from the statistics."""
+    for first, second in ((float("nan"), infinity), (infinity, float("nan"))):
+        for clean in (False, True):
+            logits = floats(20, 5, dtype=dtype)
+            bad = logits.clone()
+            bad[7] = infinity if infinity < 0 else bad[7]
+            bad[7, 1], bad[7, 4] = first, second
+            arguments = (logits, None, bad) if clean else (bad,)
+            out = ops.route(*arguments, top_k=2)
+            assert out.mean_z.isnan() and out.mean_prob.isnan().all()
+            assert reference.route(*arguments, top_k=2).mean_z.isnan()
+
+
 def test_masked_nan_is_invisible(backend):
     logits = floats(4, 5, requires_grad=True)
     mask = torch.tensor([True, False, True, False])

@@ -91,7 +91,8 @@ sys.modules["triton"] = None
 import torch, ummrm
 from ummrm.ops import backends
 print(ummrm.ops.activation(torch.ones(1, 2), "relu").item())
-for call in (lambda: ummrm.use_backend("triton"), lambda: backends.BACKENDS["triton"].kernels["activation"]()):
+kernel = backends.BACKENDS["triton"].kernels["activation"]
+for call in (lambda: ummrm.use_backend("triton"), lambda: kernel(torch.ones(1, 2), "relu", True)):
     try:
         call()
     except (RuntimeError, ImportError) as error:

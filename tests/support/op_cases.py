@@ -4,7 +4,7 @@ import torch
 from op_inputs import expert_indices, floats, gate_dtype, gate_weights, moe_inputs
 from test_expert_gemm import gemm_inputs
 from test_merge_experts import merge_inputs
-from test_merged_ffn import merged_inputs
+from test_merged_ffn import merged_inputs, without_x
 
 from ummrm import ops
 from ummrm.ops import reference
@@ -25,6 +25,7 @@ NAMES = (
     "activation",
     "merge_experts",
     "moe_ffn",
+    "merge_ffn",
     "merged_ffn",
 )
 
@@ -62,4 +63,6 @@ def case(name, shape, dtype=torch.float32, kind="some_dead"):
         return ops.merge_experts, merge_inputs(s, e, [(2 * i, h), (h, i), (h,)], dtype)
     if name == "moe_ffn":
         return ops.moe_ffn, moe_inputs(*shape, kind=kind, dtype=dtype)
+    if name == "merge_ffn":
+        return ops.merge_ffn, without_x(merged_inputs(t, h, i, e, s, dtype=dtype))
     return ops.merged_ffn, merged_inputs(t, h, i, e, s, dtype=dtype)

@@ -173,19 +173,10 @@ class MergingFFN(nn.Module):
     @torch.no_grad()
     def merged_tensors(self) -> dict[str, torch.Tensor]:
         """The dense FFN's tensors, laid out as `DenseFFN.fused`, bit for bit those that `forward` uses."""
-        coefficients = self.coefficients()
-        up_rows = coefficients[:-1]
-        shared, routed, rows = [], [], []
-        names: list[str] = []
-        for name in self.experts.tensors():
-            s, r = self.shared_experts.tensors()[name].detach(), self.experts.tensors()[name].detach()
-            parts = len(up_rows) if name.startswith("up") else 1
-            shared += s.chunk(parts, dim=1)
-            routed += r.chunk(parts, dim=1)
-            rows += list(up_rows) if name.startswith("up") else [coefficients[-1]]
-            names += [name] * parts
-        merged = ops.merge_experts(shared, routed, torch.stack(rows))
-        return {n: torch.cat([t for m, t in zip(names, merged, strict=True) if m == n]) for n in dict.fromkeys(names)}
+        groups = {"shared": self.shared_experts, "routed": self.experts}
+        tensors = {f"{kind}_{name}": t for kind, group in groups.items() for name, t in group.tensors().items()}
+        merged = ops.merge_ffn(self.coefficients(), **tensors, glu=self.spec.glu)
+        return dict(zip(self.experts.tensors(), merged, strict=True))
 
     def to_dense(self) -> nn.Module:
         """A module of the class that `UpcycledFFN.from_dense` was given, holding the merged weights.

@@ -31,6 +31,7 @@ __all__ = [
     "activation",
     "expert_gemm",
     "merge_experts",
+    "merge_ffn",
     "merged_ffn",
     "moe_ffn",
     "permute",
@@ -290,6 +291,52 @@ def moe_ffn(
     )
 
 
+def merge_ffn(
+    coefficients: Tensor,
+    shared_up: Tensor,
+    routed_up: Tensor,
+    shared_down: Tensor,
+    routed_down: Tensor,
+    shared_up_bias: Tensor | None = None,
+    routed_up_bias: Tensor | None = None,
+    shared_down_bias: Tensor | None = None,
+    routed_down_bias: Tensor | None = None,
+    glu: bool = True,
+) -> list[Tensor]:
+    """Merges an FFN's experts into the tensors of one dense FFN: those that `merged_ffn` runs on, bit for bit.
+
+    `merge_experts` with a row of coefficients for each projection, whose bias it serves too.
+
+    Args:
+        coefficients: as in `merged_ffn`.
+        shared_up: as in `moe_ffn`; all parameters share one dtype.
+        routed_up: as in `moe_ffn`.
+        shared_down: as in `moe_ffn`.
+        routed_down: as in `moe_ffn`.
+        shared_up_bias: as in `moe_ffn`; with `routed_up_bias` or not at all.
+        routed_up_bias: as in `moe_ffn`.
+        shared_down_bias: as in `moe_ffn`; with `routed_down_bias` or not at all.
+        routed_down_bias: as in `moe_ffn`.
+        glu: gated or plain FFN.
+
+    Returns:
+        The tensors that there are, in the parameters' dtype: up [2I or I, H], down [H, I], up's bias [2I or I], down's
+        bias [H].
+    """
+    return _ops.merge_ffn(
+        coefficients,
+        shared_up,
+        routed_up,
+        shared_down,
+        routed_down,
+        shared_up_bias,
+        routed_up_bias,
+        shared_down_bias,
+        routed_down_bias,
+        glu,
+    )
+
+
 def merged_ffn(
     x: Tensor,
     coefficients: Tensor,
@@ -306,7 +353,7 @@ def merged_ffn(
 ) -> Tensor:
     """Merges the experts by `coefficients` and runs the merged dense FFN on x, as one autograd node.
 
-    The merge is `merge_experts` in the parameters' dtype, over weights and biases; the result is rounded to x's dtype
+    The merge is `merge_ffn`, in the parameters' dtype; the result is rounded to x's dtype
     where that is narrower. Backward keeps x and the pre-activation [T, 2I or I] and merges again.
 
     Under autocast x is cast to the autocast dtype; the parameters are merged in their own.

@@ -246,6 +246,11 @@ class _MergedFfn(Function):
         )
 
 
+def _recorded_merge_ffn(_, coefficients, *experts_and_glu):
+    """Made of merge_experts, whose node it records: with the bits of the operator, which is made of it too."""
+    return reference.merge_ffn_by(ops.merge_experts, coefficients, experts_and_glu[:-1])
+
+
 def _register(
     library: torch.library.Library,
     name: str,
@@ -296,5 +301,6 @@ def register(library: torch.library.Library) -> None:
     _register(library, "expert_gemm", _ExpertGemm, reference.expert_gemm, _apply_expert_gemm)
     _register(library, "activation", _Activation, reference.activation)
     _register(library, "merge_experts", _MergeExperts, reference.merge_experts, _apply_merge_experts)
+    _register(library, "merge_ffn", _MergeExperts, reference.merge_ffn, _recorded_merge_ffn)
     _register(library, "moe_ffn", _MoeFfn, reference.moe_ffn)
     _register(library, "merged_ffn", _MergedFfn, reference.merged_ffn)

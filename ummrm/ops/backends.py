@@ -2,10 +2,10 @@
 
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
 The compiled kernels register themselves when `library` loads; any other backend is registered here, op by op, over
-them. Where the extension has no CUDA kernel for an operator, Triton's serves it, if Triton is installed; it is imported
-when the first of them runs. The composed operators (`moe_ffn`, `merged_ffn`) call the small ones through the dispatcher
-and so follow the switch; a backend may bring a composition of its own, which serves where it serves all that it is
-made of.
+them, behind the extension's argument checks, which are the only ones. Where the extension has no CUDA kernel for an
+operator, Triton's serves it, if Triton is installed; it is imported when the first of them runs. The composed
+operators (`moe_ffn`, `merge_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch; a
+backend may bring a composition of its own, which serves where it serves all that it is made of.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from . import library, reference
 from .autograd import composite_route
 
 
-def _reference_sort_slots(expert_indices, num_experts):
-    if expert_indices.numel():
-        low, high = expert_indices.aminmax()
-        if low < -1 or high >= num_experts:
-            raise IndexError(
-                f"ummrm.sort_slots: `expert_indices` must lie in [-1, {num_experts - 1}] (-1 marks a masked token), "
-                f"got values from {low} to {high}; take it from ummrm.ops.route with the same number of experts."
-            )
-    return reference.sort_slots(expert_indices, num_experts)
+def _checked(op: str, kernel: Callable) -> Callable:
+    """`kernel` behind the extension's checks of `op`, with the defaults that the dispatcher leaves out filled in."""
+    check, arguments = getattr(library.checks, op), getattr(torch.ops.ummrm, op).default._schema.arguments
+    defaults = tuple(a.default_value for a in arguments)
+
+    @functools.wraps(kernel)
+    def checked(*args):
+        args += defaults[len(args) :]
+        check(*args)
+        return kernel(*args)
+
+    return checked
 
 
 _REFERENCE_KERNELS = {
-    "route": composite_route,
-    "sort_slots": _reference_sort_slots,
+    "route": _checked("route", composite_route),
     **{
-        name: getattr(reference, name)
+        name: _checked(name, getattr(reference, name))
         for name in (
             "route_backward",
+            "sort_slots",
             "permute",
             "unpermute",
             "unpermute_backward",
@@ -73,7 +76,6 @@ def load_triton() -> ModuleType:
         raise ImportError(f"ummrm: Triton must be 3.6 or newer, got {triton.__version__}; pip install -U triton.")
     from . import triton_kernels
 
-    triton_kernels.checks.index_values_wanted = library.checking
     return triton_kernels
 
 
@@ -81,7 +83,7 @@ def _triton_kernel(op: str) -> Callable:
     def kernel(*args):
         return load_triton().KERNELS[op](*args)
 
-    return kernel
+    return _checked(op, kernel)
 
 
 def _interprets() -> bool:

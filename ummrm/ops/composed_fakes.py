@@ -1,4 +1,6 @@
-"""The fakes of the composed operators, `moe_ffn` and `merged_ffn`: as `fakes.py`, for all that takes experts whole."""
+"""The fakes of the composed operators `moe_ffn`, `merge_ffn` and `merged_ffn`: as `fakes.py`, for all that takes
+experts whole.
+"""
 
 from __future__ import annotations
 
@@ -145,6 +147,13 @@ def _check_merged_ffn(check: Checker, x, coefficients, *rest) -> Size:
     *experts, activation, glu = rest
     _check_x(check, x, activation)
     return _check_merged(check, coefficients, experts, glu, x.shape[1], x, "x")
+
+
+@fake
+def _merge_ffn(coefficients, *rest):
+    *experts, glu = rest
+    _check_merged(Checker("merge_ffn"), coefficients, experts, glu, None, coefficients, "coefficients")
+    return [t.new_empty(t.shape[1:]) for t in experts[1::2] if t is not None]
 
 
 @fake

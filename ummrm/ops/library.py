@@ -44,21 +44,14 @@ def check_build(folder: Path, running: str) -> dict:
 _record = check_build(Path(__file__).parent.parent, torch.__version__)
 from .. import _C  # noqa: E402  (only after the check)
 
-build_info, tile_table, launch = _C.build_info, _C.tile_table, _C.launch
-
-_checking = False
+build_info, tile_table = _C.build_info, _C.tile_table
+activation_names, onednn_product = _C.activation_names, _C.onednn_product
+checks = _C.checks  # each operator's argument checks alone, for backends that are not compiled
 
 
 def check(enabled: bool) -> None:
     """Whether index values are checked on devices where reading them waits for the device. CPU tensors always are."""
-    global _checking
     _C.check(enabled)
-    _checking = bool(enabled)
-
-
-def checking() -> bool:
-    """What `check` last said; for kernels outside the extension."""
-    return _checking
 
 
 no_cuda_kernels: str | None = _record["no_cuda_kernels"]  # why the extension has none; None if it has

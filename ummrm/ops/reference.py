@@ -12,7 +12,7 @@ buffer [S*T + R, ...] holds the shared rows first (expert s, token t at s*T + t)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -397,6 +397,32 @@ def moe_ffn(
     return out.to(x.dtype)
 
 
+def merge_ffn_by(merge: Callable, coefficients: Tensor, experts: Sequence[Tensor | None]) -> list[Tensor]:
+    """An FFN's tensors, each by `merge`, a merge_experts: gate and up rows have coefficients of their own."""
+    merged, pairs = [], zip(experts[::2], experts[1::2], strict=True)
+    for rows, (shared, routed) in zip((coefficients[:-1], coefficients[-1:]) * 2, pairs, strict=True):
+        if shared is not None and routed is not None:
+            parts = (list(tensor.chunk(len(rows), 1)) for tensor in (shared, routed))
+            merged.append(torch.cat(merge(*parts, rows)))
+    return merged
+
+
+def merge_ffn(
+    coefficients: Tensor,
+    shared_up: Tensor,
+    routed_up: Tensor,
+    shared_down: Tensor,
+    routed_down: Tensor,
+    shared_up_bias: Tensor | None = None,
+    routed_up_bias: Tensor | None = None,
+    shared_down_bias: Tensor | None = None,
+    routed_down_bias: Tensor | None = None,
+    glu: bool = True,
+) -> list[Tensor]:
+    biases = shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias
+    return merge_ffn_by(merge_experts, coefficients, (shared_up, routed_up, shared_down, routed_down, *biases))
+
+
 def merged_ffn(
     x: Tensor,
     coefficients: Tensor,
@@ -411,15 +437,10 @@ def merged_ffn(
     activation: str = "silu",
     glu: bool = True,
 ) -> Tensor:
-    def merged(shared: Tensor, routed: Tensor, rows: Tensor) -> Tensor:
-        parts = merge_experts(list(shared.chunk(len(rows), 1)), list(routed.chunk(len(rows), 1)), rows)
-        return torch.cat(parts).to(x.dtype)
-
-    for_up, for_down = coefficients[:-1], coefficients[-1:]
-    up, down = merged(shared_up, routed_up, for_up), merged(shared_down, routed_down, for_down)
-    up_bias = down_bias = None
-    if shared_up_bias is not None and routed_up_bias is not None:
-        up_bias = merged(shared_up_bias, routed_up_bias, for_up)
-    if shared_down_bias is not None and routed_down_bias is not None:
-        down_bias = merged(shared_down_bias, routed_down_bias, for_down)
+    biases = shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias
+    experts = shared_up, routed_up, shared_down, routed_down, *biases
+    merged = [t.to(x.dtype) for t in merge_ffn_by(merge_experts, coefficients, experts)]
+    up, down = merged[:2]
+    up_bias = None if routed_up_bias is None else merged[2]
+    down_bias = None if routed_down_bias is None else merged[-1]
     return _dense_ffn(x, up, down, up_bias, down_bias, activation, glu)

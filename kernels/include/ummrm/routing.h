@@ -47,7 +47,7 @@ struct RouteBackward {
 };
 
 struct SortSlots {
-  const int32_t* expert_indices;  // [slots], -1 = no expert
+  const int32_t* expert_indices;  // [slots], below experts; -1 = no expert
   int64_t slots, experts;
   int32_t* slot_to_sorted;  // out, [slots]
   int32_t* sorted_to_slot;  // out, [slots]
@@ -65,8 +65,8 @@ void route(const Route& args, int64_t begin_block, int64_t end_block);
 void route_finish(const Route& args, int32_t* tokens_per_expert, void* mean_prob, void* mean_z);
 void route_backward(const RouteBackward& args, int64_t begin_token, int64_t end_token);
 
-// In this order. The count returns the first slot of its range whose expert is out of range, or -1.
-int64_t sort_slots_count(const SortSlots& args, int64_t begin_block, int64_t end_block);
+// In this order.
+void sort_slots_count(const SortSlots& args, int64_t begin_block, int64_t end_block);
 void sort_slots_scan(const SortSlots& args);
 void sort_slots_scatter(const SortSlots& args, int64_t begin_block, int64_t end_block);
 

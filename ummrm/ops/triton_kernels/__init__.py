@@ -1,7 +1,7 @@
 """The operators in Triton, for GPUs without nvcc and for AMD: one file an operator.
 
-KERNELS has the functions that `ummrm.ops.backends` registers; they take the arguments of the operators' schemas, check
-them, allocate and launch. Nothing here knows the dispatcher, autograd or the compiled extension.
+KERNELS has the functions that `ummrm.ops.backends` registers behind the extension's argument checks; they take the
+arguments of the operators' schemas, allocate and launch. Nothing here knows the dispatcher, autograd or the extension.
 """
 
 from .activation import activation, activation_backward

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import ACTIVATIONS, Checker
 from .launch import accumulator, blocks, launch, tile, wide
 
 _TILE = 2048  # elements of a program's tile
@@ -102,20 +101,9 @@ def _activation_backward(
         tl.store(row_dots + each, tl.sum(dots, 1), mask=exists)
 
 
-def _width(check: Checker, pre_activation: Tensor, kind: str, glu: bool) -> int:
-    """The activation's width, from the pre-activation's."""
-    check.floating("pre_activation", pre_activation)
-    words = "[rows, 2*I]" if glu else "[rows, I]"
-    check.shape("pre_activation", pre_activation, (-1, -1), words, "flatten the leading dimensions first")
-    width = pre_activation.shape[1]
-    expected, remedy = "have an even width with glu=True (gate | up)", "concatenate gate and up, or pass glu=False"
-    check.value(not glu or width % 2 == 0, "pre_activation", expected, width, remedy)
-    check.choice("kind", kind, ACTIVATIONS)
-    return width // 2 if glu else width
-
-
 def activation(pre_activation: Tensor, kind: str, glu: bool) -> Tensor:
-    width, rows = _width(Checker("activation"), pre_activation, kind, glu), pre_activation.shape[0]
+    rows, width = pre_activation.shape
+    width //= 2 if glu else 1
     out = pre_activation.new_empty(rows, width)
     each, columns = tile(width, _TILE, out.dtype)
     launch(
@@ -138,14 +126,9 @@ def activation(pre_activation: Tensor, kind: str, glu: bool) -> Tensor:
 def activation_backward(
     grad: Tensor, pre_activation: Tensor, row_weights: Tensor | None, kind: str, glu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check, like = Checker("activation_backward"), pre_activation
-    width, rows = _width(check, pre_activation, kind, glu), pre_activation.shape[0]
-    check.device("grad", grad, like, "pre_activation")
-    check.shape("grad", grad, (rows, width), "[rows, I]", "pass the gradient of activation's result")
-    check.dtype("grad", grad, like.dtype, "give it the dtype of `pre_activation`")
+    like, (rows, width) = pre_activation, grad.shape
     weighted, dots = like.new_empty(0), like.new_empty(0, dtype=accumulator(like))
     if row_weights is not None:
-        check.gate_weights("row_weights", row_weights, like, "pre_activation", (rows,), "[rows]")
         row_weights = row_weights.contiguous()
         weighted, dots = like.new_empty(rows, width), dots.new_empty(rows)
     grad_pre = torch.empty_like(pre_activation, memory_format=torch.contiguous_format)

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Checker
-from .groups import Rows, check_groups, check_rows, gathered_rows, slots_of
+from .groups import Rows, check_counts, gathered_rows
 from .launch import accumulator, blocks, launch, power_of_2, wide
 
 
@@ -116,14 +115,8 @@ def expert_bias_grad(
     need_shared: bool,
     need_routed: bool,
 ) -> tuple[Tensor, Tensor]:
-    check, slots = Checker("expert_bias_grad"), slots_of(routed_rows)
-    pair = "shared_rows", shared_rows, "routed_rows", routed_rows
-    check_rows(check, *pair, num_tokens, num_shared_experts, slots, -1)
-    check_groups(check, expert_offsets, routed_rows, slots, num_tokens, num_shared_experts)
-    if row_weights is not None:
-        shape = (num_shared_experts * num_tokens + slots,)
-        check.gate_weights("row_weights", row_weights, routed_rows, "routed_rows", shape, "[S*T + T*K]")
-        row_weights = row_weights.contiguous()
+    check_counts("expert_bias_grad", routed_rows, num_tokens)
+    row_weights = None if row_weights is None else row_weights.contiguous()
     rows = Rows(shared_rows.contiguous(), routed_rows.contiguous())
     needs = num_tokens, num_shared_experts, need_shared, need_routed
     return bias_grad(rows, row_weights, expert_offsets.contiguous(), *needs)

@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Checker
 from .configurations import Configuration, choose, programs
 from .groups import (
     Rows,
-    check_groups,
-    check_rows,
+    check_counts,
     dense,
     dense_slices,
     gathered_rows,
@@ -24,7 +22,6 @@ from .groups import (
     has_descriptors,
     place,
     precision,
-    slots_of,
 )
 from .launch import blocks, launch, power_of_2, target_of, wide
 
@@ -340,26 +337,7 @@ def expert_gemm(
     routed_bias: Tensor | None = None,
     transpose: bool = False,
 ) -> Tensor:
-    check = Checker("expert_gemm")
-    check.shape("shared_proj", shared_proj, (-1, -1, -1), "[S, N, D]", "stack the experts' projections")
-    (num_shared, n, d), slots = shared_proj.shape, slots_of(routed_rows)
-    in_width, out_width = (n, d) if transpose else (d, n)
-    pair = "shared_rows", shared_rows, "routed_rows", routed_rows
-    check_rows(check, *pair, num_tokens, num_shared, slots, in_width)
-    experts = check_groups(check, expert_offsets, routed_rows, slots, num_tokens, num_shared)
-    for name, tensor, shape, words in (
-        ("shared_proj", shared_proj, (-1, -1, -1), "[S, N, D]"),
-        ("routed_proj", routed_proj, (experts, n, d), "[E, N, D]"),
-        ("shared_bias", shared_bias, (num_shared, out_width), "[S, N]"),
-        ("routed_bias", routed_bias, (experts, out_width), "[E, N]"),
-    ):
-        if tensor is not None:
-            check.device(name, tensor, routed_rows, "routed_rows")
-            check.dtype(name, tensor, routed_rows.dtype, "rows and projections share a dtype")
-            check.shape(name, tensor, shape, words, "the experts' parameters must fit the rows")
-            bias = transpose and name.endswith("bias")
-            remedy = "an input gradient has no bias"
-            check.value(not bias, name, "be None with transpose=True", "a tensor", remedy)
+    check_counts("expert_gemm", routed_rows, num_tokens)
     rows = Rows(shared_rows.contiguous(), routed_rows.contiguous())
     parameters = shared_proj, routed_proj, expert_offsets.contiguous(), num_tokens, shared_bias, routed_bias
     return product(rows, *parameters, transpose)
@@ -377,15 +355,7 @@ def expert_gemm_wgrad(
     need_routed: bool,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check, slots = Checker("expert_gemm_wgrad"), slots_of(routed_rows)
-    sizes = num_tokens, num_shared_experts, slots, -1
-    check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, *sizes)
-    check_rows(check, "grad_shared_rows", grad_shared_rows, "grad_routed_rows", grad_routed_rows, *sizes)
-    remedy = "rows and their gradients share a dtype"
-    check.dtype("grad_routed_rows", grad_routed_rows, routed_rows.dtype, remedy)
-    check.device("grad_routed_rows", grad_routed_rows, routed_rows, "routed_rows")
-    check_groups(check, expert_offsets, routed_rows, slots, num_tokens, num_shared_experts)
-    check.result("out_dtype", out_dtype, routed_rows)
+    check_counts("expert_gemm_wgrad", routed_rows, num_tokens)
     grads = Rows(grad_shared_rows.contiguous(), grad_routed_rows.contiguous())
     rows = Rows(shared_rows.contiguous(), routed_rows.contiguous())
     needs = num_tokens, num_shared_experts, need_shared, need_routed

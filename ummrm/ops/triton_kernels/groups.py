@@ -1,5 +1,5 @@
-"""What the grouped GEMMs share: the rows that groups read, in order or gathered by an index, their checks, and the walk
-of programs over all groups' tiles. Groups are the shared experts, the routed ones, and last the rows of no expert; how
+"""What the grouped GEMMs share: the rows that groups read, in order or gathered by an index, and the walk of
+programs over all groups' tiles. Groups are the shared experts, the routed ones, and last the rows of no expert; how
 long they are is read on the device.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Checker
+from .checks import check_rows
 
 
 @dataclass(frozen=True)
@@ -76,39 +76,9 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def check_rows(
-    check: Checker,
-    shared_name: str,
-    shared: Tensor,
-    routed_name: str,
-    routed: Tensor,
-    num_tokens: int,
-    num_shared: int,
-    slots: int,
-    width: int,
-) -> None:
-    check.floating(routed_name, routed)
-    check.shape(routed_name, routed, (slots, width), "[T*K, width]", "pass the rows that permute returned")
-    check.device(shared_name, shared, routed, routed_name)
-    check.dtype(shared_name, shared, routed.dtype, "rows and projections share a dtype")
-    repeated = shared.dim() == 2 and shared.shape[0] == num_shared * num_tokens
-    shape = (num_shared * num_tokens if repeated else num_tokens, routed.shape[1])
-    remedy = "pass one row a token, or one a token and shared expert"
-    check.shape(shared_name, shared, shape, "[T, width] or [S*T, width]", remedy)
-
-
-def check_groups(check: Checker, offsets: Tensor, rows: Tensor, slots: int, num_tokens: int, num_shared: int) -> int:
-    check.at_least("num_tokens", num_tokens, 0)
-    check.slots("num_tokens", num_tokens)
-    check.slots("routed_rows", slots)
-    check.at_least("num_shared_experts", num_shared, 0)
-    check.index("expert_offsets", offsets, -1, "[E + 1]", rows, "routed_rows")
-    check.offsets(offsets, slots)
-    return offsets.numel() - 1
-
-
-def slots_of(rows: Tensor) -> int:
-    return rows.shape[0] if rows.dim() == 2 else -1
+def check_counts(op: str, routed_rows: Tensor, num_tokens: int) -> None:
+    check_rows(op, "num_tokens", num_tokens)
+    check_rows(op, "routed_rows", routed_rows.shape[0])
 
 
 @triton.jit

@@ -3,10 +3,7 @@
 The interpreter keeps bf16 as its bits in a uint16 and, as it comes (3.6 to 3.9), computes on those integers: casts to
 bf16 truncate, `tl.dot` multiplies bit patterns, and arithmetic on bf16 is silently wrong. Here casts round to nearest
 even, products widen exactly, and every other arithmetic on bf16 is an error: kernels cast to fp32 first, as on a GPU.
-It is also made faster where it does more than a GPU would.
 """
-
-import dataclasses
 
 import numpy as np
 import triton.language as tl
@@ -74,11 +71,6 @@ def install() -> None:
     builder.binary_op, builder.unary_op = honest_binary, honest_unary
     for operation in (interpreter.ReduceOps, interpreter.ScanOps):
         operation.apply = _guarded(operation.apply)
-    # A third of the time goes into tests of integer overflow, which a GPU makes in debug builds alone.
-    options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    interpreter._patch_lang = _once_a_function(interpreter._patch_lang)
-    _keep_where_they_are()
 
 
 def _guarded(apply):
@@ -87,40 +79,6 @@ def _guarded(apply):
         return apply(self, inputs)
 
     return honest_apply
-
-
-def _keep_where_they_are() -> None:
-    """Arguments are copied to the host and back, with all the memory that they are views of, though they are there."""
-    executor = interpreter.GridExecutor
-    copied, back = executor._init_args_hst, executor._restore_args_dev
-
-    def here(arguments) -> bool:
-        return all(t.device.type == "cpu" for t in arguments if hasattr(t, "data_ptr"))
-
-    def init(self, arguments, options):
-        if here(arguments) and here(options.values()):
-            return list(arguments), dict(options)
-        return copied(self, arguments, options)
-
-    def restore(self, arguments, on_host, options, options_on_host):
-        if any(a is not b for a, b in zip(arguments, on_host, strict=True)):
-            back(self, arguments, on_host, options, options_on_host)
-
-    executor._init_args_hst, executor._restore_args_dev = init, restore
-
-
-def _once_a_function(patch):
-    """Each call of a device function patches the language again, which takes a millisecond, and never takes it back. A
-    kernel's own patch is taken back when it ends and must be made every time: it is the first of a launch."""
-    patched = set()
-
-    def patch_once(function):
-        kernel = function in interpreter.InterpretedFunction.rewritten_fn.values()
-        if kernel or function not in patched:
-            patched.add(function)
-            return patch(function)
-
-    return patch_once
 
 
 def quiet():

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Checker
 from .launch import accumulator, blocks, launch, wide
 
 
@@ -88,28 +87,9 @@ def _contiguous_slices(experts: Tensor) -> Tensor:
     return experts if experts.shape[0] == 0 or experts[0].is_contiguous() else experts.contiguous()
 
 
-def _check_lists(check: Checker, shared: list[Tensor], routed: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    n = len(routed)
-    check.value(n > 0, "routed", "hold at least one tensor", 0, "pass the FFN's tensors")
-    expected = f"have as many tensors as `routed` ({n})"
-    remedy = "pass each FFN tensor of both kinds of expert, in the same order"
-    check.value(len(shared) == n, "shared", expected, len(shared), remedy)
-    check.floating("routed", routed[0])
-    for name, tensors in (("shared", shared), ("routed", routed)):
-        words = f"hold tensors [{'S' if name == 'shared' else 'E'}, ...]"
-        for tensor in tensors:
-            check.value(tensor.dim() > 0, name, words, "a scalar", "stack the experts")
-    experts = shared[0].shape[0] + routed[0].shape[0]
-    check.value(experts > 0, "routed` and `shared", "hold at least one expert", 0, "stack the experts")
-    for s, r in zip(shared, routed, strict=True):
-        for name, tensor in (("shared", s), ("routed", r)):
-            check.device(name, tensor, routed[0], "routed[0]")
-            check.dtype(name, tensor, routed[0].dtype, "all tensors of one call share a dtype")
-        slice_shape = tuple(r.shape[1:])
-        check.shape("routed", r, (routed[0].shape[0], *slice_shape), "[E, ...]", "every tensor holds the same experts")
-        remedy = "a shared expert has the shape of a routed one"
-        check.shape("shared", s, (shared[0].shape[0], *slice_shape), "[S, ...]", remedy)
-    return [_contiguous_slices(t) for t in shared], [_contiguous_slices(t) for t in routed]
+def _slices(shared: list[Tensor], routed: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of tensors that kernels can read."""
+    return [(_contiguous_slices(s), _contiguous_slices(r)) for s, r in zip(shared, routed, strict=True)]
 
 
 def _sizes(shared: Tensor, routed: Tensor) -> tuple[int, ...]:
@@ -118,15 +98,8 @@ def _sizes(shared: Tensor, routed: Tensor) -> tuple[int, ...]:
 
 
 def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tensor) -> list[Tensor]:
-    check = Checker("merge_experts")
-    shared, routed = _check_lists(check, shared, routed)
-    like, experts = routed[0], shared[0].shape[0] + routed[0].shape[0]
-    check.device("coefficients", coefficients, like, "routed[0]")
-    remedy = "one row a tensor, shared experts first"
-    check.shape("coefficients", coefficients, (len(routed), experts), "[len(routed), S + E]", remedy)
-    check.dtype("coefficients", coefficients, accumulator(like), "coefficients stay in fp32 (fp64 for fp64 experts)")
     coefficients, merged = coefficients.contiguous(), []
-    for i, (s, r) in enumerate(zip(shared, routed, strict=True)):
+    for i, (s, r) in enumerate(_slices(shared, routed)):
         out, sizes = r.new_empty(r.shape[1:]), _sizes(s, r)
         each = _elements(r.dtype)
         launch(_merge, (blocks(sizes[0], each),), r, s, r, coefficients[i], out, *sizes, ACC=wide(r), ELEMENTS=each)
@@ -135,17 +108,10 @@ def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tens
 
 
 def merge_experts_dots(grads: list[Tensor], shared: list[Tensor], routed: list[Tensor]) -> Tensor:
-    check, remedy = Checker("merge_experts_dots"), "pass one gradient a merged tensor"
-    shared, routed = _check_lists(check, shared, routed)
     like, n = routed[0], len(routed)
-    check.value(len(grads) == n, "grads", f"have as many tensors as `routed` ({n})", len(grads), remedy)
-    for grad, r in zip(grads, routed, strict=True):
-        check.device("grads", grad, like, "routed[0]")
-        check.shape("grads", grad, tuple(r.shape[1:]), "a merged tensor's", remedy)
-        check.dtype("grads", grad, like.dtype, "all tensors of one call share a dtype")
     experts = shared[0].shape[0] + like.shape[0]
     dots = like.new_empty((n, experts), dtype=accumulator(like))
-    for i, (grad, s, r) in enumerate(zip(grads, shared, routed, strict=True)):
+    for i, (grad, (s, r)) in enumerate(zip(grads, _slices(shared, routed), strict=True)):
         sizes = _sizes(s, r)
         each = 2 * _elements(r.dtype)
         count = blocks(sizes[0], each)

@@ -22,7 +22,6 @@ from torch import Tensor
 from .activation import activation as activate
 from .activation import activation_backward
 from .bias_grad import bias_grad
-from .checks import ACTIVATIONS, Checker
 from .configurations import choose_fused
 from .expert_gemm import product, weight_grad
 from .groups import Rows, gathered
@@ -134,55 +133,6 @@ def _gate_grad(
             tl.store(grad_routed_weights + slot, total + tl.sum(products, 1), mask=exists)
 
 
-def _check(
-    check: Checker,
-    x: Tensor,
-    shared_weight: Tensor,
-    routed_weights: Tensor,
-    expert_indices: Tensor,
-    p: Experts,
-    activation: str,
-    glu: bool,
-) -> None:
-    """In the order and the words of csrc/moe_ffn.cpp."""
-    check.shape("x", x, (-1, -1), "[T, H]", "flatten batch and sequence into tokens first")
-    check.floating("x", x)
-    check.choice("activation", activation, ACTIVATIONS)
-    (tokens, hidden), source = x.shape, "take it from ummrm.ops.route"
-    check.shape("expert_indices", expert_indices, (tokens, -1), "[T, K]", source)
-    check.dtype("expert_indices", expert_indices, torch.int32, source)
-    check.device("expert_indices", expert_indices, x, "x")
-    top_k = expert_indices.shape[1]
-    check.at_least("expert_indices.shape[1]", top_k, 1)
-    up, remedy = "2*I or I", "the experts must take rows of x's width"
-    check.shape("routed_up", p.routed_up, (-1, -1, hidden), f"[E, {up}, H]", remedy)
-    pre_width, remedy = p.routed_up.shape[1], "shared and routed experts share a shape"
-    check.shape("shared_up", p.shared_up, (-1, pre_width, hidden), f"[S, {up}, H]", remedy)
-    expected, remedy = (
-        "have an even number of rows with glu=True (gate | up)",
-        "concatenate gate and up, or pass glu=False",
-    )
-    check.value(not glu or pre_width % 2 == 0, "routed_up", expected, pre_width, remedy)
-    width, shared, routed = pre_width // (2 if glu else 1), p.num_shared, p.num_experts
-    fit = "up is [n, 2*I, H] with glu=True (gate rows first) and [n, I, H] without, down [n, H, I]"
-    for name, tensor, shape, words in (
-        ("shared_up", p.shared_up, (shared, pre_width, hidden), f"[S, {up}, H]"),
-        ("routed_up", p.routed_up, (routed, pre_width, hidden), f"[E, {up}, H]"),
-        ("shared_down", p.shared_down, (shared, hidden, width), "[S, H, I]"),
-        ("routed_down", p.routed_down, (routed, hidden, width), "[E, H, I]"),
-        ("shared_up_bias", p.shared_up_bias, (shared, pre_width), f"[S, {up}]"),
-        ("routed_up_bias", p.routed_up_bias, (routed, pre_width), f"[E, {up}]"),
-        ("shared_down_bias", p.shared_down_bias, (shared, hidden), "[S, H]"),
-        ("routed_down_bias", p.routed_down_bias, (routed, hidden), "[E, H]"),
-    ):
-        if tensor is not None:
-            check.device(name, tensor, x, "x")
-            check.dtype(name, tensor, x.dtype, "give input and experts one dtype, or run under torch.autocast")
-            check.shape(name, tensor, shape, words, fit)
-    check.gate_weights("shared_weight", shared_weight, x, "x", (tokens,), "[T]")
-    check.gate_weights("routed_weights", routed_weights, x, "x", (tokens, top_k), "[T, K]")
-
-
 def _rows(tokens: Tensor, sorted_to_slot: Tensor, offsets: Tensor, top_k: int, fusion: Fusion) -> Rows:
     if fusion.gather:
         return gathered(tokens, sorted_to_slot, top_k)
@@ -227,10 +177,10 @@ def run_forward(
     need_pre_activation: bool,
     fusion: Fusion = FUSED,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """What moe_ffn_forward returns; without `need_pre_activation` that is None, and where fused never written."""
+    """What moe_ffn_forward returns, unchecked; without `need_pre_activation` that is None, and where fused never
+    written."""
     *parameters, activation, glu = rest
     p, (tokens, top_k) = Experts(*parameters), (x.shape[0], expert_indices.shape[-1])
-    _check(Checker("moe_ffn"), x, shared_weight, routed_weights, expert_indices, p, activation, glu)
     slot_to_sorted, sorted_to_slot, offsets = sort_slots(expert_indices, p.num_experts)
     rows = _rows(x.contiguous(), sorted_to_slot, offsets, top_k, fusion)
     pre_activation, act = up_side(rows, p, offsets, tokens, activation, glu, need_pre_activation, fusion)
@@ -295,13 +245,8 @@ def run_backward(
 ) -> list[Tensor]:
     """What moe_ffn_backward returns: a gradient for each of `need`, empty where it is False."""
     parameters, (pre_activation, slot_to_sorted, sorted_to_slot, offsets, activation, glu, need) = rest[:8], rest[8:]
-    p, check = Experts(*parameters), Checker("moe_ffn_backward")
-    _check(check, x, shared_weight, routed_weights, expert_indices, p, activation, glu)
-    (tokens, top_k), num_shared = expert_indices.shape, p.num_shared
-    count, source = num_shared * tokens + tokens * top_k, "pass what moe_ffn_forward returned"
-    check.shape("grad_out", grad_out, x.shape, "[T, H]", "pass the gradient of moe_ffn's result")
-    check.dtype("grad_out", grad_out, x.dtype, "pass the gradient of moe_ffn's result")
-    check.shape("pre_activation", pre_activation, (count, p.routed_up.shape[1]), "[S*T + T*K, 2*I or I]", source)
+    p, (tokens, top_k) = Experts(*parameters), expert_indices.shape
+    num_shared = p.num_shared
     names = "x", "shared_weight", "routed_weights", *Experts.__dataclass_fields__
     need, grads = dict(zip(names, need, strict=True)), dict.fromkeys(names)
     need_up = any(need[n] for n in ("x", "shared_up", "routed_up", "shared_up_bias", "routed_up_bias"))

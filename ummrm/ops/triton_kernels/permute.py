@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Checker
+from .checks import check_rows
 from .launch import accumulator, blocks, launch, tile, wide
 
 _COPY, _SUM = 4096, 2048  # elements of a program's tile
@@ -134,16 +134,8 @@ def _unpermute_backward(
 
 
 def permute(x: Tensor, sorted_to_slot: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
-    check = Checker("permute")
-    check.floating("x", x)
-    check.at_least("top_k", top_k, 1)
-    check.shape("x", x, (-1, -1), "[T, H]", "flatten batch and sequence into tokens first")
     width, slots = x.shape[1], x.shape[0] * top_k
-    check.slots("x", slots)
-    check.index("sorted_to_slot", sorted_to_slot, slots, "[T*K]", x, "x")
-    check.index("expert_offsets", expert_offsets, -1, "[E + 1]", x, "x")
-    check.offsets(expert_offsets, slots)
-    check.values("sorted_to_slot", sorted_to_slot, 0, slots, "take it from ummrm.ops.sort_slots")
+    check_rows("permute", "x", slots)
     out = x.new_empty(slots, width)
     rows, columns = tile(width, _COPY, x.dtype)
     launch(
@@ -163,38 +155,6 @@ def permute(x: Tensor, sorted_to_slot: Tensor, expert_offsets: Tensor, top_k: in
     return out
 
 
-def _check_unpermute(
-    check: Checker,
-    rows: Tensor,
-    slot_to_sorted: Tensor,
-    expert_offsets: Tensor,
-    shared_weight: Tensor | None,
-    routed_weights: Tensor | None,
-    num_shared: int,
-    top_k: int,
-) -> int:
-    """The number of tokens."""
-    check.floating("rows", rows)
-    check.at_least("top_k", top_k, 1)
-    check.at_least("num_shared_experts", num_shared, 0)
-    check.index("slot_to_sorted", slot_to_sorted, -1, "[T*K]", rows, "rows")
-    check.index("expert_offsets", expert_offsets, -1, "[E + 1]", rows, "rows")
-    slots = slot_to_sorted.numel()
-    check.slots("slot_to_sorted", slots)
-    tokens = slots // top_k
-    expected = f"have T * top_k entries, a multiple of {top_k}"
-    check.value(slots % top_k == 0, "slot_to_sorted", expected, slots, "pass the top_k that route used")
-    remedy = "put the shared experts' rows before the sorted rows"
-    check.shape("rows", rows, (num_shared * tokens + slots, -1), "[S*T + T*K, H]", remedy)
-    if shared_weight is not None:
-        check.gate_weights("shared_weight", shared_weight, rows, "rows", (tokens,), "[T]")
-    if routed_weights is not None:
-        check.gate_weights("routed_weights", routed_weights, rows, "rows", (tokens, top_k), "[T, K]")
-    check.offsets(expert_offsets, slots)
-    check.values("slot_to_sorted", slot_to_sorted, 0, slots, "take it from ummrm.ops.sort_slots")
-    return tokens
-
-
 def unpermute(
     rows: Tensor,
     slot_to_sorted: Tensor,
@@ -204,8 +164,8 @@ def unpermute(
     num_shared_experts: int,
     top_k: int,
 ) -> Tensor:
-    arguments = rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, num_shared_experts, top_k
-    tokens, width = _check_unpermute(Checker("unpermute"), *arguments), rows.shape[1]
+    check_rows("unpermute", "slot_to_sorted", slot_to_sorted.numel())
+    tokens, width = slot_to_sorted.numel() // top_k, rows.shape[1]
     if num_shared_experts == 0:
         shared_weight = None
     out = rows.new_empty(tokens, width)
@@ -241,12 +201,8 @@ def unpermute_backward(
     num_shared_experts: int,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check, remedy = Checker("unpermute_backward"), "pass the gradient of unpermute's result"
-    arguments = rows, slot_to_sorted, expert_offsets, shared_weight, routed_weights, num_shared_experts, top_k
-    tokens, width, acc = _check_unpermute(check, *arguments), rows.shape[1], accumulator(rows)
-    check.device("grad_out", grad_out, rows, "rows")
-    check.shape("grad_out", grad_out, (tokens, width), "[T, H]", remedy)
-    check.dtype("grad_out", grad_out, rows.dtype, remedy)
+    check_rows("unpermute_backward", "slot_to_sorted", slot_to_sorted.numel())
+    tokens, width, acc = slot_to_sorted.numel() // top_k, rows.shape[1], accumulator(rows)
     grad_rows = rows.new_empty(rows.shape)
     grad_shared = rows.new_empty(0 if shared_weight is None else tokens, dtype=acc)
     grad_routed = rows.new_empty(0 if routed_weights is None else (tokens, top_k), dtype=acc)

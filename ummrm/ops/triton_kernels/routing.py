@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import GATES, MAX_SLOTS, Checker
+from .checks import check_rows
 from .launch import accumulator, blocks, launch, power_of_2, wide
 
 _TILE = 1024  # elements of a program's tile of logits; a quarter of its table of slots by expert
@@ -27,7 +27,9 @@ def _softmax(logits, token, expert, live, num_experts, ACC: tl.constexpr):
     total = tl.sum(p, 1)
     nan = total != total  # from a NaN or +inf logit, or from -inf alone
     infinite = (largest == float("inf")) | (largest == float("-inf"))
-    return x, p / total[:, None], tl.where(infinite, largest, largest + tl.log(total)), nan
+    lse = tl.where(infinite, largest, largest + tl.log(total))
+    has_nan = tl.max((x != x).to(tl.int32), 1) > 0  # which the largest may hide behind an infinity
+    return x, p / total[:, None], tl.where(has_nan, float("nan"), lse), nan
 
 
 @triton.jit
@@ -272,33 +274,9 @@ def _sort_scatter(
     tl.store(sorted_to_slot + place, slot, mask=exists)
 
 
-def _check_logits(check: Checker, logits: Tensor, mask: Tensor | None, clean: Tensor | None, top_k: int) -> None:
-    check.shape("logits", logits, (-1, -1), "[T, E]", "flatten batch and sequence into tokens first")
-    check.floating("logits", logits)
-    tokens, experts = logits.shape
-    expected = f"be between 1 and the number of experts ({experts})"
-    check.value(1 <= top_k <= experts, "top_k", expected, top_k, "choose fewer experts per token")
-    came = f"T = {tokens} and top_k = {top_k}"
-    expected = "have T * top_k of at most 2^31 - 2^16"
-    check.value(tokens * top_k <= MAX_SLOTS, "logits", expected, came, "split the batch")
-    if mask is not None:
-        check.device("mask", mask, logits, "logits")
-        check.shape("mask", mask, (tokens,), "[T]", "give one entry a token")
-        check.dtype("mask", mask, torch.bool, "pass mask=mask.bool()")
-    if clean is not None:
-        check.device("clean_logits", clean, logits, "logits")
-        check.shape("clean_logits", clean, (tokens, experts), "[T, E]", "give it the shape of `logits`")
-        check.dtype("clean_logits", clean, logits.dtype, "give it the dtype of `logits`")
-
-
-def _fixed(check: Checker, gate: str, weight: float) -> float | None:
+def _fixed(gate: str, weight: float) -> float | None:
     """The shared weight of the fixed gate, or None for the other one; a constant of the kernels."""
-    check.choice("gate", gate, GATES)
-    if gate != "fixed":
-        return None
-    remedy = "it is the shared experts' share of the output"
-    check.value(0 <= weight <= 1, "fixed_shared_weight", "lie in [0, 1]", weight, remedy)
-    return float(weight)
+    return float(weight) if gate == "fixed" else None
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -319,9 +297,8 @@ def route(
     gate: str,
     fixed_shared_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check = Checker("route")
-    _check_logits(check, logits, mask, clean_logits, top_k)
-    fixed = _fixed(check, gate, fixed_shared_weight)
+    check_rows("route", "logits", logits.shape[0] * top_k)
+    fixed = _fixed(gate, fixed_shared_weight)
     logits, clean = logits.contiguous(), None if clean_logits is None else clean_logits.contiguous()
     (tokens, experts), acc, tile = logits.shape, accumulator(logits), _token_tile(logits)
     shared, routed = logits.new_empty(tokens, dtype=acc), logits.new_empty((tokens, top_k), dtype=acc)
@@ -359,28 +336,10 @@ def route_backward(
     gate: str,
     fixed_shared_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    check, source = Checker("route_backward"), "pass what route returned"
-    check.shape("expert_indices", expert_indices, (logits.shape[0], -1), "[T, K]", source)
-    top_k = expert_indices.shape[1]
-    _check_logits(check, logits, mask, clean_logits, top_k)
-    fixed = _fixed(check, gate, fixed_shared_weight)
-    (tokens, experts), acc = logits.shape, accumulator(logits)
-    grads = {
-        "grad_shared_weight": (grad_shared_weight, (tokens,), "[T]"),
-        "grad_routed_weights": (grad_routed_weights, (tokens, top_k), "[T, K]"),
-        "grad_mean_prob": (grad_mean_prob, (experts,), "[E]"),
-        "grad_mean_z": (grad_mean_z, (), "[]"),
-    }
-    for name, (grad, shape, words) in grads.items():
-        check.device(name, grad, logits, "logits")
-        check.shape(name, grad, shape, words, "pass the gradient of what route returned")
-        check.dtype(name, grad, acc, "pass the gradient of what route returned")
-    check.device("expert_indices", expert_indices, logits, "logits")
-    check.dtype("expert_indices", expert_indices, torch.int32, source)
-    check.device("tokens_per_expert", tokens_per_expert, logits, "logits")
-    check.shape("tokens_per_expert", tokens_per_expert, (experts,), "[E]", source)
-    check.dtype("tokens_per_expert", tokens_per_expert, torch.int32, source)
-    check.values("expert_indices", expert_indices, 0 if mask is None else -1, experts, source)
+    (tokens, experts), top_k = logits.shape, expert_indices.shape[1]
+    check_rows("route_backward", "logits", tokens * top_k)
+    fixed = _fixed(gate, fixed_shared_weight)
+    grads = grad_shared_weight, grad_routed_weights, grad_mean_prob, grad_mean_z
     logits, clean = logits.contiguous(), None if clean_logits is None else clean_logits.contiguous()
     grad_logits = torch.empty_like(logits)
     grad_clean = None if clean is None else torch.empty_like(clean)
@@ -389,7 +348,7 @@ def route_backward(
         _route_backward,
         (blocks(tokens, tile["TOKENS"]),),
         logits,
-        *(grad.contiguous() for grad, _, _ in grads.values()),
+        *(grad.contiguous() for grad in grads),
         logits,
         clean,
         _bytes(mask),
@@ -408,13 +367,8 @@ def route_backward(
 
 
 def sort_slots(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    check, slots = Checker("sort_slots"), expert_indices.numel()
-    check.at_least("num_experts", num_experts, 0)
-    check.dtype("expert_indices", expert_indices, torch.int32, "take it from ummrm.ops.route")
-    check.slots("expert_indices", slots)
-    check.values(
-        "expert_indices", expert_indices, -1, num_experts, "take it from ummrm.ops.route with that many experts"
-    )
+    slots = expert_indices.numel()
+    check_rows("sort_slots", "expert_indices", slots)
     indices = expert_indices.contiguous()
     groups = power_of_2(num_experts + 1)
     tile = {"SLOTS": max(4 * _TILE // groups, 1), "GROUPS": groups}
