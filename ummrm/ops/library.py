@@ -49,9 +49,19 @@ activation_names, onednn_product = _C.activation_names, _C.onednn_product
 checks = _C.checks  # each operator's argument checks alone, for backends that are not compiled
 
 
+_checking = False
+
+
 def check(enabled: bool) -> None:
-    """Whether index values are checked on devices where reading them waits for the device. CPU tensors always are."""
+    """Whether values are checked on devices where reading them waits for the device. CPU tensors always are."""
+    global _checking
     _C.check(enabled)
+    _checking = bool(enabled)
+
+
+def checking() -> bool:
+    """What `check` last said; for checks outside the extension."""
+    return _checking
 
 
 no_cuda_kernels: str | None = _record["no_cuda_kernels"]  # why the extension has none; None if it has
