@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 
 import torch
 import transformers.configuration_utils
 import transformers.modeling_utils
+import transformers.utils.logging
 from tiny_models import tiny_model
 
 import ummrm
@@ -68,13 +70,14 @@ def serve():
     Nothing here starts a thread before the fork.
     """
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()  # it has a thread, whose locks a child would wait for
     for line in sys.stdin:
         request = json.loads(line)
         model = kept_model(request.pop("seed"), request.pop("merged"))
+        assert threading.active_count() == 1
         receiver, sender = os.pipe()
         child = os.fork()
         if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
             os.write(sender, str(save_and_die(model, **request)).encode())
             os._exit(0)
         os.close(sender)
