@@ -21,7 +21,7 @@ class Forbidden(importlib.abc.MetaPathFinder):
 def blocked() -> list[str]:
     """Which of the ways into ummrm fail; all of them must."""
     found = []
-    for name in ("ummrm", "ummrm._C", "ummrm.modeling"):
+    for name in ("ummrm", "ummrm._C", "ummrm.hf"):
         try:
             __import__(name)
         except ModuleNotFoundError:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..tasks import Sequences
 
-_ENTRANCES = ["ummrm", "ummrm._C", "ummrm.modeling"]
+_ENTRANCES = ["ummrm", "ummrm._C", "ummrm.hf"]
 
 
 @dataclass(frozen=True)
