@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint_config import CheckpointTaskConfig
-from .checkpoints import GoldModel, Wording, autocast, load_columns, load_policy, load_wording
+from .checkpoints import GoldModel, PromptTemplate, autocast, load_columns, load_policy, load_prompt_template
 from .files import kept
 from .policy import PolicyModel, Rollout, sample
 from .tasks import PolicySamples, PreferencePairs, Sequences, Task
@@ -27,8 +27,8 @@ OnStep = Callable[[str, int, int], None]
 class Prompts:
     """Instructions that were given out, found again by the tokens that a sequence begins with."""
 
-    def __init__(self, wording: Wording) -> None:
-        self.wording = wording
+    def __init__(self, prompt_template: PromptTemplate) -> None:
+        self.prompt_template = prompt_template
         self._texts: dict[bytes, str] = {}
         self._lengths: set[int] = set()
 
@@ -60,7 +60,7 @@ class Prompts:
         """Instructions and answers as text."""
         texts, starts = self.find(sequences)
         rows = zip(sequences.tokens.tolist(), starts.tolist(), sequences.lengths.tolist(), strict=True)
-        return texts, self.wording.answer_texts([row[start:end] for row, start, end in rows])
+        return texts, self.prompt_template.answer_texts([row[start:end] for row, start, end in rows])
 
 
 class CheckpointSource:
@@ -84,8 +84,8 @@ class CheckpointSource:
     ) -> None:
         self.config, self.derive, self.device, self.folder = config, derive, device, folder
         self.on_step = on_step or (lambda stage, done, total: None)
-        self.wording = load_wording(config)
-        self.prompts = Prompts(self.wording)
+        self.prompt_template = load_prompt_template(config)
+        self.prompts = Prompts(self.prompt_template)
         self._policy: PolicyModel | None = None
         self._gold: GoldModel | None = None
         with autocast(config.dtype, device):
@@ -94,7 +94,7 @@ class CheckpointSource:
     def policy(self) -> PolicyModel:
         """The policy, the same object at every call."""
         if self._policy is None:
-            self._policy = load_policy(self.config, self.wording, self.device)
+            self._policy = load_policy(self.config, self.prompt_template, self.device)
         return self._policy
 
     def gold(self, sequences: Sequences) -> torch.Tensor:
@@ -109,14 +109,14 @@ class CheckpointSource:
 
     def prompt_texts(self) -> list[str]:
         """The task's prompts as the policy reads them."""
-        return [self.wording.text(instruction) for instruction in self.prompts.find(self.task.prompts)[0]]
+        return [self.prompt_template.text(instruction) for instruction in self.prompts.find(self.task.prompts)[0]]
 
     # ---- the task ----------------------------------------------------------------------------------------------
 
     def _task(self) -> Task:
-        config, wording = self.config, self.wording
+        config, prompt_template = self.config, self.prompt_template
         wanted = config.policy_prompts + (0 if config.pairs else config.train_pairs + config.test_pairs)
-        pad = wording.tokenizer.pad_token_id
+        pad = prompt_template.tokenizer.pad_token_id
         prompts = Sequences.from_lists(self._prompts(wanted), pad)
         ours = prompts.select(slice(0, config.policy_prompts))
         made = self._kept(lambda: self._make(prompts))
@@ -136,13 +136,13 @@ class CheckpointSource:
             test=test,
             shifted=shifted,
             policy=samples,
-            vocab_size=len(wording.tokenizer),
+            vocab_size=len(prompt_template.tokenizer),
             pad_token_id=pad,
             shortcut_name="tokens",
             facts=data_facts({"train": train, "test": test, "shifted": shifted}),
             gold=self.gold,
             prompts=ours,
-            end_token_id=wording.tokenizer.eos_token_id,
+            end_token_id=prompt_template.tokenizer.eos_token_id,
             regime_of=lambda sequences: torch.zeros(len(sequences), dtype=torch.int64),
             regimes=("all",),
             shortcut_of=self.length_of,
@@ -157,7 +157,7 @@ class CheckpointSource:
         texts = [text for text in dict.fromkeys(texts) if text]
         generator = torch.Generator().manual_seed(self.derive("prompts"))
         order = torch.randperm(len(texts), generator=generator).tolist()
-        tokens = self.wording.tokens(texts)
+        tokens = self.prompt_template.tokens(texts)
         fitting = [i for i in order if 0 < len(tokens[i]) <= config.max_prompt_tokens]
         if len(fitting) < count:
             raise ValueError(
@@ -191,7 +191,7 @@ class CheckpointSource:
 
     def _data_pairs(self) -> tuple[Sequences, Sequences, torch.Tensor]:
         """The data set's pairs in random order as many as are needed, each preferred answer first."""
-        config, wording = self.config, self.wording
+        config, prompt_template = self.config, self.prompt_template
         columns = (config.pairs.prompt, config.pairs.chosen, config.pairs.rejected)
         rows = list(zip(*load_columns("task.pairs", config.pairs, columns), strict=True))
         generator = torch.Generator().manual_seed(self.derive("pairs"))
@@ -199,8 +199,8 @@ class CheckpointSource:
         wanted = config.train_pairs + config.test_pairs
         for i in torch.randperm(len(rows), generator=generator).tolist():
             instruction = rows[i][0]
-            (start,) = wording.tokens([instruction])
-            answers = wording.answer_tokens([_answer(answer) for answer in rows[i][1:]])
+            (start,) = prompt_template.tokens([instruction])
+            answers = prompt_template.answer_tokens([_answer(answer) for answer in rows[i][1:]])
             longest = max(map(len, answers))
             if len(start) > config.max_prompt_tokens or longest > config.max_answer_tokens or answers[0] == answers[1]:
                 continue
@@ -208,7 +208,7 @@ class CheckpointSource:
             for side, answer in zip(sides, answers, strict=True):
                 side.append([*start, *answer])
             if len(sides[0]) == wanted:
-                pad = wording.tokenizer.pad_token_id
+                pad = prompt_template.tokenizer.pad_token_id
                 first, second = (Sequences.from_lists(side, pad) for side in sides)
                 return first, second, torch.ones(wanted, dtype=torch.float64)
         raise ValueError(
@@ -255,7 +255,7 @@ class CheckpointSource:
         def flat() -> dict:
             return {k: (v.tokens, v.lengths) if isinstance(v, Sequences) else v for k, v in make().items()}
 
-        pad = self.wording.tokenizer.pad_token_id
+        pad = self.prompt_template.tokenizer.pad_token_id
         return {k: Sequences(*v, pad) if isinstance(v, tuple) else v for k, v in kept(path, flat).items()}
 
 

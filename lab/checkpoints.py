@@ -38,7 +38,7 @@ def autocast(dtype: str, device: str) -> contextlib.AbstractContextManager:
 
 
 @dataclass
-class Wording:
+class PromptTemplate:
     """How a policy reads instructions.
 
     Attributes:
@@ -73,7 +73,7 @@ class Wording:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def load_wording(config: CheckpointTaskConfig) -> Wording:
+def load_prompt_template(config: CheckpointTaskConfig) -> PromptTemplate:
     """The policy's tokenizer, ready for prompts.
 
     Raises:
@@ -94,10 +94,10 @@ def load_wording(config: CheckpointTaskConfig) -> Wording:
             f"{config.policy} has no chat template, so that `task.template` must say what it reads: a text with "
             f"{PROMPT}."
         )
-    return Wording(tokenizer, config.template)
+    return PromptTemplate(tokenizer, config.template)
 
 
-def load_policy(config: CheckpointTaskConfig, wording: Wording, device: str) -> PolicyModel:
+def load_policy(config: CheckpointTaskConfig, prompt_template: PromptTemplate, device: str) -> PolicyModel:
     """The policy in eval mode, fp32; it may say every token of its tokenizer but padding.
 
     Raises:
@@ -109,7 +109,7 @@ def load_policy(config: CheckpointTaskConfig, wording: Wording, device: str) -> 
         lambda: AutoModelForCausalLM.from_pretrained(config.policy, dtype=torch.float32),
     )
     check_positions("task.policy", network, config)
-    tokenizer, end = wording.tokenizer, wording.tokenizer.eos_token_id
+    tokenizer, end = prompt_template.tokenizer, prompt_template.tokenizer.eos_token_id
     # at temperature 1 from the whole distribution, ending in one token: not what the checkpoint would rather do
     network.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     network.config.pad_token_id = tokenizer.pad_token_id
@@ -130,10 +130,12 @@ def check_positions(where: str, model: PreTrainedModel, config: CheckpointTaskCo
         )
 
 
-def check_reward_model(model: PreTrainedModel, name: str, wording: Wording, config: CheckpointTaskConfig) -> None:
+def check_reward_model(
+    model: PreTrainedModel, name: str, prompt_template: PromptTemplate, config: CheckpointTaskConfig
+) -> None:
     """Raises ValueError unless a reward model can read the policy's tokens."""
     tokenizer = _tokenizer("model.folder", name)
-    ours, theirs = wording.tokenizer.get_vocab(), tokenizer.get_vocab()
+    ours, theirs = prompt_template.tokenizer.get_vocab(), tokenizer.get_vocab()
     different = [token for token, index in ours.items() if theirs.get(token) != index]
     if different:
         raise ValueError(
@@ -142,9 +144,9 @@ def check_reward_model(model: PreTrainedModel, name: str, wording: Wording, conf
             "checkpoints of one family."
         )
     embeddings = model.get_input_embeddings().num_embeddings
-    if embeddings < len(wording.tokenizer):
+    if embeddings < len(prompt_template.tokenizer):
         raise ValueError(
-            f"`model.folder` must embed all {len(wording.tokenizer)} tokens of {config.policy}, and {name} has "
+            f"`model.folder` must embed all {len(prompt_template.tokenizer)} tokens of {config.policy}, and {name} has "
             f"{embeddings}; take two checkpoints of one family."
         )
     check_positions("model.folder", model, config)

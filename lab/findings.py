@@ -18,7 +18,7 @@ _OPENING = re.compile(r"<!-- table ")
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """`text` with all its tables made anew.
+    """`text` with all its tables made again.
 
     Raises:
         ValueError: a table has no `<!-- end -->`, or asks for what there is not.

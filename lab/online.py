@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoints import Wording
+from .checkpoints import PromptTemplate
 from .kl import divergence
 from .policy import PolicyModel, Scorer, sample
 from .reading import require
@@ -105,7 +105,7 @@ def run_online(
     gold: Scorer,
     config: OnlineConfig,
     seed: int,
-    wording: Wording,
+    prompt_template: PromptTemplate,
     computing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     measures: Mapping[str, Scorer] | None = None,
     on_step: Callable[[OnlineRecord], None] | None = None,
@@ -116,12 +116,12 @@ def run_online(
         optimiser: `"rloo"` or `"grpo"`.
         policy: the start and the reference, left as it is; loaded by name, since TRL loads its reference so.
         prompts: what is answered.
-        texts: the same as text, which `wording`'s tokenizer turns into the same tokens.
+        texts: the same as text, which `prompt_template`'s tokenizer turns into the same tokens.
         scorer: the reward that is maximised, normalised by the caller.
         gold: the reward that is only watched.
         config: the settings.
         seed: of everything that is drawn.
-        wording: the policy's tokenizer.
+        prompt_template: the policy's tokenizer.
         computing: the context of forwards outside TRL; under one of bf16, TRL's are in bf16 too.
         measures: further things to watch.
         on_step: called with each record.
@@ -202,7 +202,7 @@ def run_online(
                 dataloader_pin_memory=False,
             ),
             train_dataset=Dataset.from_dict({"prompt": list(texts)}),
-            processing_class=wording.tokenizer,
+            processing_class=prompt_template.tokenizer,
             callbacks=[Measure()],
         )
         trainer.remove_callback(PrinterCallback)

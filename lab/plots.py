@@ -243,7 +243,7 @@ def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
         axis.set_ylim(bottom=0)
         axis.set_ylabel("share")
     legend_below(figure, axes[0, 0], columns=4)
-    figure.suptitle("Gate usage and merge weights (dotted: all equal)", fontsize=11)
+    figure.suptitle("Routing statistics and merge weights (dotted: all equal)", fontsize=11)
     return figure
 
 

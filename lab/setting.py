@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint_config import CheckpointTaskConfig
 from .checkpoint_task import CheckpointSource
-from .checkpoints import Wording, autocast, check_reward_model
+from .checkpoints import PromptTemplate, autocast, check_reward_model
 from .config import StudyConfig
 from .demo.stages import build_dense, model_folder
 from .policy import PolicyModel, train_policy
@@ -29,11 +29,11 @@ class Setting(ABC):
 
     Attributes:
         task: its task.
-        wording: how its policy reads text; None where there is no text.
+        prompt_template: how its policy reads text; None where there is no text.
     """
 
     task: Task
-    wording: Wording | None = None
+    prompt_template: PromptTemplate | None = None
 
     @abstractmethod
     def dense(self, seed: int) -> PreTrainedModel:
@@ -83,7 +83,7 @@ class CheckpointSetting(Setting):
     ) -> None:
         self.study, self.config = study, study.regimes[regime].task
         self._source = CheckpointSource(self.config, derive, study.device, folder, on_step)
-        self.task, self.wording = self._source.task, self._source.wording
+        self.task, self.prompt_template = self._source.task, self._source.prompt_template
 
     def dense(self, seed: int) -> PreTrainedModel:
         name = model_folder(self.study.model)
@@ -94,7 +94,7 @@ class CheckpointSetting(Setting):
                 "`model.folder` must be a folder or a Hugging Face hub name that this machine can reach, and "
                 f"{name!r} could not be loaded: {str(error).partition(chr(10))[0]}"
             ) from error
-        check_reward_model(model, name, self.wording, self.config)
+        check_reward_model(model, name, self.prompt_template, self.config)
         model.config.pad_token_id = self.task.pad_token_id  # by which it finds an answer's last token
         return model
 

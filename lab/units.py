@@ -161,7 +161,7 @@ class UnitRunner:
             self.task.gold,
             config,
             self.arms.derive(unit.optimiser),
-            setting.wording,
+            setting.prompt_template,
             setting.computing,
             measures={"shortcut": self.task.shortcut_of},
             on_step=lambda record: self.arms.on_step(

@@ -1,4 +1,4 @@
-"""PNG plots of a recipe's results: training curves, gate usage, merge weights, best-of-n.
+"""PNG plots of a recipe's results: training curves, routing statistics, merge weights, best-of-n.
 
 Reads results, changes none; figures are made without pyplot, so that a caller's own plotting state is left alone.
 """
@@ -110,7 +110,7 @@ def gate_usage(result: RecipeResult) -> Figure:
     right.set(title="Shared experts", xlabel="mean gate weight", xlim=(0, 1), yticks=positions, yticklabels=layers)
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
-    figure.suptitle(f"{result.config.name}: gate usage on held-out tokens", fontsize=11)
+    figure.suptitle(f"{result.config.name}: routing statistics on held-out tokens", fontsize=11)
     return figure
 
 

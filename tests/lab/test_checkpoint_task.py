@@ -197,7 +197,7 @@ def test_trl_maximises_the_reward_of_whole_answers_at_the_exact_kl(optimiser, ru
             measure_samples=256,
         ),
         0,
-        setting.wording,
+        setting.prompt_template,
     )
     assert [record.step for record in records] == [0, 5, 8]
     assert records[-1].reward > records[0].reward + 0.2

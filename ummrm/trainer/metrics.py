@@ -38,8 +38,8 @@ class RoutingMetrics:
     def flush(self, per_layer: bool) -> dict[str, float]:
         """Means since the last flush, over layers and, if asked for, of each layer; empty if there was no batch.
 
-        `max_expert_share` is the busiest expert's share of the slots (1/E when balanced), `expert_entropy` the entropy
-        of the shares divided by log E (1 when balanced, and for one expert).
+        `max_expert_share` is the largest share of the slots that one expert gets (1/E when balanced), `expert_entropy`
+        the entropy of the shares divided by log E (1 when balanced, and for one expert).
         """
         layers = {}
         for ordinal, (name, sums) in enumerate(zip(self._sums, read_all(list(self._sums.values())), strict=True)):

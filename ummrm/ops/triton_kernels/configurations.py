@@ -208,7 +208,7 @@ def read_tuned(path: Path = TUNED) -> dict[str, Configuration | None]:
 
 
 def write_tuned(chosen: dict[str, Configuration | None], path: Path = TUNED) -> None:
-    """Whole or not at all: a reader at the same time sees the old file or the new one."""
+    """Atomic: a reader at the same time sees the old file or the new one."""
     fields = {name: None if c is None else asdict(c) for name, c in sorted(chosen.items())}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
         part = Path(file.name)
