@@ -31,7 +31,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # -P, which Python 3.10 lacks: the checkout itself stays off sys.path, so that what is tested is what was installed
-RUN = $(BIN)/python $(shell $(PYTHON) -c "import sys; print('-P' if sys.version_info >= (3, 11) else '')")
+RUN = $(BIN)/python $(shell $(BIN)/python -c "import sys; print('-P' if sys.version_info >= (3, 11) else '')")
 # the laboratory is no part of what is installed
 LAB := $(BIN)/python -m lab
 
@@ -114,7 +114,7 @@ test-python: $(VENV)/.test
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal --timeout 600 $(PYTEST_ARGS)
 
 test-full: test
-	$(RUN) -m nox -f tools/noxfile.py $(addprefix -s ,$(SESSION))
+	$(RUN) -m nox -f tools/noxfile.py $(if $(SESSION),-s $(SESSION))
 
 bench: $(VENV)/.ummrm
 	$(PIP) install -e ".[bench]" --no-build-isolation

@@ -48,11 +48,13 @@ def digest(value: Any) -> str:
             take([str(part.dtype), list(part.shape)])
             found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(part, Mapping):
+            found.update(b"{")
             for name in sorted(part):
                 take(name)
                 take(part[name])
             found.update(b"}")
         elif isinstance(part, list | tuple):
+            found.update(b"[")
             for one in part:
                 take(one)
             found.update(b"]")

@@ -13,7 +13,7 @@ from lab import run_study
 from lab.arms import Arms
 from lab.cli import main
 from lab.demo import load_recipe, run_recipe
-from lab.files import atomic, write_atomically
+from lab.files import atomic, digest, write_atomically
 from lab.store import UnitStore
 from lab.units import Unit
 
@@ -200,3 +200,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         beside.write_text("new")
         raise RuntimeError
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_digests_tell_structures_apart():
+    values = [[[], []], [[[]]], [[1]], [1, []], {"a": [1]}, {"a": {"1": []}}, {"a": 1}, [1], "1", 1]
+    assert len({digest(value) for value in values}) == len(values)

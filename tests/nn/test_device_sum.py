@@ -19,3 +19,6 @@ def test_small_numbers_count_after_large_ones(dtype, monkeypatch):
     assert read_all([empty, total, total]) == [[], expected, expected]
     assert total.value().dtype == dtype and total.value().tolist() == pytest.approx(expected, rel=2e-7)
     assert first.tolist()[0] == 2.0**24 and empty.value() is None
+    total.add(torch.tensor([torch.inf, 0.0, 0.0]))
+    total.add(torch.ones(3))
+    assert total.read()[0] == torch.inf

@@ -177,6 +177,14 @@ def test_a_fixed_lambda_is_not_mistaken_for_a_learned_one():
             target.load_state_dict(source.state_dict())
 
 
+def assigned(network, dtype):
+    """Loads by assigning a lambda of `dtype`, and then sets it to 0.9, which `dtype` may not hold."""
+    state = {k: v.to(dtype) if "umm_merge_share" in k else v for k, v in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    network.ffns[1]._share[0].share.fill_(0.9)
+    return network
+
+
 CARRIERS = {
     "half": lambda n: n.half(),
     "bfloat16": lambda n: n.bfloat16(),
@@ -184,6 +192,7 @@ CARRIERS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda n: pickle.loads(pickle.dumps(n)),
     "to_empty": lambda n: n.to_empty(device="cpu"),
+    "bfloat16 assigned": lambda n: assigned(n, torch.bfloat16),
     "meta and to_empty": lambda n: n.to("meta").to_empty(device="cpu"),
 }
 

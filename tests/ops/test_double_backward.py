@@ -33,6 +33,20 @@ def flat(function, arguments):
     return of_tensors, [leaves[i] for i in at]
 
 
+def test_what_was_frozen_since_the_forward_is_no_part_of_the_penalty():
+    """As plain torch has it: the usual way to hold a critic still."""
+    arguments = moe_inputs(T, H, INTERMEDIATE, E, K, S, dtype=torch.float64)
+    x, out = arguments["x"], ops.moe_ffn(**arguments).square().sum()
+    (wanted,) = torch.autograd.grad(out, x, retain_graph=True)
+    for argument in arguments.values():
+        if argument is not x:
+            argument.requires_grad_(False)
+    (found,) = torch.autograd.grad(out, x, create_graph=True)
+    torch.testing.assert_close(found, wanted)
+    (again,) = torch.autograd.grad(found.square().sum(), x)
+    assert again.isfinite().all() and again.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradgradcheck(backend, name):
     """Every second derivative, in fp64: each input with each other, and with the incoming gradient."""

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from ummrm import ops
 
@@ -117,17 +118,32 @@ def on_meta(value):
     return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
 
 
+def recorded(value):
+    """A tensor, or a list of them, as a leaf that requires a gradient, where it can."""
+    if isinstance(value, list):
+        return [recorded(v) for v in value]
+    return value.detach().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 def assert_refused(name, good, override, error, *arguments):
     """`ops.<name>` with `override` over good arguments raises `error`, naming an argument, expectation and value.
 
-    Where two arguments disagree either may be named: give both. Meta tensors are refused alike, but for what is wrong
-    in an index's value.
+    Where two arguments disagree either may be named: give both. Refused alike, but for what is wrong in an index's
+    value, are meta tensors, tensors that autograd records, and all of them under a transform.
     """
     op = getattr(ops, name)
     op(**good)
     with pytest.raises(error) as caught:
         op(**(good | override))
     messages = [str(caught.value)]
+    if error is not IndexError:
+        with pytest.raises(error) as caught:
+            op(**{n: recorded(v) for n, v in (good | override).items()})
+        messages.append(str(caught.value))
+    if error is not IndexError and name != "sort_slots":
+        with forward_ad.dual_level(), pytest.raises(error) as caught:
+            op(**(good | override))
+        messages.append(str(caught.value))
     if error is not IndexError and not any(getattr(v, "is_meta", False) for v in override.values()):
         op(**{n: on_meta(v) for n, v in good.items()})
         with pytest.raises(error) as caught:

@@ -35,7 +35,8 @@ class DeviceSum:
         self._sum = before + values
         if self._lost is not None:
             added = self._sum - before
-            self._lost = self._lost + (before - (self._sum - added)) + (values - added)
+            lost = (before - (self._sum - added)) + (values - added)
+            self._lost = self._lost + torch.where(self._sum.isfinite(), lost, 0)  # infinity minus itself is NaN
 
     def value(self) -> torch.Tensor | None:
         """The sum [n], still on its device; None if nothing was added."""

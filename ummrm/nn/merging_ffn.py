@@ -92,6 +92,8 @@ class MergeShare(nn.Module):
             errors.append(f"`{prefix}share`, a fixed lambda, must be a number in [0, 1], got {share.item()}.")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
+        if not self.config.learn_shared_share:
+            self.share = self.share.float()  # which assigning, in place of copying, leaves in the loaded dtype
 
     def extra_repr(self) -> str:
         return f"{self.shared_share()}, learned={self.config.learn_shared_share}"

@@ -17,9 +17,18 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import reference
+from .fakes import FAKES
 from .reference import accumulator
 
 ops = torch.ops.ummrm
+
+
+def _own(argument: Any, needed: bool) -> Any:
+    if isinstance(argument, Tensor) and argument.requires_grad:
+        return argument.view_as(argument)
+    if needed:  # frozen since the forward, as a critic is for a penalty: the gradient is not one of it
+        return argument.detach().requires_grad_()
+    return argument
 
 
 def _by_reference(function: Callable, args: Sequence, grads: Sequence, need: Sequence[bool]) -> tuple:
@@ -30,7 +39,7 @@ def _by_reference(function: Callable, args: Sequence, grads: Sequence, need: Seq
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        args = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in args]
+        args = [_own(a, n) for a, n in zip(args, need, strict=True)]
         out = function(*args)
         all_pairs = zip(out if isinstance(out, (list, tuple)) else (out,), grads, strict=True)
         pairs = [(o, g) for o, g in all_pairs if o.requires_grad]  # none, where the only expert that learns has no rows
@@ -248,6 +257,7 @@ class _MergedFfn(Function):
 
 def _recorded_merge_ffn(_, coefficients, *experts_and_glu):
     """Made of merge_experts, whose node it records: with the bits of the operator, which is made of it too."""
+    FAKES["merge_ffn"](coefficients, *experts_and_glu)  # for its checks
     return reference.merge_ffn_by(ops.merge_experts, coefficients, experts_and_glu[:-1])
 
 
@@ -261,18 +271,23 @@ def _register(
     """Puts `name` on the Autograd key: `composite` under a transform, `function` when recording, else the kernel alone.
 
     vmap meets an operator before autograd does, and its own fallback knows no tensor lists: it gets `composite` too.
+    Kernels check their arguments; before a composite the operator's fake does.
     """
     op = getattr(ops, name)
 
+    def composed(*args):
+        FAKES[name](*args)
+        return composite(*args)
+
     def kernel(*args):
         if _transforming():
-            return composite(*args)
+            return composed(*args)
         if _recording(*args):
             return apply(function, *args)
         return _below(op, *args)
 
     library.impl(name, kernel, "Autograd")
-    library.impl(name, composite, "FuncTorchBatched")
+    library.impl(name, composed, "FuncTorchBatched")
 
 
 def composite_route(logits, mask, clean_logits, top_k, gate, fixed_shared_weight):

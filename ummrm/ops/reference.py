@@ -441,6 +441,7 @@ def merged_ffn(
     experts = shared_up, routed_up, shared_down, routed_down, *biases
     merged = [t.to(x.dtype) for t in merge_ffn_by(merge_experts, coefficients, experts)]
     up, down = merged[:2]
-    up_bias = None if routed_up_bias is None else merged[2]
-    down_bias = None if routed_down_bias is None else merged[-1]
+    biases_of = iter(merged[2:])
+    up_bias = None if routed_up_bias is None or shared_up_bias is None else next(biases_of)
+    down_bias = None if routed_down_bias is None or shared_down_bias is None else next(biases_of)
     return _dense_ffn(x, up, down, up_bias, down_bias, activation, glu)

@@ -136,7 +136,8 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self._network.training else "eval"
+        # the summary of training comes in eval mode where the last step was evaluated
+        mode = "train" if self._network.training or "train_runtime" in logs else "eval"
         extra = self._spread[mode].flush(self._sum_over_processes) | self._phase_metrics(mode)
         if mode == "eval":
             # TRL calls every evaluation set's metrics eval_accuracy, ..., so that of several sets the last one wins.
