@@ -99,8 +99,8 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     bars = Progress(
-        TextColumn("{task.description:<22}"),  # short, so that 80 columns leave room for the bar
-        BarColumn(bar_width=16),
+        TextColumn("{task.description:<20}"),  # short, so that 80 columns leave room for all
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -260,7 +260,7 @@ class _Run:
         sequences = self.task.test.chosen.select(slice(0, evaluation.gate_pairs))
         with self.timed("reload"), self.bar("reload without ummrm", 1) as advance:
             found = reload_without_ummrm(merged, self.output / "merged", sequences, evaluation.batch_size)
-            advance(1, found.model_class.rpartition(".")[2])
+            advance(1, "scored")
         self.result.reload = found
         name = "scores of the exported model reloaded without ummrm, largest difference"
         self.check(name, found.difference, f"at most {limit:g}", found.difference <= limit)
