@@ -185,9 +185,9 @@ def _routed_shares(ffns: dict[str, UpcycledFFN], statistics: RoutingStatistics |
     remedy = "measure it first: `with record_routing_statistics(moe) as statistics: ...forwards...`."
     if statistics is None:
         raise ValueError(f'`statistics` must be given for alpha_init="routing", got None; {remedy}')
-    shares = statistics.gate_shares
+    shares, tokens = statistics.gate_shares, statistics.tokens
     for name, ffn in ffns.items():
-        if name not in shares or shares[name].numel() != ffn.config.num_experts or statistics.tokens[name] == 0:
+        if name not in shares or shares[name].numel() != ffn.config.num_experts or tokens[name] == 0:
             raise ValueError(
                 "`statistics` must have been recorded on this network with live tokens; it has none for "
                 f"{name}; {remedy}"

@@ -146,6 +146,8 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool, complete: b
             for key in ours.keys() & theirs.keys():
                 ours[key] = take(theirs[key])
         module.training = origin.training
+        if isinstance(module, nn.Dropout) and isinstance(origin, nn.Dropout):
+            module.p = origin.p  # which a user may have changed since the configuration was read
     if getattr(source, "generation_config", None) is not None:
         target.generation_config = copy_module.deepcopy(source.generation_config)
     leftover = [n for n, t in [*target.named_parameters(), *target.named_buffers()] if t.is_meta]

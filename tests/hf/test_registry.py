@@ -11,13 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODEL_TYPES, VOCABULARY, padded_batch, perturb_experts, tiny_model
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizerFast,
+)
 
 import ummrm
 from ummrm import Family, FFNPaths, MergeConfig, UpcycleConfig
 from ummrm.hf import configuration, modeling, registry
 from ummrm.hf.families import FAMILIES, known_family
 from ummrm.hf.registry import stock_config, umm_config_class, upcycled_config
+from ummrm.hf.saving import copy_companions
 from ummrm.version import __version__
 
 CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2)
@@ -268,3 +275,34 @@ def test_the_stock_tensor_parallel_plan_loses_only_the_dense_projections():
     plan = config.base_model_tp_plan
     assert "layers.*.self_attn.q_proj" in plan and not any(".mlp." in name for name in plan)
     assert "layers.*.mlp.up_proj" in CONFIG_MAPPING["llama"].base_model_tp_plan
+
+
+@pytest.mark.parametrize("kind", ["vocab.txt", "tokenizer.json"])
+def test_a_tokenizer_that_names_no_class_is_the_dense_models(tmp_path, kind):
+    """AutoTokenizer then goes by the model_type, which is another one for an upcycled folder."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    model = tiny_model("bert")
+    model.save_pretrained(dense)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]))
+    if kind == "tokenizer.json":
+        BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(dense)
+    else:
+        (dense / "vocab.txt").write_text((tmp_path / "vocab.txt").read_text())
+    (dense / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    ummrm.upcycle(model, UpcycleConfig()).save_pretrained(moe)
+    copy_companions(dense, moe)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (moe, dense))
+    assert type(ours) is type(theirs) and ours.pad_token == theirs.pad_token == "[PAD]"
+    assert dict(ours("Hello world")) == dict(theirs("Hello world"))
+
+
+def test_threads_that_need_a_family_at_once_get_the_same_class():
+    script = (
+        "import sys, threading\nimport ummrm\nfrom ummrm.hf.registry import umm_config_class\n"
+        "sys.setswitchinterval(1e-6)\nfound, start = [], threading.Barrier(4)\n"
+        "def ask():\n    start.wait()\n    found.append(umm_config_class('qwen2'))\n"
+        "threads = [threading.Thread(target=ask) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\nassert len(found) == 4 and len(set(found)) == 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -236,3 +236,12 @@ def test_a_gradient_penalty_is_the_dense_models():
     want = penalty(dense)
     for got, expected in zip(penalty(ummrm.upcycle(dense, CONFIG)), want, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_dropout_that_the_user_switched_off_stays_off():
+    dense = tiny_model("bert")
+    for module in dense.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    moe = ummrm.upcycle(dense, UpcycleConfig(), copy=True)
+    assert {m.p for m in moe.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}

@@ -85,12 +85,13 @@ def measure_rewards(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
     Raises:
         ValueError: fewer than two rewards, all rewards equal, or one not finite.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}  # a user may keep a part in eval mode
     model.eval()
     try:
-        rewards = torch.cat([score(model, batch).double().cpu() for batch in batches] or [torch.empty(0).double()])
+        rewards = torch.cat([score(model, batch).cpu().double() for batch in batches] or [torch.empty(0).double()])
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return of_rewards(rewards)
 
 
@@ -156,10 +157,10 @@ def fold_reward_normalization(model: PreTrainedModel) -> RewardNormalization | N
     if normalization is None:
         raise ValueError("`model` must have a reward normalisation to fold; see ummrm.set_reward_normalization.")
     head = _head(model)
-    head.weight.copy_(head.weight.double() / normalization.std)
+    head.weight.copy_(head.weight.cpu().double() / normalization.std)
     left = None
     if head.bias is not None:
-        head.bias.copy_((head.bias.double() - normalization.mean) / normalization.std)
+        head.bias.copy_((head.bias.cpu().double() - normalization.mean) / normalization.std)
     elif normalization.mean != 0:
         left = RewardNormalization(normalization.mean / normalization.std, 1.0)
     set_reward_normalization(model, left)

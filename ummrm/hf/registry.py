@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from .merge_share import SHARE_NAME
 from .modeling import UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
 
+_DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
 _MODEL_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -40,13 +42,14 @@ def umm_config_class(model_type: str) -> type[PreTrainedConfig]:
     Raises:
         ValueError: transformers does not know it, has no AutoModel for it, or can't import it.
     """
-    if model_type not in _CONFIG_CLASSES:
-        config_class, backbone, heads = _stock(model_type)
-        own_name = config_class.model_type  # transformers has second names for some
-        if own_name not in _CONFIG_CLASSES:
-            _define(own_name, config_class, backbone, heads)
-        _CONFIG_CLASSES[model_type] = _CONFIG_CLASSES[own_name]
-    return _CONFIG_CLASSES[model_type]
+    with _DEFINING:
+        if model_type not in _CONFIG_CLASSES:
+            config_class, backbone, heads = _stock(model_type)
+            own_name = config_class.model_type  # transformers has second names for some
+            if own_name not in _CONFIG_CLASSES:
+                _define(own_name, config_class, backbone, heads)
+            _CONFIG_CLASSES[model_type] = _CONFIG_CLASSES[own_name]
+        return _CONFIG_CLASSES[model_type]
 
 
 def umm_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -203,6 +206,12 @@ def _define(
     for auto_class, models in heads.items():
         for stock_class in models:
             auto_class.register(config_class, classes[stock_class], exist_ok=True)
+    # a folder whose tokenizer names no class gets the one of its model_type
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING  # not before it is needed
+
+    tokenizer = TOKENIZER_MAPPING.get(stock, None)
+    if tokenizer is not None:
+        TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
 
 
 def _model_class(

@@ -189,7 +189,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             batch = self._prepare_inputs(batch)
             batch.pop("margin", None)
             pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
-            rewards.append(self.accelerator.gather_for_metrics(pairs).double().cpu().flatten())
+            rewards.append(self.accelerator.gather_for_metrics(pairs).cpu().double().flatten())
         model.train(training)
         normalization = of_rewards(torch.cat(rewards))
         set_reward_normalization(self._network, normalization)
