@@ -150,6 +150,11 @@ def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConf
         raise FileNotFoundError(f"the checkpoint must be a folder or a hub name, got {name}: {what}.")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise FileNotFoundError(f"{name} must hold a checkpoint, and has no config.json.")
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        raise ValueError(
+            f"{name} must hold one model, and has an adapter_config.json beside its config.json, whose adapter would "
+            "be put on the weights; remove it, or merge the adapter (merge_and_unload) and save the model again."
+        )
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except ValueError as error:
