@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import UpcycleConfig
+from ummrm.hf import replacing
 
 COMPANIONS = (
     "chat_template.jinja",
@@ -38,6 +39,30 @@ def add_companions(folder):
 
 def brings_companions(folder):
     return all((folder / name).read_text() == f"{name} of the source" for name in COMPANIONS)
+
+
+def interrupt_a_save(folder):
+    """Leaves a model's folder as a save into it that is killed once the old files are aside."""
+    pending = folder / replacing.PENDING
+    (pending / "new" / folder.name).mkdir(parents=True)
+    (pending / "old").mkdir()
+    names = ["config.json", "model.safetensors"]
+    for name in names:
+        shutil.copy(folder / name, pending / "old")
+        (folder / name).rename(pending / "new" / folder.name / name)
+    journal = {"name": folder.name, "files": names, "stale": [], "gate": "config.json"}
+    (pending / "journal.json").write_text(json.dumps(journal))
+
+
+def test_an_interrupted_save_into_a_folder_that_is_read_or_written_is_completed_first(models, command):
+    for name in ("moe", "dense"):
+        interrupt_a_save(models / name)
+    done = command("info", "moe")
+    assert done.status == 0 and "mixture of experts" in done.out, done.err
+    assert done.err.startswith("warning: a save into ") and "is completed now" in done.err
+    done = command("merge", "moe", "dense")
+    assert done.status == 2 and "dense holds a model already" in done.err and "is completed now" in done.err
+    assert sorted(path.name for path in (models / "dense").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_upcycle_then_merge_gives_the_dense_model_back(models, command):

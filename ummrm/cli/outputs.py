@@ -32,13 +32,17 @@ def check_output(out: str, source: Path, overwrite: bool) -> Path:
         `out` as a path.
 
     Raises:
-        UserError: it can't be written, holds something, or is the folder that is read or inside it.
+        UserError: it can't be written, holds something, or is the folder that is read or inside it; or a save into it
+            was interrupted and can't be completed.
     """
+    from ..hf.loading import settle
+
     if not out:
         raise UserError(f'OUT must be the name of a folder, got ""; {_OTHER}')
     shown = out if len(out) < 200 else f"{out[:200]}..."
     with blaming(f"{shown} can't be written", OSError, ValueError, RuntimeError, remedy=_OTHER):
         _check_place(out, Path(out), source)
+        settle(out)  # of an interrupted save there config.json may not be in its place yet
         held = [name for name in os.listdir(out) if not name.startswith(".")] if os.path.isdir(out) else []
     if held and not overwrite:
         what = "a model" if "config.json" in held else min(held) + (f" and {len(held) - 1} more" if held[1:] else "")

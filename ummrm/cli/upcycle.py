@@ -167,7 +167,7 @@ def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> 
     check_space(target, num_bytes)
     with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
         remedy = "make room or give another folder; a model that was there before is as it was."
-        with blaming(f"{target} can't be written", OSError, SafetensorError, remedy=remedy):
+        with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
             save_pretrained(model, target)
             copy_companions(source.folder, target)
 
