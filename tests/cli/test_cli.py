@@ -65,6 +65,18 @@ def test_an_interrupted_save_into_a_folder_that_is_read_or_written_is_completed_
     assert sorted(path.name for path in (models / "dense").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_base_model_that_names_no_class_gets_a_fresh_head_where_one_is_asked_for(models, command, refused):
+    tiny_model("llama", "ForCausalLM").model.save_pretrained("base")
+    config = json.loads((models / "base/config.json").read_text())
+    (models / "base/config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert "give --new-head" in refused("upcycle", "base", "out")
+    assert "must name the model's class" in refused("upcycle", "base", "out", "--no-new-head")
+    done = command("upcycle", "base", "out", "--new-head", "-e", 2, "-k", 1)
+    assert done.status == 0 and "UmmLlamaForSequenceClassification" in done.out, done.err
+    (models / "base/config.json").write_text(json.dumps({**config, "architectures": None, "model_type": "mamba"}))
+    assert "no class with a reward head for model_type 'mamba'" in refused("upcycle", "base", "out", "--new-head")
+
+
 def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
     add_companions(models / "dense")
     (models / "dense/README.md").write_text("the card of the source")
