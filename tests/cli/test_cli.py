@@ -65,6 +65,29 @@ def test_an_interrupted_save_into_a_folder_that_is_read_or_written_is_completed_
     assert sorted(path.name for path in (models / "dense").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_tokenizer_of_the_model_that_was_replaced_is_named_where_its_files_stay(models, command):
+    (models / "dense/tokenizer.json").write_text("{}")
+    shutil.copytree("dense", "out")
+    assert "warning" not in command("upcycle", "dense", "out", "--overwrite", "-e", 2, "-k", 1).err
+    for name in (
+        "chat_template.jinja",
+        "tokenizer.model",
+        "vocab.txt",
+        "notes.txt",
+        "additional_chat_templates/a.jinja",
+    ):
+        (models / "out" / name).parent.mkdir(exist_ok=True)
+        (models / "out" / name).write_text("of another model")
+    done = command("merge", "merging", "out", "--overwrite")
+    warning = next(line for line in done.err.splitlines() if line.startswith("warning: "))
+    assert done.status == 0 and warning == (
+        "warning: out still holds tokenizer files of the model that was there, which merging does not have: "
+        "additional_chat_templates, chat_template.jinja, tokenizer.json, tokenizer.model, vocab.txt; remove them "
+        "unless they are this model's."
+    )
+    assert (models / "out/vocab.txt").read_text() == "of another model"
+
+
 def test_a_base_model_that_names_no_class_gets_a_fresh_head_where_one_is_asked_for(models, command, refused):
     tiny_model("llama", "ForCausalLM").model.save_pretrained("base")
     config = json.loads((models / "base/config.json").read_text())

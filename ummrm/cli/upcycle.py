@@ -11,7 +11,7 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
-from .outputs import check_output, check_space, replaced
+from .outputs import check_output, check_space, replaced, warn_of_old_tokenizer
 from .screen import Steps, quiet_libraries, say, size
 from .source import Source, open_source
 
@@ -170,6 +170,7 @@ def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> 
         with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
             save_pretrained(model, target)
             copy_companions(source.folder, target)
+            warn_of_old_tokenizer(target, source)
 
 
 def _check_source(source: Source, new_head: bool | None) -> None:
