@@ -1,6 +1,7 @@
 """Strict loading: a checkpoint with a hole, a surplus or a wrong shape is an error that names the tensor."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -202,6 +203,11 @@ def damaged(folders, tmp_path, case):
     config, weights = folder / "config.json", folder / "model.safetensors"
     if case == "truncated":
         weights.write_bytes(weights.read_bytes()[:5000])
+    elif case.startswith("pickled weights"):
+        weights.unlink()
+        data = pickle.dumps({"score.weight": [0.0] * 100})
+        cut = {"empty": b"", "cut": data[:50], "nonsense": b"nonsense"}[case.split()[-1]]
+        (folder / "pytorch_model.bin").write_bytes(cut)
     elif case == "no weights":
         weights.unlink()
     elif case == "no config":
@@ -224,6 +230,9 @@ def damaged(folders, tmp_path, case):
     ("case", "error", "message"),
     [
         ("truncated", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights empty", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights cut", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights nonsense", ValueError, "its weights are damaged .*save the model again"),
         ("no weights", OSError, "no file named model.safetensors"),
         ("no config", OSError, "has no config.json"),
         ("broken config", OSError, "not a valid JSON file"),

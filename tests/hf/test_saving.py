@@ -265,6 +265,22 @@ def test_a_failed_save_leaves_the_folder_as_it_was(fails, tmp_path, monkeypatch)
     assert snapshot(tmp_path) == before, "folders that were made go again"
 
 
+def test_a_save_that_is_in_place_does_not_fail_at_its_cleaning_up(tmp_path, monkeypatch):
+    ummrm.save_pretrained(MODELS[OLD, False], tmp_path)
+
+    def refuse(*args):
+        raise OSError("stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing, "_discard", refuse)
+        ummrm.save_pretrained(MODELS[NEW, False], tmp_path)
+    assert loads_as(tmp_path, MODELS[NEW, False])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(load_checkpoint(tmp_path).state_dict(), MODELS[NEW, False])
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
 def interrupted(folder, model, moves):
     """Leaves `folder` as a save of `model` does that is killed after `moves` renames in the folder itself."""
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,11 @@ def load_checkpoint(
     except SafetensorError as error:
         raise ValueError(
             f"{source}: its weights are damaged ({error}); save the model again or get it anew."
+        ) from error
+    except (pickle.UnpicklingError, EOFError) as error:  # whose own message advises to run what the file holds
+        raise ValueError(
+            f"{source}: its weights are damaged ({type(error).__name__}: no whole file of tensors alone); save the "
+            "model again or get it anew."
         ) from error
     except RuntimeError as error:
         raise ValueError(f"{source}: its weights can't be loaded: {_one_line(error)}") from error

@@ -113,10 +113,15 @@ class Staging:
             raise
 
     def close(self) -> None:
-        """Removes the subfolder with what is left in it: files that were replaced, or that were not wanted."""
+        """Removes the subfolder with what is left in it: files that were replaced, or that were not wanted.
+
+        Where it can't be removed it stays, for the next load or save to try: the save itself has not failed by that.
+        """
         if not self._keep:
-            _discard(self.target, self.path)
-        os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                _discard(self.target, self.path)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def _copy_mode(self, name: str) -> None:
         try:
