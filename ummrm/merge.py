@@ -121,8 +121,11 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         other = copy.deepcopy(moe, {id(ffn): merged[name] for name, ffn in ffns.items()})
         return other.requires_grad_(True).eval()
     config = moe.config
+    stock = stock_config(config)
+    # loading the mixture has written its own class and folder there
+    stock.architectures, stock.name_or_path = [moe.stock_class.__name__], config.umm_base_model or ""
     with torch.device("meta"):
-        dense: Any = moe.stock_class(stock_config(config))
+        dense: Any = moe.stock_class(stock)
     layers = moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
         tensors = ffns[site].merged_tensors()

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import UpcycleConfig
+from ummrm.hf import replacing
 
 COMPANIONS = (
     "chat_template.jinja",
@@ -38,6 +39,65 @@ def add_companions(folder):
 
 def brings_companions(folder):
     return all((folder / name).read_text() == f"{name} of the source" for name in COMPANIONS)
+
+
+def interrupt_a_save(folder):
+    """Leaves a model's folder as a save into it that is killed once the old files are aside."""
+    pending = folder / replacing.PENDING
+    (pending / "new" / folder.name).mkdir(parents=True)
+    (pending / "old").mkdir()
+    names = ["config.json", "model.safetensors"]
+    for name in names:
+        shutil.copy(folder / name, pending / "old")
+        (folder / name).rename(pending / "new" / folder.name / name)
+    journal = {"name": folder.name, "files": names, "stale": [], "gate": "config.json"}
+    (pending / "journal.json").write_text(json.dumps(journal))
+
+
+def test_an_interrupted_save_into_a_folder_that_is_read_or_written_is_completed_first(models, command):
+    for name in ("moe", "dense"):
+        interrupt_a_save(models / name)
+    done = command("info", "moe")
+    assert done.status == 0 and "mixture of experts" in done.out, done.err
+    assert done.err.startswith("warning: a save into ") and "is completed now" in done.err
+    done = command("merge", "moe", "dense")
+    assert done.status == 2 and "dense holds a model already" in done.err and "is completed now" in done.err
+    assert sorted(path.name for path in (models / "dense").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_tokenizer_of_the_model_that_was_replaced_is_named_where_its_files_stay(models, command):
+    (models / "dense/tokenizer.json").write_text("{}")
+    shutil.copytree("dense", "out")
+    assert "warning" not in command("upcycle", "dense", "out", "--overwrite", "-e", 2, "-k", 1).err
+    for name in (
+        "chat_template.jinja",
+        "tokenizer.model",
+        "vocab.txt",
+        "notes.txt",
+        "additional_chat_templates/a.jinja",
+    ):
+        (models / "out" / name).parent.mkdir(exist_ok=True)
+        (models / "out" / name).write_text("of another model")
+    done = command("merge", "merging", "out", "--overwrite")
+    warning = next(line for line in done.err.splitlines() if line.startswith("warning: "))
+    assert done.status == 0 and warning == (
+        "warning: out still holds tokenizer files of the model that was there, which merging does not have: "
+        "additional_chat_templates, chat_template.jinja, tokenizer.json, tokenizer.model, vocab.txt; remove them "
+        "unless they are this model's."
+    )
+    assert (models / "out/vocab.txt").read_text() == "of another model"
+
+
+def test_a_base_model_that_names_no_class_gets_a_fresh_head_where_one_is_asked_for(models, command, refused):
+    tiny_model("llama", "ForCausalLM").model.save_pretrained("base")
+    config = json.loads((models / "base/config.json").read_text())
+    (models / "base/config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert "give --new-head" in refused("upcycle", "base", "out")
+    assert "must name the model's class" in refused("upcycle", "base", "out", "--no-new-head")
+    done = command("upcycle", "base", "out", "--new-head", "-e", 2, "-k", 1)
+    assert done.status == 0 and "UmmLlamaForSequenceClassification" in done.out, done.err
+    (models / "base/config.json").write_text(json.dumps({**config, "architectures": None, "model_type": "mamba"}))
+    assert "no class with a reward head for model_type 'mamba'" in refused("upcycle", "base", "out", "--new-head")
 
 
 def test_upcycle_then_merge_gives_the_dense_model_back(models, command):

@@ -113,6 +113,15 @@ def test_a_damaged_model_folder(how, message, models, refused):
     assert message in line and len(line) < 800, line
 
 
+def test_a_record_of_an_interrupted_save_that_nobody_can_read(models, refused):
+    for name in ("dense", "moe", "out"):
+        (models / name / ".ummrm-save").mkdir(parents=True)
+    for arguments in (("info", "moe"), ("merge", "moe", "new"), ("upcycle", "dense", "new")):
+        assert "no record of a save that ummrm can read" in refused(*arguments)
+    line = refused("merge", "merging", "out")
+    assert "out can't be written" in line and "no record of a save that ummrm can read" in line
+
+
 def test_folders_that_are_not_there(models, refused):
     assert "did you mean 'dense'?" in refused("upcycle", "dnese", "out")
     assert "no folder" in refused("upcycle", models / "none", "out")

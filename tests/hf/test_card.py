@@ -55,6 +55,29 @@ def test_the_card_says_how_the_model_was_made(per, tmp_path):
         torch.testing.assert_close(got, wanted, rtol=0, atol=6e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "head", "tag", "auto"),
+    [
+        ("llama", "ForCausalLM", "text-generation", "AutoModelForCausalLM"),
+        ("bert", "ForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
+        ("llama", "Model", None, "LlamaModel"),
+    ],
+)
+def test_the_card_of_a_model_without_a_reward_head_calls_it_none(model_type, head, tag, auto, tmp_path):
+    dense = tiny_model("llama", "ForCausalLM").model if head == "Model" else tiny_model(model_type, head)
+    config = UpcycleConfig(num_experts=2, num_experts_per_tok=1)
+    merged = ummrm.merge(ummrm.prepare_merge(ummrm.upcycle(dense, config)))
+    ummrm.save_pretrained(merged, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert front_matter(text).get("pipeline_tag") == tag and front_matter(text)["tags"] == ["ummrm"]
+    assert "reward" not in text.lower().replace("umm-rm", "") and "SequenceClassification" not in text
+    snippet = text.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(tmp_path))
+    assert f"import {auto}\n" in snippet
+    found = {}
+    exec(snippet, found)
+    assert type(found["model"]) is type(merged)
+
+
 def test_a_local_base_model_is_named_in_the_text_alone_without_its_folders(tmp_path):
     for base in (str(tmp_path / "dense"), "./dense"):
         ummrm.save_pretrained(ummrm.merge(prepared(base=base)), tmp_path / "merged")

@@ -1,6 +1,7 @@
 """Strict loading: a checkpoint with a hole, a surplus or a wrong shape is an error that names the tensor."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -119,11 +120,94 @@ def test_a_fresh_head_comes_only_where_it_is_asked_for(tmp_path):
         load_checkpoint(folder, new_head=True)
 
 
+def test_asking_for_the_labels_that_a_folder_has_asks_for_no_fresh_head(folders, tmp_path):
+    hole = spoilt(folders, "moe", tmp_path, lambda tensors: tensors.pop("score.weight"))
+    own = type(load_checkpoint(folders / "moe"))
+    for cls in (own, AutoModelForSequenceClassification):
+        for where in ({"pretrained_model_name_or_path": hole}, {"pretrained_model_name_or_path": tmp_path}):
+            if where["pretrained_model_name_or_path"] == tmp_path:
+                where["subfolder"] = "moe"
+            with pytest.raises(ValueError, match="missing: score.weight. Ask for a fresh head"):
+                cls.from_pretrained(**where, num_labels=1)
+            assert cls.from_pretrained(**where, num_labels=3).score.out_features == 3
+    with pytest.raises(ValueError, match="missing: score.weight"):
+        load_checkpoint(tmp_path, subfolder="moe")
+    loaded = load_checkpoint(folders, subfolder="moe", expect="upcycled")
+    assert torch.equal(loaded.score.weight, own.from_pretrained(folders / "moe", num_labels=1).score.weight)
+    causal = ummrm.upcycle(tiny_model("llama", "ForCausalLM"), CONFIG)
+    causal.save_pretrained(tmp_path / "causal")
+    assert own.from_pretrained(tmp_path / "causal", num_labels=1).score.out_features == 1
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_layers_beyond_the_configuration_are_never_dropped(folders, kind, tmp_path):
+    folder = spoilt(folders, kind, tmp_path, lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    if kind == "moe":
+        config["umm"]["layers"] = [0]
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {k.replace(".1.mlp", ".0.mlp"): t for k, t in tensors.items() if ".0.mlp" not in k}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    loaders = [load_checkpoint, lambda source: load_checkpoint(source, new_head=True)]
+    for load in loaders if kind == "dense" else [*loaders, AutoModel.from_pretrained]:
+        with pytest.raises(ValueError, match="unexpected: model.layers.1.input_layernorm.weight"):
+            load(folder)
+    if kind == "dense":  # a backbone's own names in the folder of a model with a head: the first GPT-2 checkpoints
+        ummrm.save_pretrained(tiny_model("gpt2", "LMHeadModel").transformer, tmp_path / "gpt2")
+        config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+        for name in ("GPT2LMHeadModel", "GPT2Model"):
+            config |= {"n_layer": 1, "architectures": [name]}
+            (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+            with pytest.raises(ValueError, match="unexpected: h.1.attn"):
+                load_checkpoint(tmp_path / "gpt2", new_head=name == "GPT2Model")
+
+
+def test_a_checkpoint_that_names_no_class_can_get_a_fresh_head(folders, tmp_path):
+    backbone = tiny_model("deberta-v2").deberta
+    ummrm.save_pretrained(backbone, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_checkpoint(tmp_path, new_head=True)
+    assert type(loaded).__name__ == "DebertaV2ForSequenceClassification"
+    assert all(torch.equal(tensor, backbone.state_dict()[key]) for key, tensor in loaded.deberta.state_dict().items())
+    with pytest.raises(ValueError, match="must name its class in `architectures`"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_dense_checkpoint_may_hold_other_heads_and_a_pooler_that_its_class_has_not(model_type, tmp_path):
+    """As bert-base-uncased and roberta-base do; what is the class's own must still be there, and nothing else in it."""
+    model = tiny_model(model_type, "ForMaskedLM")
+    ummrm.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {f"{model_type}.pooler.dense.weight": torch.zeros(24, 24), "cls.seq_relationship.bias": torch.zeros(2)}
+
+    def save(more):
+        save_file({**tensors, **extra, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    save({})
+    with pytest.warns(UserWarning, match="leaves out what is another head's or a pooler's: .*seq_relationship.bias"):
+        loaded = load_checkpoint(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+    own = "cls.predictions.transform.dense.gain" if model_type == "bert" else "lm_head.dense.gain"
+    for name in (own, f"{model_type}.encoder.layer.2.output.dense.weight"):
+        save({name: torch.zeros(24)})
+        with pytest.raises(ValueError, match=f"unexpected: {name}. "):
+            load_checkpoint(tmp_path)
+
+
 def damaged(folders, tmp_path, case):
     folder = spoilt(folders, "dense", tmp_path, lambda tensors: None)
     config, weights = folder / "config.json", folder / "model.safetensors"
     if case == "truncated":
         weights.write_bytes(weights.read_bytes()[:5000])
+    elif case.startswith("pickled weights"):
+        weights.unlink()
+        data = pickle.dumps({"score.weight": [0.0] * 100})
+        cut = {"empty": b"", "cut": data[:50], "nonsense": b"nonsense"}[case.split()[-1]]
+        (folder / "pytorch_model.bin").write_bytes(cut)
     elif case == "no weights":
         weights.unlink()
     elif case == "no config":
@@ -146,6 +230,9 @@ def damaged(folders, tmp_path, case):
     ("case", "error", "message"),
     [
         ("truncated", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights empty", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights cut", ValueError, "its weights are damaged .*save the model again"),
+        ("pickled weights nonsense", ValueError, "its weights are damaged .*save the model again"),
         ("no weights", OSError, "no file named model.safetensors"),
         ("no config", OSError, "has no config.json"),
         ("broken config", OSError, "not a valid JSON file"),

@@ -105,15 +105,20 @@ def test_merging_leaves_the_moe_usable_and_separate():
     assert all(p.requires_grad for p in merged.parameters()) and not merged.training
 
 
-def test_a_merged_model_carries_no_trace_of_ummrm():
+@pytest.mark.parametrize("base", ["someone/dense-rm", ""])
+def test_a_merged_model_carries_no_trace_of_ummrm(base, tmp_path):
     moe = moe_model()
+    moe.config.umm_base_model = base or None
+    moe.save_pretrained(tmp_path)
+    moe = type(moe).from_pretrained(tmp_path)
     moe.gradient_checkpointing_enable()
     merged = ummrm.merge(ummrm.prepare_merge(moe))
     assert not merged.is_gradient_checkpointing
     assert not any(type(m).__module__.startswith("ummrm") for m in merged.modules())
     assert "umm" not in merged.config.to_json_string()
     assert not any("umm" in name.lower() for name in merged._no_split_modules)
-    assert merged.config.model_type == "llama"
+    assert merged.config.model_type == "llama" and merged.config.architectures == ["LlamaForSequenceClassification"]
+    assert merged.name_or_path == merged.config.name_or_path == base, "it is no copy of the mixture's folder"
 
 
 SPOILT = {

@@ -190,6 +190,51 @@ def test_an_index_that_names_files_elsewhere_removes_none(tmp_path):
     assert outside.read_text() == "precious" and sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["adapter alone", "base and adapter"])
+def test_a_full_save_leaves_no_adapter_that_would_be_put_on_the_new_weights(base, tmp_path):
+    """transformers puts an adapter in the folder on whatever weights it finds there, and says nothing."""
+    if base:
+        ummrm.save_pretrained(MODELS[OLD, False], tmp_path)
+    for name in ADAPTER:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    if base:
+        with pytest.raises(ValueError, match="must hold one model, and has an adapter_config.json beside"):
+            load_checkpoint(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        rename = os.rename
+
+        def refuse(source, target):
+            if os.fspath(target) == str(tmp_path / "config.json") and "new" in source.parts:
+                patch.setattr(os, "rename", rename)
+                assert not any((tmp_path / name).exists() for name in ADAPTER)
+                raise OSError("disk full")
+            if os.path.basename(source).startswith("adapter_model"):
+                assert not (tmp_path / "adapter_config.json").exists(), "half an adapter would be loaded"
+            rename(source, target)
+
+        patch.setattr(os, "rename", refuse)
+        ummrm.save_pretrained(MODELS[NEW, False], tmp_path)
+    assert snapshot(tmp_path) == before
+    ummrm.save_pretrained(MODELS[NEW, False], tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "notes.txt"]
+    assert loads_as(tmp_path, MODELS[NEW, False])
+
+
+def test_an_adapter_that_somebody_wrote_since_an_interrupted_save_is_not_put_on_its_weights(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    interrupted(tmp_path, MODELS[NEW, False], 1)
+    (tmp_path / "adapter_config.json").write_text('{"newer": 1}')
+    with pytest.warns(UserWarning, match="somebody else has written adapter_config.json there since"):
+        replacing.settle(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == '{"newer": 1}'
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / replacing.PENDING).exists()
+
+
 @pytest.mark.parametrize("fails", ["staging", "moving"])
 def test_a_failed_save_leaves_the_folder_as_it_was(fails, tmp_path, monkeypatch):
     ummrm.save_pretrained(MODELS[OLD, False], tmp_path, max_shard_size=SHARDS[OLD, False])
@@ -218,6 +263,22 @@ def test_a_failed_save_leaves_the_folder_as_it_was(fails, tmp_path, monkeypatch)
         patch.setattr("transformers.modeling_utils.safe_save_file", full)
         ummrm.save_pretrained(MODELS[NEW, False], tmp_path / "a" / "b")
     assert snapshot(tmp_path) == before, "folders that were made go again"
+
+
+def test_a_save_that_is_in_place_does_not_fail_at_its_cleaning_up(tmp_path, monkeypatch):
+    ummrm.save_pretrained(MODELS[OLD, False], tmp_path)
+
+    def refuse(*args):
+        raise OSError("stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing, "_discard", refuse)
+        ummrm.save_pretrained(MODELS[NEW, False], tmp_path)
+    assert loads_as(tmp_path, MODELS[NEW, False])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(load_checkpoint(tmp_path).state_dict(), MODELS[NEW, False])
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def interrupted(folder, model, moves):

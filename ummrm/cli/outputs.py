@@ -13,11 +13,18 @@ import tempfile
 from pathlib import Path
 
 from .errors import UserError, blaming
-from .screen import size
+from .screen import note, size
+from .source import Source
 
 _OTHER = "give another folder."
 # what a save may write; anything but a plain file in its place would make it fail at its end
 _WRITTEN = re.compile(r"(config|generation_config)\.json|README\.md|.*\.safetensors(\.index\.json)?")
+
+# what a tokenizer is loaded from, in every format that transformers reads
+_TOKENIZER = re.compile(
+    r"chat_template\.(jinja|json)|additional_chat_templates|added_tokens\.json|special_tokens_map\.json"
+    r"|tokenizer.*|(spm|spiece|sentencepiece).*\.model|vocab\..*|merges\.txt"
+)
 
 
 def check_output(out: str, source: Path, overwrite: bool) -> Path:
@@ -32,13 +39,17 @@ def check_output(out: str, source: Path, overwrite: bool) -> Path:
         `out` as a path.
 
     Raises:
-        UserError: it can't be written, holds something, or is the folder that is read or inside it.
+        UserError: it can't be written, holds something, or is the folder that is read or inside it; or a save into it
+            was interrupted and can't be completed.
     """
+    from ..hf.loading import settle
+
     if not out:
         raise UserError(f'OUT must be the name of a folder, got ""; {_OTHER}')
     shown = out if len(out) < 200 else f"{out[:200]}..."
     with blaming(f"{shown} can't be written", OSError, ValueError, RuntimeError, remedy=_OTHER):
         _check_place(out, Path(out), source)
+        settle(out)  # of an interrupted save there config.json may not be in its place yet
         held = [name for name in os.listdir(out) if not name.startswith(".")] if os.path.isdir(out) else []
     if held and not overwrite:
         what = "a model" if "config.json" in held else min(held) + (f" and {len(held) - 1} more" if held[1:] else "")
@@ -84,6 +95,18 @@ def check_space(out: Path, num_bytes: int) -> None:
 def replaced(out: Path) -> str:
     """The end of a result's line where a model stood at `out` before; ask before writing."""
     return " (replaced the model that was there)" if (out / "config.json").exists() else ""
+
+
+def warn_of_old_tokenizer(out: Path, source: Source) -> None:
+    """Prints a warning where a tokenizer's files that the source lacks stayed in `out`; call it after the save."""
+    old = sorted(path.name for path in out.iterdir() if _TOKENIZER.fullmatch(path.name))
+    old = [name for name in old if not (source.folder / name).exists()]
+    if old:
+        note(
+            f"warning: {out} still holds tokenizer files of the model that was there, which {source.name} does not "
+            f"have: {', '.join(old)}; remove them unless they are this model's.",
+            "yellow",
+        )
 
 
 def _existing(path: Path) -> Path:

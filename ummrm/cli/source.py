@@ -88,11 +88,15 @@ def open_source(name: str) -> Source:
 
 
 def read_folder(name: str, folder: Path) -> Source:
-    """The model in `folder`, which the user called `name`.
+    """The model in `folder`, which the user called `name`; a save into it that was interrupted is completed first.
 
     Raises:
-        UserError: its configuration or weight files can't be read.
+        UserError: its configuration or weight files, or what an interrupted save left, can't be read.
     """
+    from ..hf.loading import settle
+
+    with blaming("", OSError, ValueError):
+        settle(folder)  # until then config.json may lie elsewhere
     if not os.path.lexists(folder / "config.json"):
         what = f"{name} is no model folder: it has no config.json"
         if (folder / "adapter_config.json").is_file():

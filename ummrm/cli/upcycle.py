@@ -11,7 +11,7 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
-from .outputs import check_output, check_space, replaced
+from .outputs import check_output, check_space, replaced, warn_of_old_tokenizer
 from .screen import Steps, quiet_libraries, say, size
 from .source import Source, open_source
 
@@ -167,9 +167,10 @@ def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> 
     check_space(target, num_bytes)
     with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
         remedy = "make room or give another folder; a model that was there before is as it was."
-        with blaming(f"{target} can't be written", OSError, SafetensorError, remedy=remedy):
+        with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
             save_pretrained(model, target)
             copy_companions(source.folder, target)
+            warn_of_old_tokenizer(target, source)
 
 
 def _check_source(source: Source, new_head: bool | None) -> None:
@@ -178,6 +179,11 @@ def _check_source(source: Source, new_head: bool | None) -> None:
         raise UserError(f"{name} is upcycled already; train it, and `ummrm merge` it.")
     if source.config.get("quantization_config"):
         raise UserError(f"{name} must hold plain float weights, and has a quantisation; upcycle the model before it.")
+    if (
+        not any(map(source.config.get, ("architectures", "auto_map"))) and new_head is not False
+    ):  # as some base models on the hub
+        _check_nameless(source, new_head)
+        return
     cls = stock_class(source)
     if new_head is None and _REWARD_CLASS not in cls.__name__:
         raise UserError(
@@ -186,6 +192,21 @@ def _check_source(source: Source, new_head: bool | None) -> None:
         )
     if new_head and _REWARD_CLASS in cls.__name__:
         raise UserError(f"{name} is a {cls.__name__} and has a reward head; leave --new-head out.")
+
+
+def _check_nameless(source: Source, new_head: bool | None) -> None:
+    """Whether a model that names no class in config.json can get a reward head."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    known = source.model_type in CONFIG_MAPPING
+    what = f"{source.folder / 'config.json'} must name the model's class in `architectures`, and does not"
+    if known and CONFIG_MAPPING[source.model_type] not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{what}; transformers has no class with a reward head for model_type {source.model_type!r}, so --new-head "
+            "can't start one."
+        )
+    if not known or not new_head:
+        raise UserError(f"{what}; save the model again with its save_pretrained, or give --new-head to start a head.")
 
 
 def stock_class(source: Source) -> type[PreTrainedModel]:

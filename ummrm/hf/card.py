@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 from ..nn.dense import PROJECTIONS
 
@@ -47,28 +48,32 @@ def merged_card(
         notes: Markdown about training data and metrics, put in as it is.
     """
     on_hub = _is_on_hub(base_model)
+    tag, loader = _task(model_class)
+    reward = tag == "text-classification"
+    kind = "reward model" if reward else "model"
     header = ModelCardData(  # leaves out what is None
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=tag,
         base_model=base_model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
-        tags=["reward-model", "ummrm"],
+        tags=["reward-model", "ummrm"] if reward else ["ummrm"],
     ).to_yaml()
     text = f"""---
 {header.strip()}
 ---
 {_MARK}
 
-# Merged reward model
+# Merged {kind}
 
 A dense {_code(model_class)}, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
-the feed-forward layers of {base_model_text(base_model)} were copied into experts, the mixture was trained on preference
-pairs, and its experts were folded back with learned weights. It loads with transformers alone:
+the feed-forward layers of {base_model_text(base_model, kind)} were copied into experts, the mixture was
+trained{" on preference pairs" if reward else ""}, and its experts were folded back with learned weights.
+It loads with transformers alone:
 
 ```python
-from transformers import AutoModelForSequenceClassification
+from transformers import {loader}
 
-model = AutoModelForSequenceClassification.from_pretrained("path/of/this/folder")
+model = {loader}.from_pretrained("path/of/this/folder")
 ```
 
 ## How it was made
@@ -94,11 +99,22 @@ def recall(model: nn.Module) -> str | None:
     return _REMEMBERED.get(model)
 
 
-def base_model_text(base_model: str | None) -> str:
+def base_model_text(base_model: str | None, kind: str = "reward model") -> str:
     """How a card names the dense model: a folder of some machine by its last part alone."""
     if not base_model:
-        return "a dense reward model"
+        return f"a dense {kind}"
     return _code(Path(base_model).name if _is_local(base_model) else base_model)
+
+
+def _task(model_class: str) -> tuple[str | None, str]:
+    """The hub's name of what models of a class do, where it is one of the usual, and the class that loads them."""
+    if model_class.endswith("ForSequenceClassification"):
+        return "text-classification", "AutoModelForSequenceClassification"
+    if model_class in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "text-generation", "AutoModelForCausalLM"
+    if model_class in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "fill-mask", "AutoModelForMaskedLM"
+    return None, model_class
 
 
 def _is_on_hub(base_model: str | None) -> bool:

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import os
+import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from . import replacing
 
 _SHOWN = 3  # names of tensors in an error
+_WHERE = ("subfolder", "revision", "local_files_only", "token", "cache_dir")  # of a folder or hub name, for its config
 
 
 def settle(source: str | os.PathLike | None, subfolder: str = "") -> None:
@@ -38,6 +41,9 @@ def settle(source: str | os.PathLike | None, subfolder: str = "") -> None:
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *, new_head: bool) -> None:
     """Raises ValueError unless the checkpoint held every tensor of the model, and no other.
+
+    A dense checkpoint may hold other heads, and a pooler, that its class has not (bert-base-uncased does): a warning
+    says what is left out.
 
     Args:
         model: the loaded model; `config.architectures` says which class saved it.
@@ -57,6 +63,10 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *
     saved_by = next(iter(model.config.architectures or ()), None)
     own = saved_by == type(model).__name__ and not new_head
     unexpected = [key for key in info["unexpected_keys"] if own or not is_head(key)]
+    modules = dict(model.named_modules())
+    others = [key for key in unexpected if is_head(key) and key.rpartition(".")[0] not in modules]
+    if getattr(model.config, "umm", None) is None:
+        unexpected = [key for key in unexpected if key not in others]
     if missing or wrong or unexpected:
         misshapen = [f"{key} is {shapes[key][0]} and should be {shapes[key][1]}" for key in wrong]
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
@@ -68,20 +78,39 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *
         raise ValueError(
             f"{source} must hold every tensor of a {type(model).__name__} and no other; {'; '.join(parts)}. {remedy}"
         )
+    if others:
+        warnings.warn(
+            f"{source} is loaded as a {type(model).__name__}, which leaves out what is another head's or a pooler's: "
+            f"{_listed(others)}.",
+            stacklevel=3,
+        )
 
 
-def asks_for_head(source: object, config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a `from_pretrained` asks for a fresh head: by `num_labels`, which Auto classes put into `config`."""
+def asks_for_head(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether `cls.from_pretrained(source, **kwargs)` asks for a fresh head: by another number of labels.
+
+    By any number of them where another class saved the folder, which may have no labels; Auto classes put the number
+    into `config`, where it can't be told from the folder's own.
+    """
+    config = kwargs.get("config")
     if "num_labels" in kwargs or "id2label" in kwargs:
-        return True
-    if config is None or source is None:
+        wanted = kwargs["num_labels"] if "num_labels" in kwargs else len(kwargs["id2label"])
+    elif isinstance(config, PreTrainedConfig):
+        wanted = config.num_labels
+    else:
         return False
+    explicit = wanted is not None and not isinstance(config, PreTrainedConfig)
+    if source is None:
+        return explicit
     try:
-        with open(os.path.join(str(source), "config.json"), encoding="utf-8") as file:
-            saved = json.load(file)
-    except (OSError, ValueError):  # a hub name, or no configuration beside the weights
-        return False
-    return len(saved.get("id2label") or {0: "", 1: ""}) != config.num_labels
+        where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+        saved, _ = PreTrainedConfig.get_config_dict(source, **where)
+    except (OSError, ValueError):  # no configuration beside the weights
+        return explicit
+    if explicit and cls.__name__ not in (saved.get("architectures") or ()):
+        return True
+    labels = saved.get("id2label")
+    return wanted != (len(labels) if labels else saved.get("num_labels", 2))
 
 
 def load_checkpoint(
@@ -98,7 +127,7 @@ def load_checkpoint(
         expect: refuse an upcycled (or a dense) checkpoint.
         new_head: load a backbone or a causal language model as a reward model with one output, its head freshly
             initialised where the checkpoint has none.
-        kwargs: passed to `from_pretrained` (`dtype`, `revision`, `local_files_only`, ...).
+        kwargs: passed to `from_pretrained` (`dtype`, `subfolder`, `revision`, `local_files_only`, ...).
 
     Returns:
         The model, in eval mode.
@@ -109,9 +138,10 @@ def load_checkpoint(
             lacks a tensor. Each error is one line that names the source.
 
     Warns:
-        UserWarning: an interrupted save into the folder was found, and completed or forgotten.
+        UserWarning: an interrupted save into the folder was found, and completed or forgotten; or a dense checkpoint
+            holds other heads, which are left out.
     """
-    settle(source)
+    settle(source, kwargs.get("subfolder") or "")
     config = _config(source, kwargs)
     upcycled = getattr(config, "umm", None) is not None
     if expect == "dense" and upcycled:
@@ -120,9 +150,9 @@ def load_checkpoint(
         raise ValueError(
             f"{source} is no upcycled model (model_type {config.model_type!r}); run `ummrm upcycle` on it first."
         )
-    loader: Any = _saved_class(source, config)
+    loader: Any = AutoModelForSequenceClassification if new_head else _saved_class(source, config)
     if new_head:
-        loader, kwargs = AutoModelForSequenceClassification, {**kwargs, "num_labels": 1}
+        kwargs["num_labels"] = 1
         if upcycled:
             kwargs["new_head"] = True
     try:
@@ -134,6 +164,11 @@ def load_checkpoint(
         raise ValueError(
             f"{source}: its weights are damaged ({error}); save the model again or get it anew."
         ) from error
+    except (pickle.UnpicklingError, EOFError) as error:  # whose own message advises to run what the file holds
+        raise ValueError(
+            f"{source}: its weights are damaged ({type(error).__name__}: no whole file of tensors alone); save the "
+            "model again or get it anew."
+        ) from error
     except RuntimeError as error:
         raise ValueError(f"{source}: its weights can't be loaded: {_one_line(error)}") from error
     except OSError as error:
@@ -143,15 +178,21 @@ def load_checkpoint(
 
 
 def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    hub = {key: kwargs[key] for key in ("revision", "local_files_only", "token", "cache_dir") if key in kwargs}
+    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
     name = os.fspath(source)
     if os.path.isfile(name) or (not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")))):
         what = "a file" if os.path.isfile(name) else "no folder there"
         raise FileNotFoundError(f"the checkpoint must be a folder or a hub name, got {name}: {what}.")
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise FileNotFoundError(f"{name} must hold a checkpoint, and has no config.json.")
+    folder = os.path.join(name, where.get("subfolder", ""))
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(folder, "config.json")):
+        raise FileNotFoundError(f"{folder} must hold a checkpoint, and has no config.json.")
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(
+            f"{folder} must hold one model, and has an adapter_config.json beside its config.json, whose adapter would "
+            "be put on the weights; remove it, or merge the adapter (merge_and_unload) and save the model again."
+        )
     try:
-        return AutoConfig.from_pretrained(name, **hub)
+        return AutoConfig.from_pretrained(name, **where)
     except ValueError as error:
         raise ValueError(f"{name}: its configuration can't be used: {_one_line(error)}") from error
     except OSError as error:
@@ -185,10 +226,16 @@ def _classes_of(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
 
 
 def _is_backbones(model: PreTrainedModel, key: str) -> bool:
-    if model.base_model is not model:
-        return key.startswith(f"{model.base_model_prefix}.")
-    inside = {name.partition(".")[0] for name, _ in [*model.named_children(), *model.named_parameters()]}
-    return key.partition(".")[0] in inside
+    """Whether a tensor is the backbone's, by its name in a model with a head or in a backbone alone."""
+
+    def inside(module: nn.Module, key: str) -> bool:
+        names = [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
+        return key.partition(".")[0] in names
+
+    prefix, backbone = f"{model.base_model_prefix}.", model.base_model
+    if backbone is model:
+        return inside(model, key) or inside(model, key.removeprefix(prefix))
+    return key.startswith(prefix) or (inside(backbone, key) and not inside(model, key))
 
 
 def _listed(keys: list[str]) -> str:

@@ -107,8 +107,8 @@ class UmmPreTrainedMixin(Generated, _Stock):
             OSError: as in transformers, or an interrupted save can't be completed.
         """
         source, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        new_head = kwargs.pop("new_head", False) or loading.asks_for_head(source, kwargs.get("config"), kwargs)
         loading.settle(source, kwargs.get("subfolder", ""))
+        new_head = kwargs.pop("new_head", False) or loading.asks_for_head(cls, source, kwargs)
         kwargs["ignore_mismatched_sizes"] = True  # so that the error names the tensor
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         loading.check_loaded(model, info, source, new_head=new_head)

@@ -134,7 +134,7 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     row = config.umm_row
     new: Any = copy.deepcopy(config)
     new.__class__ = type(config).umm_stock
-    for key in KEYS:
+    for key in (*KEYS, "model_type"):  # the latter is the class's, and loading sets it on the instance
         new.__dict__.pop(key, None)
     write_rope_keys_v4(new, row)
     return new

@@ -1,7 +1,7 @@
 """Replacing files of a folder by staged ones: killed at any moment, the folder loads as the old ones, the new, or not.
 
-Works file by file, inside the folder, on names that the save writes and on shards of the checkpoint that it replaces;
-nothing else in the folder is moved, copied or deleted. What is written, and when, is `saving.py`'s business.
+Works file by file, inside the folder, on names that the save writes and on shards of the checkpoint that it replaces or
+an adapter on it; nothing else in the folder is moved, copied or deleted. What is written is `saving.py`'s business.
 
 The new files lie in a private subfolder. Renaming that subfolder to one fixed name announces the replacement; setting
 config.json aside decides it: before, what is there is the old checkpoint, and an interrupted save is forgotten; after,
@@ -28,7 +28,9 @@ from pathlib import Path
 
 PENDING = ".ummrm-save"  # the announced replacement; a staging folder has an owner and a random part behind
 ABANDONED = "ummrm-interrupted-save"  # what an interrupted save had, where somebody else wrote the folder since
-_GATES = ("config.json", "adapter_config.json")
+_ADAPTER = "adapter_config.json"  # transformers puts an adapter beside a config.json on the weights that it finds there
+_ADAPTERS_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_GATES = ("config.json", _ADAPTER)
 _INDEX = re.compile(r"model\.safetensors\.index(\.[\w-]+)?\.json")
 _SHARD = re.compile(r"model(\.[\w-]+)?-\d{5}-of-\d{5}\.safetensors")
 _SINGLE = re.compile(r"model(\.[\w-]+)?\.safetensors")
@@ -111,10 +113,15 @@ class Staging:
             raise
 
     def close(self) -> None:
-        """Removes the subfolder with what is left in it: files that were replaced, or that were not wanted."""
+        """Removes the subfolder with what is left in it: files that were replaced, or that were not wanted.
+
+        Where it can't be removed it stays, for the next load or save to try: the save itself has not failed by that.
+        """
         if not self._keep:
-            _discard(self.target, self.path)
-        os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                _discard(self.target, self.path)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def _copy_mode(self, name: str) -> None:
         try:
@@ -200,10 +207,10 @@ def _move_in(target: Path, pending: Path, journal: dict) -> None:
     """Sets aside what goes, the gate first, and puts the new files in, the gate last; picks up where a kill cut it."""
     new, old, gate = pending / _NEW / journal["name"], pending / _OLD, journal["gate"]
     goes = [name for name in journal["files"] if os.path.lexists(new / name)] + journal["stale"]
-    for name in sorted(goes, key=lambda name: (name != gate, not _starts_a_checkpoint(name))):
+    for name in sorted(goes, key=lambda name: (name != gate, name not in _GATES, not _starts_a_checkpoint(name))):
         if os.path.lexists(target / name) and not os.path.lexists(old / name):
             os.rename(target / name, old / name)
-        if name == gate:
+        if name in _GATES:
             flush(old)
             flush(target)
     for name in sorted(journal["files"], key=lambda name: (name == gate, _starts_a_checkpoint(name))):
@@ -220,8 +227,8 @@ def _move_back(target: Path, pending: Path, journal: dict) -> None:
     for name in sorted(journal["files"], key=lambda name: (name != gate, not _starts_a_checkpoint(name))):
         if not os.path.lexists(new / name):
             os.rename(target / name, new / name)
-    for name in sorted(os.listdir(old), key=lambda name: (name == gate, _starts_a_checkpoint(name))):
-        if name == gate:
+    for name in sorted(os.listdir(old), key=lambda name: (name == gate, name in _GATES, _starts_a_checkpoint(name))):
+        if name in _GATES:
             flush(target)
         os.rename(old / name, target / name)
     flush(target)
@@ -243,6 +250,9 @@ def _settle(target: Path, pending: Path) -> None:
                 _abandon(target, pending, gate)
                 return
             what = "was interrupted before it changed anything, and is forgotten; the folder is as it was before"
+        elif _ADAPTER in journal["stale"] and all(os.path.lexists(place / _ADAPTER) for place in (target, old)):
+            _abandon(target, pending, _ADAPTER)
+            return
         else:
             try:
                 _move_in(target, pending, journal)
@@ -309,12 +319,16 @@ def _starts_a_checkpoint(name: str) -> bool:
 def _stale(target: Path, names: list[str]) -> list[str]:
     """Weights of the checkpoint that is replaced and not written again, which a reader would mix with the new ones.
 
-    Those that have a standard name of one variant that is written, and the shards that such an index names. Nobody's
-    `.bin` files: they are not what a save of safetensors writes, and every reader prefers the new files.
+    Those that have a standard name of one variant that is written, and the shards that such an index names; an adapter,
+    where a whole model is written. Nobody's other `.bin` files: they are not what a save of safetensors writes, and
+    every reader prefers the new files.
     """
+    adapter = []
+    if "config.json" in names and _ADAPTER not in names and _is_plain(target / _ADAPTER):
+        adapter = [name for name in (_ADAPTER, *_ADAPTERS_WEIGHTS) if name not in names and _is_plain(target / name)]
     weights = [name for name in names if _SHARD.fullmatch(name) or _SINGLE.fullmatch(name)]
     if not weights:
-        return []
+        return adapter
     variants = {(match := _SHARD.fullmatch(name) or _SINGLE.fullmatch(name)) and match[1] for name in weights}
     stale = set()
     for variant in variants:
@@ -324,7 +338,7 @@ def _stale(target: Path, names: list[str]) -> list[str]:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # not a checkpoint that anybody could load
             shards = json.loads((target / index).read_text(encoding="utf-8"))["weight_map"].values()
             stale |= {shard for shard in shards if isinstance(shard, str) and _SHARD.fullmatch(shard)}
-    return sorted(name for name in stale - set(names) if _is_plain(target / name))
+    return adapter + sorted(name for name in stale - set(names) if _is_plain(target / name))
 
 
 # ---- who works on it -------------------------------------------------------------------------------------------

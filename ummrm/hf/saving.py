@@ -43,7 +43,7 @@ def save_pretrained(
     Args:
         model: the model.
         save_directory: the folder; made if it is not there. Files of it that the save does not write stay as they are;
-            weights of a checkpoint that is replaced go.
+            weights of a checkpoint that is replaced go, an adapter on them too.
         model_card: text of its README.md, by default the one that `ummrm.merge` made for the model; a card in the
             folder that ummrm did not write stays.
         kwargs: passed to the model class's `save_pretrained`.
