@@ -1,5 +1,7 @@
 """The token mask in every family: padding is routed nowhere, recomputation has the same mask; and dropout stays."""
 
+import threading
+
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, outputs_of, padded_batch, perturb_experts, reward_class, tiny_config, tiny_model
@@ -267,3 +269,28 @@ def test_a_merged_ffn_needs_no_token_mask():
     batch = padded_batch(lengths=(6, 4))
     mask = four_d(batch, causal=True, dtype=torch.float32) + 0.5  # a bias that is no mask of padding
     assert torch.isfinite(moe.base_model(batch["input_ids"], mask).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "falcon"])
+def test_a_second_thread_is_refused_rather_than_given_anothers_mask(model_type):
+    """A layer holds the mask of one call; a merged model is a stock one, and any number of threads may run it."""
+    moe = ummrm.upcycle(tiny_model(model_type), UpcycleConfig()).eval()
+    batch, inside, leave = padded_batch(), threading.Event(), threading.Event()
+    expected = outputs_of(moe, batch)
+
+    def stay(*_):
+        if not inside.is_set():
+            inside.set()
+            assert leave.wait(60)
+
+    handle = next(iter(upcycled_ffns(moe).values())).register_forward_pre_hook(stay)
+    found = []
+    first = threading.Thread(target=lambda: found.append(outputs_of(moe, batch)))
+    first.start()
+    assert inside.wait(60)
+    with pytest.raises(RuntimeError, match="must run in one thread at a time"):
+        outputs_of(moe, {"input_ids": batch["input_ids"]})
+    leave.set()
+    first.join()
+    handle.remove()
+    assert torch.equal(found[0], expected) and torch.equal(outputs_of(moe, batch), expected)

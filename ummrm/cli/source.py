@@ -124,9 +124,7 @@ def _folder_of(name: str) -> Path:
     if _HUB_NAME.fullmatch(name) and ".." not in name:
         return _from_hub(name)
     shown = name if len(name) < 200 else f"{name[:200]}..."
-    raise UserError(
-        f"there is no folder {shown!r}{_similar(path)}, and no model on the hub has such a name (organisation/model)."
-    )
+    raise UserError(f"there is no folder {shown!r}{_similar(path)}; a model of the hub is given as organisation/model.")
 
 
 def _similar(path: Path) -> str:

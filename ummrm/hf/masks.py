@@ -6,9 +6,11 @@ that passes unknown arguments on, else left beside the call. What an FFN does wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,10 +180,7 @@ def handing_down(stock: type[nn.Module]) -> Callable:
         cache = argument("past_key_values", args, kwargs) if cache is None else cache  # until transformers 5.23
         return token_mask_of(argument("attention_mask", args, kwargs), tokens, cache)
 
-    @functools.wraps(stock_forward)
-    def forward(self, *args, **kwargs):
-        if self.umm_passes_mask is None:
-            return stock_forward(self, *args, **kwargs)
+    def run(self, args: tuple, kwargs: dict):
         mask = kwargs.pop("token_mask", None)
         if mask is None and self.config.umm_phase == "mixture":  # a merged FFN computes padding as any token
             mask = token_mask(args, kwargs)
@@ -200,4 +199,35 @@ def handing_down(stock: type[nn.Module]) -> Callable:
             for layer in layers:
                 layer.umm_handed = None
 
+    @functools.wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        if self.umm_passes_mask is None:
+            return stock_forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or self.config.umm_phase != "mixture":
+            return run(self, args, kwargs)
+        with _one_thread(self):
+            return run(self, args, kwargs)
+
     return forward
+
+
+_ENTERING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _one_thread(backbone: Any) -> Iterator[None]:
+    """Refuses a second thread in a mixture's forward: its layers hold the token mask and the statistics of one call."""
+    own = threading.get_ident()
+    with _ENTERING:
+        outer = vars(backbone).get("umm_thread")
+        if outer not in (None, own):
+            raise RuntimeError(
+                f"a mixture must run in one thread at a time, and another thread is in the forward of this "
+                f"{type(backbone).__name__}; share it behind a lock, give each thread a copy (copy.deepcopy), or serve "
+                "the merged model, which any number of threads may run."
+            )
+        backbone.umm_thread = own
+    try:
+        yield
+    finally:
+        backbone.umm_thread = outer
