@@ -70,6 +70,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     with torch.device("meta"):
         moe: Any = umm_class(type(dense))(upcycled_config(dense.config, config, family))
         stock = moe.stock_class(stock_config(moe.config))
+    _check_nothing_added(dense, stock)
     # Proven without noise, on shared tensors: nothing is copied, and a refusal leaves the dense model as it was.
     noisy = config.expert_noise > 0
     with _random_state_kept(dense) if noisy else contextlib.nullcontext():
@@ -156,6 +157,23 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool, complete: b
             f"{type(target).__name__} has tensors that {type(source).__name__} lacks, first {leftover[0]!r}: this "
             "version of transformers builds them differently; please report it with both class names."
         )
+
+
+def _check_nothing_added(dense: PreTrainedModel, stock: PreTrainedModel) -> None:
+    """Raises ValueError if `dense` holds a tensor that a model of its class and configuration has no place for."""
+    places = dict(stock.named_modules(remove_duplicate=False))
+    for name, module in dense.named_modules(remove_duplicate=False):
+        place = places.get(name)
+        known = () if place is None else {*place._parameters, *place._buffers}
+        held = {**module._parameters, **module._buffers}
+        added = [k for k, t in held.items() if t is not None and k not in module._non_persistent_buffers_set]
+        added = [key for key in added if key not in known]
+        if added:
+            raise ValueError(
+                f"`dense` must hold what a {type(dense).__name__} of its configuration holds, got another tensor, "
+                f"{'.'.join(filter(None, (name, added[0])))!r}, which the upcycled model has no place for; remove it, "
+                "or replace FFN modules yourself with UpcycledFFN.from_dense(ffn, config)."
+            )
 
 
 def _keep_checkpointing(dense: PreTrainedModel, moe: PreTrainedModel) -> None:

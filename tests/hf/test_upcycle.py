@@ -245,3 +245,17 @@ def test_dropout_that_the_user_switched_off_stays_off():
             module.p = 0.0
     moe = ummrm.upcycle(dense, UpcycleConfig(), copy=True)
     assert {m.p for m in moe.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+@pytest.mark.parametrize("kind", ["module", "buffer"])
+def test_what_a_user_added_to_a_model_is_never_dropped_without_a_word(kind):
+    dense = tiny_model("llama")
+    if kind == "module":
+        dense.model.layers[1].extra = nn.Linear(4, 4)
+    else:
+        dense.register_buffer("extra", torch.ones(3))
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    name = "model.layers.1.extra.weight" if kind == "module" else "extra"
+    with pytest.raises(ValueError, match=f"got another tensor, '{name}', which the upcycled model has no place for"):
+        ummrm.upcycle(dense, UpcycleConfig())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
