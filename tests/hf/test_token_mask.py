@@ -1,5 +1,6 @@
 """The token mask in every family: padding is routed nowhere, recomputation has the same mask; and dropout stays."""
 
+import copy
 import threading
 
 import pytest
@@ -290,7 +291,9 @@ def test_a_second_thread_is_refused_rather_than_given_anothers_mask(model_type):
     assert inside.wait(60)
     with pytest.raises(RuntimeError, match="must run in one thread at a time"):
         outputs_of(moe, {"input_ids": batch["input_ids"]})
+    own = copy.deepcopy(moe)  # the remedy, taken while the other thread is inside
     leave.set()
     first.join()
     handle.remove()
     assert torch.equal(found[0], expected) and torch.equal(outputs_of(moe, batch), expected)
+    assert torch.equal(outputs_of(own, batch), expected)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,22 @@ class HandedMaskMixin(UmmLayerMixin):
         return super().__call__(*args, **kwargs)
 
 
-@functools.cache
+_MAKING = threading.RLock()
+
+
+def _once(make: Callable[..., type[nn.Module]]) -> Callable[..., type[nn.Module]]:
+    """`functools.cache` that gives threads which ask at once the same class."""
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def locked(*arguments):
+        with _MAKING:
+            return cached(*arguments)
+
+    return locked
+
+
+@_once
 def umm_layer_class(stock: type[nn.Module], passes_mask: bool) -> type[nn.Module]:
     """The class of a stock layer whose backbone passes the token mask on, or does not."""
     stock_forward = stock.forward
@@ -153,7 +169,7 @@ def umm_layer_class(stock: type[nn.Module], passes_mask: bool) -> type[nn.Module
     return new_class(stock, (mixin,), (umm_layer_class, stock, passes_mask), {"forward": forward})
 
 
-@functools.cache
+@_once
 def umm_inner_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of a stock module below the backbone that is the one called with the attention mask."""
     return new_class(stock, (Generated,), (umm_inner_class, stock), {"forward": handing_down(stock)})
@@ -212,22 +228,26 @@ def handing_down(stock: type[nn.Module]) -> Callable:
 
 
 _ENTERING = threading.Lock()
+# Which thread is in the forward of a backbone; not on the module, whose copy another thread may run.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def _one_thread(backbone: Any) -> Iterator[None]:
+def _one_thread(backbone: nn.Module) -> Iterator[None]:
     """Refuses a second thread in a mixture's forward: its layers hold the token mask and the statistics of one call."""
     own = threading.get_ident()
     with _ENTERING:
-        outer = vars(backbone).get("umm_thread")
+        outer = _RUNNING.get(backbone)
         if outer not in (None, own):
             raise RuntimeError(
                 f"a mixture must run in one thread at a time, and another thread is in the forward of this "
                 f"{type(backbone).__name__}; share it behind a lock, give each thread a copy (copy.deepcopy), or serve "
                 "the merged model, which any number of threads may run."
             )
-        backbone.umm_thread = own
+        _RUNNING[backbone] = own
     try:
         yield
     finally:
-        backbone.umm_thread = outer
+        if outer is None:
+            with _ENTERING:
+                del _RUNNING[backbone]
