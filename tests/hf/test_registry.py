@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODEL_TYPES, VOCABULARY, padded_batch, perturb_experts, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
 )
+from transformers.models.auto import configuration_auto, tokenization_auto
 
 import ummrm
 from ummrm import Family, FFNPaths, MergeConfig, UpcycleConfig
@@ -296,13 +298,48 @@ def test_a_tokenizer_that_names_no_class_is_the_dense_models(tmp_path, kind):
     assert dict(ours("Hello world")) == dict(theirs("Hello world"))
 
 
-def test_threads_that_need_a_family_at_once_get_the_same_class():
+@pytest.mark.parametrize(
+    ("imported", "ask"),
+    [
+        ("from ummrm.hf.registry import umm_config_class", "umm_config_class('qwen2')"),
+        (
+            "from ummrm.hf.masks import umm_layer_class\nfrom transformers.models.qwen2.modeling_qwen2 import "
+            "Qwen2DecoderLayer\nimport ummrm.hf.masks as masks\nimport time\nmake = masks.new_class\n"
+            "masks.new_class = lambda *a: (time.sleep(0.05), make(*a))[1]",
+            "umm_layer_class(Qwen2DecoderLayer, True)",
+        ),
+    ],
+    ids=["configuration", "layer"],
+)
+def test_threads_that_need_a_family_at_once_get_the_same_class(imported, ask):
     script = (
-        "import sys, threading\nimport ummrm\nfrom ummrm.hf.registry import umm_config_class\n"
+        f"import sys, threading\nimport ummrm\n{imported}\n"
         "sys.setswitchinterval(1e-6)\nfound, start = [], threading.Barrier(4)\n"
-        "def ask():\n    start.wait()\n    found.append(umm_config_class('qwen2'))\n"
+        f"def ask():\n    start.wait()\n    found.append({ask})\n"
         "threads = [threading.Thread(target=ask) for _ in range(4)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\nassert len(found) == 4 and len(set(found)) == 1\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_tokenizer_class_that_transformers_corrects_is_corrected_for_an_upcycled_folder(tmp_path):
+    """It knows the model types whose files on the hub name a wrong class."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    model = tiny_model("qwen2")
+    model.save_pretrained(dense)
+    words = {token: index for index, token in enumerate(["<|endoftext|>", "h", "i", "hi", "\u0120", "\u0120hi"])}
+    tokenizer = Tokenizer(models.BPE(words, [("h", "i"), ("\u0120", "hi")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(dense / "tokenizer.json"))
+    (dense / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    ummrm.upcycle(model, UpcycleConfig()).save_pretrained(moe)
+    copy_companions(dense, moe)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (moe, dense))
+    assert type(ours) is type(theirs) and type(theirs).__name__ != "LlamaTokenizer"
+    assert ours.pad_token == theirs.pad_token and ours("hi hi").data == theirs("hi hi").data
+    assert "qwen2" in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, "transformers has moved its list"
+    assert "qwen2" in tokenization_auto.TOKENIZER_MAPPING_NAMES, "transformers has moved its table"
+    # a class that is looked for by name is found whatever module the tables' last rows lead to
+    assert tokenization_auto.tokenizer_class_from_name("NoSuchTokenizer") is None
+    assert configuration_auto.model_type_to_module_name("umm_qwen2") == "qwen2", "transformers has moved its table"

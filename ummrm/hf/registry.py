@@ -206,12 +206,32 @@ def _define(
     for auto_class, models in heads.items():
         for stock_class in models:
             auto_class.register(config_class, classes[stock_class], exist_ok=True)
-    # a folder whose tokenizer names no class gets the one of its model_type
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING  # not before it is needed
+    _register_tokenizer(model_type, stock, config_class)
 
-    tokenizer = TOKENIZER_MAPPING.get(stock, None)
+
+def _register_tokenizer(model_type: str, stock: type[PreTrainedConfig], config_class: type[PreTrainedConfig]) -> None:
+    """AutoTokenizer goes by the model_type where a folder names no tokenizer class, or one known to be wrong.
+
+    The one place that knows these private names; tests/hf/test_registry.py says when they go.
+    """
+    from transformers.models.auto import tokenization_auto as auto  # not before it is needed
+
+    names, corrected = auto.TOKENIZER_MAPPING_NAMES, auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    ours = f"{PREFIX}{model_type}"
+    if model_type in names:
+        # found by class name, our entry must lead to the stock module
+        configuration_auto.SPECIAL_MODEL_TYPE_TO_MODULE_NAME[ours] = configuration_auto.model_type_to_module_name(
+            model_type
+        )
+        names[ours] = names[model_type]
+    if model_type in corrected:
+        corrected.add(ours)
+    try:
+        tokenizer = auto.TOKENIZER_MAPPING.get(stock, None)
+    except Exception:  # a tokenizer that can't be imported costs the model nothing; AutoTokenizer says what is wrong
+        return
     if tokenizer is not None:
-        TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
+        auto.TOKENIZER_MAPPING.register(config_class, tokenizer, exist_ok=True)
 
 
 def _model_class(
