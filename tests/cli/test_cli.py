@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from tiny_models import outputs_of, padded_batch, tiny_model
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -168,6 +170,34 @@ def test_a_base_model_gets_a_head_only_when_asked(models, command, refused):
     assert AutoModelForSequenceClassification.from_pretrained("rewards").score.weight.shape[0] == 1
     done = command("upcycle", "base", "language", "--no-new-head")
     assert done.status == 0 and "UmmLlamaForCausalLM" in done.out, done.err
+
+
+@pytest.mark.parametrize("tokenizer", ["pad", "eos", "outside", None])
+def test_a_fresh_head_scores_a_batch_or_the_user_hears_why_not(models, command, tokenizer):
+    """The stock head finds each sequence's last token by the padding, which many base models don't name."""
+    base = tiny_model("llama", "ForCausalLM")
+    base.config.pad_token_id = None
+    base.save_pretrained("base")
+    words = {"[UNK]": 0, "</s>": 1, "<pad>": 2, "a": 3}
+    if tokenizer == "outside":  # added behind the model's vocabulary
+        words["<pad>"] = base.config.vocab_size
+    if tokenizer:
+        special = {"eos_token": "</s>"} | ({} if tokenizer == "eos" else {"pad_token": "<pad>"})
+        backend = Tokenizer(WordLevel(words, "[UNK]"))
+        PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained("base")
+    done = command("upcycle", "base", "out", "--new-head", "-e", 2, "-k", 1)
+    assert done.status == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if "pad_token_id" in line]
+    moe = AutoModelForSequenceClassification.from_pretrained("out")
+    token = {"pad": 2, "eos": 1, "outside": 1, None: None}[tokenizer]
+    assert moe.config.pad_token_id == token
+    if token is None:
+        assert "set pad_token_id in out/config.json" in line
+        return
+    assert f"pad_token_id {token}" in line and ("eos" in line) == (token == 1)
+    ids = torch.tensor([[3, 0, 3, 3], [3, 0, token, token]])
+    logits = moe.eval()(ids, attention_mask=(ids != token).long()).logits
+    torch.testing.assert_close(logits[1:], moe(ids[1:, :2]).logits)
 
 
 def test_a_folder_that_holds_something(models, command, refused):

@@ -114,6 +114,11 @@ def read_folder(name: str, folder: Path) -> Source:
     return Source(name, folder, config, headers)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a file of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
+
+
 def _folder_of(name: str) -> Path:
     path = Path(name)
     if name and os.path.isdir(path):
@@ -158,7 +163,7 @@ def _from_hub(name: str) -> Path:
         folder = Path(error.snapshot_path)
     except (OSError, ValueError) as error:
         raise UserError(f"{no_folder} {why}; give a local folder, or try again with a network.") from error
-    lacking = "" if any(any(folder.glob(p)) for p in _TOKENIZERS) else "; it has no tokenizer, so the output has none"
+    lacking = "" if has_tokenizer(folder) else "; it has no tokenizer, so the output has none"
     note(f"note: {why}; {name} is taken from the cache{lacking}")
     return folder
 

@@ -12,8 +12,8 @@ from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
 from .outputs import check_output, check_space, replaced, warn_of_old_tokenizer
-from .screen import Steps, quiet_libraries, say, size
-from .source import Source, open_source
+from .screen import Steps, note, quiet_libraries, say, size
+from .source import Source, has_tokenizer, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,10 +151,32 @@ def run(
             model: Any = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head))
             model.config.name_or_path = dense  # a hub name, rather than its place in the cache
             model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
+        if new_head and model.config.pad_token_id is None:
+            _name_padding(model, source, out)
     with steps.step("copying FFNs into experts"), blaming("", ValueError):
         moe = ummrm.upcycle(model, settings)
     save(moe, target, source, steps)
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
+
+
+def _name_padding(model: PreTrainedModel, source: Source, out: str) -> None:
+    """Gives a fresh head the padding token by which it finds the last token of each sequence in a batch."""
+    from transformers import AutoTokenizer
+
+    config: Any = model.config
+    missing = "note: the configuration has no pad_token_id, without which a head can't score a batch"
+    if has_tokenizer(source.folder):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        except Exception:  # whatever a stranger's files make of it
+            tokenizer = None
+        for name in ("pad", "eos"):
+            token = getattr(tokenizer, f"{name}_token_id", None)
+            if token is not None and 0 <= token < config.vocab_size:  # one that was added has no embedding
+                config.pad_token_id = token
+                note(f"{missing}; set to the tokenizer's {name} token, pad_token_id {token}")
+                return
+    note(f"{missing}; set pad_token_id in {Path(out) / 'config.json'} to the id that batches are padded with")
 
 
 def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> None:
