@@ -216,7 +216,8 @@ def _register_tokenizer(model_type: str, stock: type[PreTrainedConfig], config_c
     """
     from transformers.models.auto import tokenization_auto as auto  # not before it is needed
 
-    names, corrected = auto.TOKENIZER_MAPPING_NAMES, auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    names = auto.TOKENIZER_MAPPING_NAMES
+    corrected: set[str] = getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())  # not in every version
     ours = f"{PREFIX}{model_type}"
     if model_type in names:
         # found by class name, our entry must lead to the stock module

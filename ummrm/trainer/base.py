@@ -183,14 +183,15 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         else:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
         model, rewards = self._network, []
-        training = model.training
+        modes = {module: module.training for module in model.modules()}  # a user may keep a part in eval mode
         model.eval()
         for batch in self.get_eval_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             batch.pop("margin", None)
             pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
             rewards.append(self.accelerator.gather_for_metrics(pairs).cpu().double().flatten())
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         normalization = of_rewards(torch.cat(rewards))
         set_reward_normalization(self._network, normalization)
         if hasattr(model, "peft_config"):
