@@ -1,6 +1,7 @@
 """What a public project keeps beside its code is true: workflows, hooks, citation, changelog, contributors' page."""
 
 import re
+from importlib import metadata
 
 import nox
 import pytest
@@ -15,7 +16,7 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 def test_one_version_and_one_licence():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["project"]["version"] == ummrm.__version__
+    assert citation["version"] == metadata.version("ummrm") == ummrm.__version__
     assert citation["license"] == PROJECT["project"]["license"]
     latest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
     assert latest == ummrm.__version__

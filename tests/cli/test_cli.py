@@ -221,7 +221,7 @@ def test_an_output_that_can_not_be_written(models, refused, monkeypatch):
     for out, message in {
         "file": "a file stands there",
         "file/below": "lies inside a file",
-        "pipe": "a pipe stands there",
+        "pipe": "a named pipe (FIFO) stands there",
         "nowhere": "leads nowhere",
         "x" * 300: "can't be written",
         "": "must be the name of a folder",

@@ -9,10 +9,9 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES
-from .outputs import check_output, check_space, replaced
+from .outputs import check_output, check_space, replaced, save
 from .screen import Steps, quiet_libraries, say, size
 from .source import Source, open_source
-from .upcycle import save
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""The folder that a command writes: whether it can be written, before any work.
+"""The folder that a command writes: whether it can be written, before any work, and the save into it.
 
 Saving touches only the files that it writes (see `ummrm.hf.saving`). A folder that holds something already is taken
 only with --overwrite, since a model in it would be replaced.
@@ -11,20 +11,18 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError, blaming
-from .screen import note, size
-from .source import Source
+from .screen import Steps, note, size
+from .source import TOKENIZER, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OTHER = "give another folder."
 # what a save may write; anything but a plain file in its place would make it fail at its end
 _WRITTEN = re.compile(r"(config|generation_config)\.json|README\.md|.*\.safetensors(\.index\.json)?")
-
-# what a tokenizer is loaded from, in every format that transformers reads
-_TOKENIZER = re.compile(
-    r"chat_template\.(jinja|json)|additional_chat_templates|added_tokens\.json|special_tokens_map\.json"
-    r"|tokenizer.*|(spm|spiece|sentencepiece).*\.model|vocab\..*|merges\.txt"
-)
 
 
 def check_output(out: str, source: Path, overwrite: bool) -> Path:
@@ -97,9 +95,25 @@ def replaced(out: Path) -> str:
     return " (replaced the model that was there)" if (out / "config.json").exists() else ""
 
 
-def warn_of_old_tokenizer(out: Path, source: Source) -> None:
-    """Prints a warning where a tokenizer's files that the source lacks stayed in `out`; call it after the save."""
-    old = sorted(path.name for path in out.iterdir() if _TOKENIZER.fullmatch(path.name))
+def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> None:
+    """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
+    from safetensors import SafetensorError
+
+    from ..hf.saving import copy_companions, save_pretrained
+
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_space(target, num_bytes)
+    with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
+        remedy = "make room or give another folder; a model that was there before is as it was."
+        with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
+            save_pretrained(model, target)
+            copy_companions(source.folder, target)
+            _warn_of_old_tokenizer(target, source)
+
+
+def _warn_of_old_tokenizer(out: Path, source: Source) -> None:
+    """Prints a warning where a tokenizer's files that the source lacks stayed in `out`."""
+    old = sorted(path.name for path in out.iterdir() if TOKENIZER.fullmatch(path.name))
     old = [name for name in old if not (source.folder / name).exists()]
     if old:
         note(
@@ -115,8 +129,6 @@ def _existing(path: Path) -> Path:
 
 
 def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "a folder"
-    if path.is_file():
-        return "a file"
-    return "a pipe" if path.is_fifo() else "something else than a file"
+    from ..hf.replacing import kind_of
+
+    return kind_of(path.stat().st_mode)

@@ -23,7 +23,11 @@ HUB_SECONDS = 3.0  # how long the hub may take to say what a repository holds
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 # the same weights in other formats, which transformers does not read where there are safetensors
 _OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite", "*.pth", "*.ckpt", "*.pb")
-_TOKENIZERS = ("tokenizer*", "vocab*", "spm.model", "spiece.model", "sentencepiece*")
+# what a tokenizer is loaded from, in every format that transformers reads
+TOKENIZER = re.compile(
+    r"chat_template\.(jinja|json)|additional_chat_templates|added_tokens\.json|special_tokens_map\.json"
+    r"|tokenizer.*|(spm|spiece|sentencepiece).*\.model|vocab\..*|merges\.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def read_folder(name: str, folder: Path) -> Source:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder holds a file of a tokenizer."""
-    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
+    return any(TOKENIZER.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _folder_of(name: str) -> Path:

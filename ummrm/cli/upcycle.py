@@ -11,7 +11,7 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
-from .outputs import check_output, check_space, replaced, warn_of_old_tokenizer
+from .outputs import check_output, check_space, replaced, save
 from .screen import Steps, note, quiet_libraries, say, size
 from .source import Source, has_tokenizer, open_source
 
@@ -177,22 +177,6 @@ def _name_padding(model: PreTrainedModel, source: Source, out: str) -> None:
                 note(f"{missing}; set to the tokenizer's {name} token, pad_token_id {token}")
                 return
     note(f"{missing}; set pad_token_id in {Path(out) / 'config.json'} to the id that batches are padded with")
-
-
-def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> None:
-    """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
-    from safetensors import SafetensorError
-
-    from ..hf.saving import copy_companions, save_pretrained
-
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    check_space(target, num_bytes)
-    with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
-        remedy = "make room or give another folder; a model that was there before is as it was."
-        with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
-            save_pretrained(model, target)
-            copy_companions(source.folder, target)
-            warn_of_old_tokenizer(target, source)
 
 
 def _check_source(source: Source, new_head: bool | None) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..nn.modes import evaluation_mode
+
 KEY = "reward_normalization"
 
 
@@ -85,13 +87,8 @@ def measure_rewards(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
     Raises:
         ValueError: fewer than two rewards, all rewards equal, or one not finite.
     """
-    modes = {module: module.training for module in model.modules()}  # a user may keep a part in eval mode
-    model.eval()
-    try:
+    with evaluation_mode(model):
         rewards = torch.cat([score(model, batch).cpu().double() for batch in batches] or [torch.empty(0).double()])
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return of_rewards(rewards)
 
 

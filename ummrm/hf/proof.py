@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..config import UpcycleConfig
 from ..nn.dense import FFNPaths
+from ..nn.modes import evaluation_mode
 from ..nn.probe import prove_paths
 from .families import Family
 from .modeling import UmmPreTrainedMixin
@@ -269,13 +270,6 @@ def _batch(dense: PreTrainedModel, device: torch.device) -> tuple[dict[str, obje
 @contextlib.contextmanager
 def _at_rest(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Evaluation mode, no autocast and a random state of its own; everything is put back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
     cuda = [device] if device.type == "cuda" else []
-    try:
-        for model in models:
-            model.eval()
-        with torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(*models), torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
+        yield

@@ -23,6 +23,7 @@ from ..hf import card
 from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
 from ..nn.merging_ffn import merging_ffns
+from ..nn.modes import evaluation_mode
 from ..nn.upcycled_ffn import upcycled_ffns
 from .lengths import Dropped, LengthFilter, report
 from .metrics import RewardSpread
@@ -183,15 +184,12 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         else:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
         model, rewards = self._network, []
-        modes = {module: module.training for module in model.modules()}  # a user may keep a part in eval mode
-        model.eval()
-        for batch in self.get_eval_dataloader(dataset):
-            batch = self._prepare_inputs(batch)
-            batch.pop("margin", None)
-            pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
-            rewards.append(self.accelerator.gather_for_metrics(pairs).cpu().double().flatten())
-        for module, training in modes.items():
-            module.training = training
+        with evaluation_mode(model):
+            for batch in self.get_eval_dataloader(dataset):
+                batch = self._prepare_inputs(batch)
+                batch.pop("margin", None)
+                pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
+                rewards.append(self.accelerator.gather_for_metrics(pairs).cpu().double().flatten())
         normalization = of_rewards(torch.cat(rewards))
         set_reward_normalization(self._network, normalization)
         if hasattr(model, "peft_config"):

@@ -19,6 +19,7 @@ from ..hf.saving import save_pretrained
 from ..merge import merge, prepare_merge
 from ..nn.dense import PROJECTIONS
 from ..nn.merging_ffn import merging_ffns
+from ..nn.modes import evaluation_mode
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
 from .metrics import averaged, layer_label, normalized_entropy
@@ -139,14 +140,11 @@ class UmmMergeTrainer(UmmTrainer):
         if hasattr(data, "__len__"):
             data = Subset(data, range(min(len(data), batches * size)))
         loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
-        training = model.training
-        model.eval()
-        with record_routing_statistics(model) as statistics:
+        with evaluation_mode(model), record_routing_statistics(model) as statistics:
             for _, batch in zip(range(batches), loader, strict=False):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
                 model(**batch)
-        model.train(training)
         return statistics
 
     def get_decay_parameter_names(self, model) -> list[str]:
