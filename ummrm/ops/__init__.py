@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from . import backends  # noqa: F401  (registers the operators)
+from .grouped import grouped_ffn, grouped_linear
 from .reference import RouteOutput
 
 __all__ = [
     "RouteOutput",
     "activation",
     "expert_gemm",
+    "grouped_ffn",
+    "grouped_linear",
     "merge_experts",
     "merge_ffn",
     "merged_ffn",
