@@ -19,8 +19,8 @@ from .hf.normalization import (
 from .hf.registry import register_family
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
-from .nn.dense import FFNPaths
 from .nn.assignment import assign_groups, draw_groups, members, set_evaluation
+from .nn.dense import FFNPaths
 from .nn.losses import auxiliary_loss, preference_loss
 from .nn.merging_ffn import MergingFFN
 from .nn.routing_statistics import record_routing_statistics

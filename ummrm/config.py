@@ -147,7 +147,7 @@ class UpcycleConfig(_Config):
         assignment: `"token"` or `"sequence"`.
         num_experts: E, routed experts, at least 1; 7, by sequence 4.
         num_experts_per_tok: K, routed experts per token, 1 to E; 5, by sequence always 1.
-        num_shared_experts: S, shared experts, which every token goes through, at least 1; by sequence at least 0, and 0.
+        num_shared_experts: S, shared experts, which every token goes through, at least 1; 1, by sequence 0.
         fixed_shared_weight: the shared experts' gate weight under `gate="fixed"` and by sequence, 0 to 1; 0.5.
         gate: by token: how the gate weights follow from the router: `"shared_complement"` (the default; XFT, arXiv
             2404.15247: the shared experts' is 1 - p_(1)) or `"fixed"` (it is `fixed_shared_weight`).
@@ -241,11 +241,16 @@ class UpcycleConfig(_Config):
 
     def _check_sequence(self) -> None:
         if self.num_experts_per_tok != 1:
-            _fail(self, "num_experts_per_tok", "1 by sequence: a sequence goes through one expert", self.num_experts_per_tok)
+            _fail(
+                self,
+                "num_experts_per_tok",
+                "1 by sequence: a sequence goes through one expert",
+                self.num_experts_per_tok,
+            )
         self._check_choice("experts_in", EXPERTS_IN)
         if self.experts_in == "linear" and self.num_shared_experts:
             _fail(self, "num_shared_experts", 'by sequence 0 with experts_in="linear"', self.num_shared_experts)
-        member = _is_int(self.evaluation) and 0 <= self.evaluation < self.num_experts  # type: ignore[operator]
+        member = _is_int(self.evaluation) and 0 <= self.evaluation < self.num_experts
         if not member and self.evaluation != "mean":
             _fail(self, "evaluation", f'"mean" or the number of a member, 0 to {self.num_experts - 1}', self.evaluation)
 
@@ -337,5 +342,7 @@ class MergeConfig(_Config):
         if not upcycling.num_shared_experts and (share or self.learn_shared_share):
             _fail(self, "shared_share", "0 and not learned for a mixture without shared experts", share)
         if upcycling.by_sequence and self.alpha_init == "routing":
-            _fail(self, "alpha_init", '"uniform" for a mixture assigned by sequence, which has no router', self.alpha_init)
+            _fail(
+                self, "alpha_init", '"uniform" for a mixture assigned by sequence, which has no router', self.alpha_init
+            )
         return config

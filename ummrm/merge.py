@@ -95,9 +95,9 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
     """Folds the experts of a network in its merge phase into one dense network of the original architecture.
 
     Args:
-        moe: a network after `prepare_merge` (and, normally, after alpha was trained), or one assigned by sequence in its
-            mixture phase, whose merge has nothing to learn: uniform over its members, its shared experts with the
-            weight that they had. It is left as it is.
+        moe: a network after `prepare_merge` (and, normally, after alpha was trained), or one assigned by sequence
+            in its mixture phase, whose merge has nothing to learn: uniform over its members, its shared experts with
+            the weight that they had. It is left as it is.
         card_notes: Markdown about training data and metrics for the model card.
 
     Returns:

@@ -44,7 +44,8 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
     of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). By sequence there is no
     router: whole sequences go through one expert (`groups` in the forward), and the experts may be all linear layers.
-    All other parameters keep their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
+    All other parameters keep their values, dtypes, devices, ties and `requires_grad`; experts and routers are
+    trainable.
 
     That every layer computes the same, upcycled and merged back, is proven on a tiny random batch before `dense` loses
     anything: one forward of each model over ten tokens, up to the rounding of the model's dtype.

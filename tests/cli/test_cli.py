@@ -128,12 +128,42 @@ def test_merge_uses_learned_weights(models, command):
 
 def test_every_field_of_the_configuration_is_an_option(models, command):
     """And the options go before the file, in YAML and in JSON."""
-    given = UpcycleConfig(3, 2, 2, "fixed", 0.25, "mlp", "jitter", 0.125, 0.5, (0,), 0.0625, "cv_squared", 0.75, 0.375)
-    default = UpcycleConfig()
-    assert all(getattr(given, f.name) != getattr(default, f.name) for f in fields(UpcycleConfig)), "set each new field"
-    options = []
-    for name, value in given.to_dict().items():
-        options += ["--" + name.replace("_", "-"), f"{value[0]}," if isinstance(value, list) else value]
+    given = UpcycleConfig(
+        num_experts=3,
+        num_experts_per_tok=2,
+        num_shared_experts=2,
+        gate="fixed",
+        fixed_shared_weight=0.25,
+        router="mlp",
+        router_noise="jitter",
+        jitter_eps=0.125,
+        router_init_std=0.5,
+        layers=(0,),
+        expert_noise=0.0625,
+        balancing_loss="cv_squared",
+        balancing_loss_coef=0.75,
+        z_loss_coef=0.375,
+    )
+    other = UpcycleConfig(assignment="sequence", experts_in="linear", evaluation=1)
+    default, sequence = UpcycleConfig(), UpcycleConfig(assignment="sequence")
+    for f in fields(UpcycleConfig):
+        differs = any(getattr(a, f.name) != getattr(b, f.name) for a, b in ((given, default), (other, sequence)))
+        assert differs or f.name == "assignment", f"set {f.name}"
+
+    def as_options(config):
+        options = []
+        for name, value in config.to_dict().items():
+            options += ["--" + name.replace("_", "-"), f"{value[0]}," if isinstance(value, list) else value]
+        return options
+
+    done = command("upcycle", "dense", "linear", *as_options(other))
+    assert done.status == 0, done.err
+    assert json.loads((models / "linear/config.json").read_text())["umm"] == other.to_dict()
+    done = command("info", "linear")
+    assert done.status == 0 and "sequence" in done.out and "linear" in done.out, done.out
+    done = command("merge", "linear", "linear-merged")
+    assert done.status == 0 and json.loads((models / "linear-merged/config.json").read_text())["model_type"] == "llama"
+    options = as_options(given)
     (models / "options.yaml").write_text("num_experts: 4\ngate: shared_complement\nlayers: all\n")
     done = command("upcycle", "dense", "out", "--config", "options.yaml", *options)
     assert done.status == 0, done.err

@@ -55,7 +55,7 @@ def test_nothing_recorded_is_zeros_and_uniform():
 
 def test_networks_without_experts_are_refused():
     with (
-        pytest.raises(TypeError, match="must hold UpcycledFFN modules, got a Linear"),
+        pytest.raises(TypeError, match="must hold UpcycledFFN modules with routers, got a Linear"),
         record_routing_statistics(nn.Linear(2, 2)),
     ):
         pass

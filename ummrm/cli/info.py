@@ -14,6 +14,7 @@ from .merge import check_upcycled
 from .screen import quiet_libraries, say, size
 from .source import Source, read_folder
 
+_ROUTED = re.compile(r".*\.(experts\.[^.]+|expert_weight|expert_bias)")
 _EXPERTS = re.compile(r"(.*)\.(experts|shared_experts)\.[^.]+")
 
 
@@ -63,8 +64,10 @@ def describe(source: Source) -> dict[str, Any]:
         from ..config import UpcycleConfig
 
         umm = UpcycleConfig.from_dict(config["umm"])
+        record["assignment"] = umm.assignment
         record |= {"num_experts": umm.num_experts, "num_experts_per_tok": umm.num_experts_per_tok}
-        record |= {"num_shared_experts": umm.num_shared_experts, "gate": umm.gate}
+        record |= {"num_shared_experts": umm.num_shared_experts}
+        record |= {"experts_in": umm.experts_in} if umm.by_sequence else {"gate": umm.gate}
         if record["kind"] == "merging":
             record["shared_share"] = config["umm_merge"].get("shared_share")
         record |= {"base_model": config.get("umm_base_model"), "ummrm": config.get("umm_version")}
@@ -79,7 +82,7 @@ def describe(source: Source) -> dict[str, Any]:
         # a fixed lambda stands among the weights and is no parameter
         record["parameters"] = sum(h.elements for n, h in headers.items() if not n.endswith(f"{SHARE_NAME}.share"))
         if record["kind"] == "mixture":
-            routed = sum(h.elements for n, h in headers.items() if (m := _EXPERTS.fullmatch(n)) and m[2] == "experts")
+            routed = sum(h.elements for name, h in headers.items() if _ROUTED.fullmatch(name))
             record["parameters_per_token"] = (
                 record["parameters"] - routed + routed * umm.num_experts_per_tok // (umm.num_experts)
             )

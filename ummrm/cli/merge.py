@@ -21,7 +21,7 @@ def merge(
         float | None,
         typer.Option(
             help="lambda, the shared experts' share, for a model in its mixture phase; its merge weights are uniform "
-            "(default: 0.5).",
+            "(default: 0.5; by sequence the weight that shared experts had).",
         ),
     ] = None,
     dtype: Annotated[
@@ -125,5 +125,6 @@ def _merged_bytes(source: Source, dtype: str | None) -> int:
         if "shared_experts" in parts or "router" in parts or "alpha" in parts:
             continue
         num_bytes = header.elements * width if width else header.num_bytes
-        total += num_bytes // max(header.shape[0], 1) if "experts" in parts and header.shape else num_bytes
+        stacked = "experts" in parts or parts[-1] in ("expert_weight", "expert_bias")
+        total += num_bytes // max(header.shape[0], 1) if stacked and header.shape else num_bytes
     return total

@@ -45,11 +45,24 @@ def upcycle(
         Path | None,
         typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here go before it."),
     ] = None,
-    num_experts: Annotated[int | None, _mixture("Routed experts, E.", 7, "--num-experts", "-e")] = None,
-    num_experts_per_tok: Annotated[
-        int | None, _mixture("Routed experts per token, K.", 5, "--num-experts-per-tok", "-k")
+    assignment: Annotated[
+        str | None, _mixture("How experts get their tokens: by token (a router) or by sequence.", "token")
     ] = None,
-    num_shared_experts: Annotated[int | None, _mixture("Shared experts, S.", 1, "--num-shared-experts", "-s")] = None,
+    num_experts: Annotated[
+        int | None, _mixture("Routed experts, E.", "7, by sequence 4", "--num-experts", "-e")
+    ] = None,
+    num_experts_per_tok: Annotated[
+        int | None, _mixture("Routed experts per token, K.", "5, by sequence 1", "--num-experts-per-tok", "-k")
+    ] = None,
+    num_shared_experts: Annotated[
+        int | None, _mixture("Shared experts, S.", "1, by sequence 0", "--num-shared-experts", "-s")
+    ] = None,
+    experts_in: Annotated[
+        str | None, _mixture("By sequence: ffn, or linear for every linear layer, attention's too.", "ffn")
+    ] = None,
+    evaluation: Annotated[
+        str | None, _mixture("By sequence, outside training: mean of the members, or the number of one.", "mean")
+    ] = None,
     layers: Annotated[str | None, _mixture("all, a number n (every n-th), or indices such as 3,7,11.", "all")] = None,
     expert_noise: Annotated[
         float | None,
@@ -57,7 +70,7 @@ def upcycle(
     ] = None,
     gate: Annotated[str | None, _router("shared_complement or fixed.", "shared_complement")] = None,
     fixed_shared_weight: Annotated[
-        float | None, _router("The shared experts' gate weight under --gate fixed.", 0.5)
+        float | None, _router("The shared experts' gate weight under --gate fixed and by sequence.", 0.5)
     ] = None,
     router: Annotated[str | None, _router("linear or mlp.", "linear")] = None,
     router_noise: Annotated[str | None, _router("In training: none, jitter or learned.", "none")] = None,
@@ -93,9 +106,12 @@ def upcycle(
     tokenizer and all else that is not weights or config comes along.
     """
     given = {
+        "assignment": assignment,
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "num_shared_experts": num_shared_experts,
+        "experts_in": experts_in,
+        "evaluation": int(evaluation) if evaluation is not None and evaluation.isdecimal() else evaluation,
         "layers": layers if layers is None else options.read_layers(layers),
         "expert_noise": expert_noise,
         "gate": gate,

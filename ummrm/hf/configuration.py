@@ -20,7 +20,7 @@ from .generated import Generated
 PREFIX = "umm_"
 PHASES = ("mixture", "merging")
 # Raised when a reader of the version before would misread or reject what is written.
-FORMAT_VERSION = 2  # 2 has the assignment of tokens or sequences to experts
+FORMAT_VERSION = 1
 OLDEST_FORMAT = 1  # that this version still reads
 KEYS = ("umm", "umm_phase", "umm_merge", "umm_base_model", "umm_family", "umm_format_version", "umm_version")
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
-from ..nn.experts import Experts
 from ..config import MergeConfig, UpcycleConfig
 from ..nn.dense import is_linear
+from ..nn.experts import Experts
 from ..nn.merge_weights import MergeShare
 from ..nn.merging_ffn import MergingFFN
 from ..nn.merging_linear import MergingLinear, merging_parts

@@ -263,7 +263,7 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
         if groups is not None:
             raise ValueError(
                 "`groups` must be None for a model that is no mixture assigned by sequence, got "
-                f"{type(groups).__name__}; upcycle with UpcycleConfig(assignment=\"sequence\"), or leave it out."
+                f'{type(groups).__name__}; upcycle with UpcycleConfig(assignment="sequence"), or leave it out.'
             )
         outputs = stock_forward(self, *args, **kwargs, return_dict=True)
         if self.training and self.config.umm_phase == "mixture" and getattr(outputs, "loss", None) is not None:

@@ -87,7 +87,7 @@ def row_groups(module: Any, groups: object, rows: int, device: torch.device) -> 
     return RowGroups(groups, config.num_experts, device)  # type: ignore[arg-type]  # which it checks
 
 
-# ---- a backbone's entrance and exit -----------------------------------------------------------------------------------
+# ---- a backbone's entrance and exit ---------------------------------------------------------------------------------
 
 
 def run_by_sequence(module: Any, stock_forward: Callable, args: tuple, kwargs: dict, call: Callable) -> Any:
@@ -125,8 +125,8 @@ def run_by_sequence(module: Any, stock_forward: Callable, args: tuple, kwargs: d
     outputs = call(bound, seen)
     if not torch.compiler.is_compiling() and any(part.used_groups not in (None, seen) for part in held):
         raise RuntimeError(
-            f"`groups` must reach every layer, and {type(module).__name__} of this version of transformers passes it on "
-            "to none; upgrade transformers, or set passes_mask=False in the family's row (ummrm/hf/families.py)."
+            f"`groups` must reach every layer, and {type(module).__name__} of this version of transformers passes it "
+            "on to none; upgrade transformers, or set passes_mask=False in the family's row (ummrm/hf/families.py)."
         )
     if rows.inverse is None:
         return outputs
@@ -162,7 +162,7 @@ def _keep_no_cache(module: Any, stock_forward: Callable, bound: dict[str, Any]) 
         bound["use_cache"] = False
 
 
-# ---- members ----------------------------------------------------------------------------------------------------------
+# ---- members --------------------------------------------------------------------------------------------------------
 
 
 def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> tuple[Any, Tensor]:

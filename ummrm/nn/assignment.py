@@ -190,13 +190,13 @@ class BySequence(nn.Module):
             member = self.config.evaluation
             if self.training:
                 raise ValueError(
-                    "`groups` must say in training which expert each sequence goes through, got None: pass groups=[rows] "
-                    "to a Hugging Face model, or call ummrm.assign_groups(network, groups) before each forward "
-                    "(ummrm.draw_groups draws them)."
+                    "`groups` must say in training which expert each sequence goes through, got None: pass "
+                    "groups=[rows] to a Hugging Face model, or call ummrm.assign_groups(network, groups) before each "
+                    "forward (ummrm.draw_groups draws them)."
                 )
             if not isinstance(member, int):
                 raise ValueError(
-                    'evaluation="mean" averages the members\' scores after the head, which one layer can\'t do: name a '
+                    "evaluation=\"mean\" averages the members' scores after the head, which one layer can't do: name a "
                     "member with ummrm.set_evaluation(network, number), or run each: "
                     "`for _ in ummrm.members(network): network(x)`."
                 )
@@ -289,4 +289,3 @@ def members(network: nn.Module) -> Iterator[int]:
     finally:
         for name, module in modules.items():
             module.groups = held[name]
-

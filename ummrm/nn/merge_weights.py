@@ -61,7 +61,7 @@ class MergeShare(nn.Module):
 
     def reset_parameters(self, constant_: Callable[..., object] = nn.init.constant_) -> None:
         """Starts lambda at `config.shared_share`."""
-        share = self.config.shared_share
+        share = self._configured()
         if self.config.learn_shared_share:
             constant_(self.logit, math.log(share / (1 - share)))
         else:
@@ -82,12 +82,17 @@ class MergeShare(nn.Module):
 
     def shared_share(self) -> float:
         """The start of a learned lambda; of a fixed one the fewest digits that are, in fp32, what the tensor holds."""
-        configured = self.config.shared_share
+        configured = self._configured()
         if self.config.learn_shared_share or self.share.is_meta:
             return configured
         value = self.share.item()
         shorter = (float(f"{value:.{digits}g}") for digits in range(1, 10))
         return next((s for s in (configured, *shorter) if torch.tensor(s, dtype=torch.float32).item() == value), value)
+
+    def _configured(self) -> float:
+        share = self.config.shared_share
+        assert share is not None, "a configuration as MergeConfig.resolved gives it"
+        return share
 
     def _apply(self, fn, recurse=True):
         held = self._buffers.get("share")

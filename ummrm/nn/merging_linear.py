@@ -59,10 +59,9 @@ class MergingLinear(nn.Module):
     def from_upcycled(cls, linear: UpcycledLinear, merge_config: MergeConfig, share: MergeShare) -> MergingLinear:
         """Takes over the experts of `linear` (no copy, not frozen yet); alpha starts uniform."""
         weight, bias = linear.expert_weight, linear.expert_bias
+        shape = linear.in_features, linear.out_features, bias is not None
         with torch.device("meta"):
-            merged = cls(
-                linear.in_features, linear.out_features, bias is not None, linear.config, merge_config, share, weight.dtype
-            )
+            merged = cls(*shape, linear.config, merge_config, share, weight.dtype)
         merged.expert_weight, merged.expert_bias = weight, bias
         merged.alpha = nn.Parameter(torch.zeros(merged.alpha.shape, dtype=torch.float32, device=weight.device))
         merged._dense_template = linear._dense_template
@@ -73,7 +72,7 @@ class MergingLinear(nn.Module):
         return coefficients(self.alpha, self._share[0], 0, 1, self.expert_weight.dtype)
 
     def _merged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        held = [t for t in (self.expert_weight, self.expert_bias) if t is not None]
+        held: list[torch.Tensor] = [t for t in (self.expert_weight, self.expert_bias) if t is not None]
         none = [t.new_empty(0, *t.shape[1:]) for t in held]
         merged = ops.merge_experts(none, held, self.coefficients().expand(len(held), -1).contiguous())
         return merged[0], merged[1] if len(merged) > 1 else None

@@ -83,8 +83,9 @@ def record_routing_statistics(model: nn.Module) -> Iterator[RoutingStatistics]:
     Raises:
         TypeError: the network holds no `UpcycledFFN`.
     """
-    ffns = {name: ffn for name, ffn in upcycled_ffns(model).items() if ffn.router is not None}
-    if not ffns:
+    ffns = upcycled_ffns(model)
+    routers = {name: ffn.router for name, ffn in ffns.items() if ffn.router is not None}
+    if not routers:
         raise TypeError(
             f"`model` must hold UpcycledFFN modules with routers, got a {type(model).__name__} with none; "
             "statistics are measured before ummrm.prepare_merge, on the upcycled model."
@@ -98,7 +99,7 @@ def record_routing_statistics(model: nn.Module) -> Iterator[RoutingStatistics]:
 
         return hook
 
-    handles = [ffn.router.register_forward_hook(hook_for(name)) for name, ffn in ffns.items()]
+    handles = [router.register_forward_hook(hook_for(name)) for name, router in routers.items()]
     try:
         yield statistics
     finally:

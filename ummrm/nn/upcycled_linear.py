@@ -7,6 +7,7 @@ business.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class UpcycledLinear(BySequence):
                 f"assignment={config.assignment!r} and experts_in={config.experts_in!r}."
             )
         self.in_features, self.out_features, self.config = in_features, out_features, config
-        shape, kind = (config.num_experts, out_features), {"dtype": dtype, "device": device}
+        shape, kind = (config.num_experts, out_features), dict[str, Any](dtype=dtype, device=device)
         self.expert_weight = nn.Parameter(torch.empty(*shape, in_features, **kind))
         self.register_parameter("expert_bias", nn.Parameter(torch.empty(*shape, **kind)) if bias else None)
         self._dense_template: nn.Module | None = None
@@ -98,7 +99,8 @@ class UpcycledLinear(BySequence):
         self.expert_weight.copy_(dense.weight.unsqueeze(0).expand_as(self.expert_weight))
         if noise > 0:
             std = noise * dense.weight.float().std().item()
-            self.expert_weight.add_((torch.randn_like(self.expert_weight, dtype=torch.float32) * std).to(self.expert_weight.dtype))
+            added = torch.randn_like(self.expert_weight, dtype=torch.float32) * std
+            self.expert_weight.add_(added.to(self.expert_weight.dtype))
         if self.expert_bias is not None and dense.bias is not None:
             self.expert_bias.copy_(dense.bias.unsqueeze(0).expand_as(self.expert_bias))
 
@@ -113,7 +115,8 @@ class UpcycledLinear(BySequence):
         return {**self.__dict__, "groups": None, "used_groups": None}
 
     def extra_repr(self) -> str:
-        return f"{self.config.num_experts} x ({self.in_features} to {self.out_features}, bias={self.expert_bias is not None})"
+        shape = f"{self.in_features} to {self.out_features}"
+        return f"{self.config.num_experts} x ({shape}, bias={self.expert_bias is not None})"
 
 
 def _flat(x: torch.Tensor, features: int) -> torch.Tensor:

@@ -18,11 +18,11 @@ from ..hf.merge_share import merge_share
 from ..hf.saving import save_pretrained
 from ..merge import merge, prepare_merge
 from ..nn.dense import PROJECTIONS
-from ..nn.merging_ffn import merging_ffns
+from ..nn.merging_linear import merging_parts
 from ..nn.modes import evaluation_mode
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
 from .base import UmmTrainer, phase_of
-from .metrics import averaged, layer_label, normalized_entropy
+from .metrics import averaged, labelled, normalized_entropy
 
 # What every study of the laboratory learns alpha with. Largest |alpha| of a tiny model after 20 steps: 0.36, after 100:
 # 1.5; at RewardConfig's 1e-4 0.0007 and 0.003.
@@ -116,7 +116,7 @@ class UmmMergeTrainer(UmmTrainer):
             if measured and statistics is None:
                 statistics = self._measured_statistics(statistics_batches)
             prepare_merge(self._network, merge_config, statistics)
-        self._alpha = {layer_label(n, i): ffn for i, (n, ffn) in enumerate(merging_ffns(self._network).items())}
+        self._alpha = labelled(merging_parts(self._network))
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)

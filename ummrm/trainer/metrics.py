@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,22 @@ from torch import Tensor
 from ..nn.device_sum import DeviceSum, read_all, widest
 from ..nn.losses import RoutingReport
 
+M = TypeVar("M")
+
 
 def layer_label(name: str, ordinal: int) -> str:
     """`layer_3` for an FFN called `model.layers.3.mlp`; the ordinal where a name has no number of its own."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     return f"layer_{numbers[0] if len(numbers) == 1 else ordinal}"
+
+
+def labelled(modules: dict[str, M]) -> dict[str, M]:
+    """Modules by `layer_label`; where a layer has several, by that and their names below the layer."""
+    labels = [layer_label(name, ordinal) for ordinal, name in enumerate(modules)]
+    if len(set(labels)) < len(labels):
+        below = [re.sub(r"^.*?\.\d+\.", "", name) for name in modules]
+        labels = [f"{label}/{rest}" for label, rest in zip(labels, below, strict=True)]
+    return dict(zip(labels, modules.values(), strict=True))
 
 
 class RoutingMetrics:

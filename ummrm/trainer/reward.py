@@ -1,10 +1,11 @@
-"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses, and routing in the log."""
+"""Training the mixture: TRL's RewardTrainer with the routers' auxiliary losses, or with groups drawn for each step."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from ..nn.assignment import draw_groups, sequence_modules
 from ..nn.losses import routing_reports
 from .base import UmmTrainer, phase_of
 from .metrics import RoutingMetrics
@@ -17,6 +18,11 @@ class UmmRewardTrainer(UmmTrainer):
     pairs, `margin`, `center_rewards_coefficient`, `peft_config`, ...). The loss is TRL's plus the weighted auxiliary
     losses of the model's `UpcycleConfig`; `loss` in the logs is the sum, `preference_loss` TRL's part. Evaluation loss
     is TRL's alone.
+
+    For a mixture assigned by sequence there are no routers and no auxiliary losses: every optimiser step deals its
+    pairs, over all micro-batches and processes, to the experts (`ummrm.draw_groups` of `args.seed` and the step), so
+    that accumulation, several processes and resuming change nothing. An expert that gets 1/E of the pairs has 1/E of
+    the gradient; nothing is rescaled. Evaluation goes by the model's `evaluation` setting: the members' mean.
 
     Under gradient accumulation a batch's auxiliary loss counts by its share of the step's live tokens, over all
     processes: the z-loss and the routers' mean probabilities are then exactly those of the whole step. The balancing
@@ -59,13 +65,30 @@ class UmmRewardTrainer(UmmTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
-        if len(batches) > 1:
+        if sequence_modules(self._network):
+            self._assign(batches)
+        elif len(batches) > 1:
             counts = torch.stack([_tokens(batch).to(device) for batch in batches])
             self._step_tokens = self.accelerator.reduce(counts.sum().float(), "sum")
         return batches, num_items
 
+    def _assign(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Gives each batch its part of the step's groups: rows are all chosen answers, then all rejected ones."""
+        own = torch.tensor([batch["input_ids"].shape[0] // 2 for batch in batches])
+        counts = own[None]
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(own.to(self.accelerator.device)).cpu().view(-1, len(batches))
+        ends = counts.t().flatten().cumsum(0).view(len(batches), -1)[:, self.accelerator.process_index]
+        config = next(iter(sequence_modules(self._network).values())).config
+        step = self.state.global_step
+        groups = draw_groups(int(counts.sum()), config.num_experts, seed=self.args.seed, step=step)
+        for batch, count, end in zip(batches, own.tolist(), ends.tolist(), strict=True):
+            batch["groups"] = groups[end - count : end].repeat(2).to(batch["input_ids"].device)
+
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
         reports = routing_reports(model)
+        if not reports:  # assigned by sequence: no routers
+            return loss
         self._routing[mode].add(reports)
         if mode == "eval":
             return loss
