@@ -152,7 +152,8 @@ def _rows_of(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _keep_no_cache(module: Any, stock_forward: Callable, bound: dict[str, Any]) -> None:
     """Keys and values would be kept in another order than the caller's."""
-    cache = bound.get("past_key_values")
+    cache = bound.get("cache")
+    cache = bound.get("past_key_values") if cache is None else cache  # until transformers 5.23
     if cache is not None and cache.get_seq_length():
         raise ValueError(
             "`groups` must be in ascending order for a call with past_key_values, whose rows can't be put in order; "

@@ -184,7 +184,7 @@ class BySequence(nn.Module):
     def _start_by_sequence(self) -> None:
         self.groups = self.used_groups = None
 
-    def _row_groups(self, groups: RowGroups | None) -> RowGroups:
+    def _row_groups(self, groups: RowGroups | None, x: Tensor) -> RowGroups:
         groups = self.groups if groups is None else groups
         if groups is None:
             member = self.config.evaluation
@@ -201,6 +201,12 @@ class BySequence(nn.Module):
                     "`for _ in ummrm.members(network): network(x)`."
                 )
             groups = MemberRows(member, self.config.num_experts)
+        if groups.rows >= 0 and x.dim() > 2 and x.shape[0] != groups.rows:
+            raise ValueError(
+                f"`groups` must have one expert for each row of the batch, got {groups.rows} for an input of "
+                f"{list(x.shape)} to a {type(self).__name__}; what is no row of the batch (position embeddings, say) "
+                'can\'t go through experts: use experts_in="ffn".'
+            )
         self.used_groups = groups
         return groups
 

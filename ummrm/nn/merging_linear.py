@@ -53,7 +53,7 @@ class MergingLinear(nn.Module):
         held = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
         self.register_parameter("expert_bias", held)
         self.alpha = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32, device=device))
-        self._dense_template: nn.Module | None = None
+        self._dense_template: tuple[nn.Module] | None = None
 
     @classmethod
     def from_upcycled(cls, linear: UpcycledLinear, merge_config: MergeConfig, share: MergeShare) -> MergingLinear:
@@ -105,7 +105,7 @@ class MergingLinear(nn.Module):
                 "MergingLinear.to_dense needs the module that UpcycledLinear.from_dense was given, and this one has "
                 "none; for a Hugging Face model call ummrm.merge(model) on the whole model."
             )
-        dense = copy.deepcopy(self._dense_template)
+        dense = copy.deepcopy(self._dense_template[0])
         self.write_to(dense)
         return dense.train(self.training)
 

@@ -112,7 +112,7 @@ class UpcycledFFN(BySequence):
         """
         flat = flatten_tokens(x, self.spec.hidden_size)
         if self.router is None:
-            return self._by_sequence(flat, self._row_groups(groups)).view(x.shape)
+            return self._by_sequence(flat, self._row_groups(groups, x)).view(x.shape)
         mask = _flatten_mask(self.token_mask if token_mask is None else token_mask, x)
         routing = self.router(flat, mask)
         if not in_backward():

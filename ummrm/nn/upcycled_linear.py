@@ -58,7 +58,7 @@ class UpcycledLinear(BySequence):
         shape, kind = (config.num_experts, out_features), dict[str, Any](dtype=dtype, device=device)
         self.expert_weight = nn.Parameter(torch.empty(*shape, in_features, **kind))
         self.register_parameter("expert_bias", nn.Parameter(torch.empty(*shape, **kind)) if bias else None)
-        self._dense_template: nn.Module | None = None
+        self._dense_template: tuple[nn.Module] | None = None  # in a tuple, so that it is no part of this one
         self._start_by_sequence()
         self.reset_parameters()
 
@@ -76,7 +76,7 @@ class UpcycledLinear(BySequence):
             raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
         upcycled = cls.like(linear, config)
         upcycled.copy_from(linear, config.expert_noise)
-        upcycled._dense_template = copy.deepcopy(linear).to("meta")
+        upcycled._dense_template = (copy.deepcopy(linear).to("meta"),)
         return upcycled.train(linear.training)
 
     @classmethod
@@ -106,7 +106,7 @@ class UpcycledLinear(BySequence):
 
     def forward(self, x: torch.Tensor, groups: RowGroups | None = None) -> torch.Tensor:
         """x [rows, ..., D] through the experts of its rows."""
-        rows = self._row_groups(groups)
+        rows = self._row_groups(groups, x)
         weight, bias = self.expert_weight, self.expert_bias
         out = rows(lambda flat, offsets: ops.grouped_linear(flat, weight, offsets, bias), _flat(x, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
