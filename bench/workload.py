@@ -10,7 +10,7 @@ import torch
 
 from . import rivals
 
-_MEMORY_BOUND = ("activation", "permute", "unpermute", "merge", "dots", "merged_ffn")
+_MEMORY_BOUND = ("activation", "permute", "unpermute", "merge", "dots", "adamw", "merged_ffn")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Layer:
 _CPU = Layer(512, 512, 1408, 8, 2)
 _WIDE = Layer(16384, 4096, 14336, 8, 2)
 _LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
+_BY_SEQUENCE = ((512, 512, 1408), (1024, 512, 1408), (2048, 512, 1408), (2048, 1024, 2816))  # T, H, I
 _ROUTED = ((7, 5), (8, 2), (16, 4))  # E, K
 
 SIZES = {
@@ -51,6 +52,8 @@ SIZES = {
         **{name: [_CPU] for name in ("moe_ffn", "merged_ffn")},
         **{name: [Layer(8 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("permute", "unpermute")},
         **{name: [Layer(16 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("route", "route_and_sort", "sort_slots")},
+        "grouped_ffn": [Layer(*layer, 4, 1, 0) for layer in _BY_SEQUENCE],
+        "adamw": [Layer(*layer, 4, 1, 0) for layer in _BY_SEQUENCE[2:]],
     },
     "cuda": {
         **{name: [_WIDE] for name in ("activation", "merge", "dots", "permute", "unpermute")},
@@ -72,6 +75,7 @@ SIZES = {
             for layer in _LAYERS
         ],
         "merged_ffn": [Layer(16384, 2048, 8192, 8, 2)],
+        **{name: [Layer(16384, 2048, 8192, 4, 1, 0)] for name in ("grouped_ffn", "adamw")},
     },
 }
 
