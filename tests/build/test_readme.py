@@ -11,10 +11,12 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_tokenizer
 
+import ummrm
+
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # what a page asks its reader to bring
 GIVEN = {"docs/training.md": lambda: {"dense": tiny_model("llama"), "tokenizer": make_tokenizer()}}
-RUN_HERE = {"README.md": 1, "docs/quickstart.md": 5, "docs/training.md": 7}  # blocks of code
+RUN_HERE = {"README.md": 1, "docs/quickstart.md": 6, "docs/training.md": 8}  # blocks of code
 
 
 def text(page):
@@ -55,9 +57,10 @@ def test_the_quickstarts_code_runs(tmp_path, monkeypatch):
     namespace = run("docs/quickstart.md", tmp_path, monkeypatch)
     assert type(namespace["merged"]).__name__ == "LlamaForSequenceClassification"
     assert (tmp_path / "merged-rm" / "model.safetensors").is_file()
-    network, dense = namespace["network"], namespace["dense_network"]
-    assert type(dense[1].ffn) is torch.nn.Sequential
-    torch.testing.assert_close(dense(namespace["x"]), network(namespace["x"]), rtol=1e-5, atol=1e-6)
+    network, dense, x = namespace["network"], namespace["dense_network"], namespace["chosen"]
+    assert type(dense[1].ffn) is torch.nn.Sequential and namespace["members"].shape == (16, 4)
+    merged = ummrm.prepare_merge(network)
+    torch.testing.assert_close(dense(x), merged(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_training_pages_code_runs(tmp_path, monkeypatch):
