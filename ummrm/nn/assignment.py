@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UpcycleConfig
+from ..ops.library import checking
 
 
 def draw_groups(num_pairs: int, num_experts: int, *, seed: int, step: int) -> Tensor:
@@ -57,8 +58,8 @@ class RowGroups:
     """The expert of each row of a batch, for one call of a network.
 
     Args:
-        groups: integer [rows], the expert of each row; checked on the CPU, and elsewhere under `ummrm.check(True)` by
-            the operators.
+        groups: integer [rows], the expert of each row; its values are checked on the CPU, and elsewhere under
+            `ummrm.check(True)`.
         num_experts: E.
         device: where the network runs; None is where `groups` is.
 
@@ -153,7 +154,7 @@ def check_groups(groups: object, num_experts: int) -> None:
     if not isinstance(groups, Tensor) or not integers or groups.dim() != 1:
         got = f"{groups.dtype} {list(groups.shape)}" if isinstance(groups, Tensor) else type(groups).__name__
         raise ValueError(f"`groups` must be an integer tensor [rows], the expert of each row, got {got}.")
-    if torch.compiler.is_compiling() or groups.device.type != "cpu" or not groups.numel():
+    if torch.compiler.is_compiling() or not groups.numel() or not (groups.device.type == "cpu" or checking()):
         return
     low, high = groups.aminmax()
     if low < 0 or high >= num_experts:
