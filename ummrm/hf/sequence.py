@@ -23,6 +23,8 @@ _ROW_ARGUMENTS = (
     "attention_mask",
     "token_type_ids",
     "position_ids",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
 )
 # Of their layers, beside the hidden states.
 _LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids")
