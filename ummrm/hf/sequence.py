@@ -27,7 +27,7 @@ _ROW_ARGUMENTS = (
     "encoder_attention_mask",
 )
 # Of their layers, beside the hidden states.
-_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids")
+_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids", "alibi")
 _RECORDED = ("output_hidden_states", "output_attentions")
 
 
@@ -225,8 +225,6 @@ def spread(rows: RowGroups, bound: dict[str, Any]) -> dict[str, Any]:
 
     if bound["hidden_states"].shape[0] == block:
         bound = {**bound, "hidden_states": repeat(bound["hidden_states"])}
-    if block == 1:  # one row of anything else serves any number
-        return bound
     return {name: _rows_of(v, block, repeat) if name in _LAYER_ARGUMENTS else v for name, v in bound.items()}
 
 
