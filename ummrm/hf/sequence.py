@@ -196,10 +196,22 @@ def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any])
     count, num_experts = tokens.shape[0], model.config.upcycle_config.num_experts
     if "use_cache" in inspect.signature(stock_forward).parameters:
         bound["use_cache"] = False
+    if count == 1 and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+        return _one_by_one(model, stock_forward, bound)
     bound = _changed(bound, count, lambda t: t.repeat(num_experts, *[1] * (t.dim() - 1)))
     with handed_groups(model, RowGroups.of_all(count, num_experts, tokens.device)):
         outputs = stock_forward(model, **bound, return_dict=True)
     return outputs, outputs.logits.unflatten(0, (num_experts, count))
+
+
+def _one_by_one(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """`member_logits` by a forward for each, since stock heads that know no padding token take one sequence alone."""
+    logits, num_experts = [], model.config.upcycle_config.num_experts
+    for member in range(num_experts):
+        with handed_groups(model, MemberRows(member, num_experts)):
+            outputs = stock_forward(model, **bound, return_dict=True)
+        logits.append(outputs.logits)
+    return outputs, torch.stack(logits)
 
 
 def mean_over_members(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> Any:
