@@ -284,3 +284,16 @@ def test_hidden_states_come_out_in_the_callers_order_and_tied_embeddings_stay_ti
     close(rows_of(models[1], batch, **groups), rows_of(moe, batch, **groups))
     close(rows_of(models[3], batch), rows_of(merged, batch))
     assert [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in models] == [True] * 4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_groups_are_refused_by_what_is_no_mixture_by_sequence(model_type):
+    """By backbones as by heads; OPT's is called with them on the way to its decoder."""
+    batch, groups = padded_batch(), torch.tensor([2, 0, 1])
+    by_token = ummrm.upcycle(tiny_model(model_type), UpcycleConfig(num_experts=3, num_experts_per_tok=2))
+    for model in (by_token, ummrm.prepare_merge(ummrm.upcycle(tiny_model(model_type), KINDS["ffn"]))):
+        for part in (model, model.base_model):
+            with pytest.raises(
+                ValueError, match="`groups` must be None for a model that is no mixture assigned by seq"
+            ):
+                part(**batch, groups=groups)

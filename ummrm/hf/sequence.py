@@ -42,6 +42,15 @@ def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def check_no_groups(groups: object) -> None:
+    """Raises ValueError if a model that is no mixture assigned by sequence was called with groups."""
+    if groups is not None:
+        raise ValueError(
+            "`groups` must be None for a model that is no mixture assigned by sequence, got "
+            f'{type(groups).__name__}; upcycle with UpcycleConfig(assignment="sequence"), or leave it out.'
+        )
+
+
 # ---- groups on their way to the backbone ----------------------------------------------------------------------------
 
 
