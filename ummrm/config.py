@@ -338,8 +338,10 @@ class MergeConfig(_Config):
             ValueError: it can't be merged so: without shared experts lambda is 0, by sequence nothing was routed.
         """
         share = upcycling.default_shared_share if self.shared_share is None else self.shared_share
-        if not upcycling.num_shared_experts and (share or self.learn_shared_share):
-            _fail(self, "shared_share", "0 and not learned for a mixture without shared experts", share)
+        if not upcycling.num_shared_experts and self.learn_shared_share:
+            _fail(self, "learn_shared_share", "False for a mixture without shared experts", True)
+        if not upcycling.num_shared_experts and share:
+            _fail(self, "shared_share", "0 for a mixture without shared experts", share)
         if upcycling.by_sequence and self.alpha_init == "routing":
             _fail(
                 self, "alpha_init", '"uniform" for a mixture assigned by sequence, which has no router', self.alpha_init

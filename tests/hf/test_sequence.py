@@ -238,8 +238,8 @@ def test_what_is_no_row_of_the_batch_goes_through_no_expert():
 @pytest.mark.parametrize(
     ("merging", "message"),
     [
-        (ummrm.MergeConfig(shared_share=0.5), "0 and not learned for a mixture without shared experts, got 0.5"),
-        (ummrm.MergeConfig(learn_shared_share=True), "0 and not learned"),
+        (ummrm.MergeConfig(shared_share=0.5), "0 for a mixture without shared experts, got 0.5"),
+        (ummrm.MergeConfig(learn_shared_share=True), "`learn_shared_share` must be False"),
         (ummrm.MergeConfig(alpha_init="routing"), '`alpha_init` must be "uniform"'),
     ],
     ids=["lambda", "learned lambda", "routing"],

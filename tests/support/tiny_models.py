@@ -111,6 +111,6 @@ def perturb_experts(model, scale=0.3):
     """Makes the experts of an upcycled model distinct: at upcycling all are equal and the router has no gradient."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "experts." in name:
+            if "experts." in name or ".expert_" in name:
                 parameter.add_(scale * parameter.std() * torch.randn_like(parameter))
     return model

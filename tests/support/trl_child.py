@@ -3,14 +3,15 @@
 import sys
 
 import torch
-from trl_inputs import CONFIG, make_dataset, make_moe, make_tokenizer, settings
+from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
 from ummrm import UmmRewardTrainer, UpcycleConfig
 
 
-def train(folder, **batching):
+def train(folder, assignment="token", **batching):
     """One step of plain SGD on 16 pairs, the z-loss alone beside the preference loss; parameters and the log."""
     config = UpcycleConfig(**{**CONFIG.to_dict(), "balancing_loss_coef": 0.0, "z_loss_coef": 1.0})
+    config = SEQUENCE if assignment == "sequence" else config
     trainer = UmmRewardTrainer(
         make_moe(config=config),
         settings(folder, max_steps=1, optim="sgd", max_grad_norm=0, **batching),
@@ -28,7 +29,7 @@ def train(folder, **batching):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parameters, log, first = train(
-        sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=4, ddp_backend="gloo"
+        *sys.argv[1:], per_device_train_batch_size=2, gradient_accumulation_steps=4, ddp_backend="gloo"
     )
     if first:
         torch.save((parameters, log), f"{sys.argv[1]}/out.pt")

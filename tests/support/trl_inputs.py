@@ -20,6 +20,7 @@ WORDS = [f"w{i}" for i in range(VOCABULARY - 6)]
 CONFIG = UpcycleConfig(
     num_experts=4, num_experts_per_tok=2, router_init_std=0.5, z_loss_coef=0.1, balancing_loss_coef=0.1
 )
+SEQUENCE = UpcycleConfig(assignment="sequence")
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

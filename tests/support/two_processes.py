@@ -14,9 +14,9 @@ CONFIG = UpcycleConfig(
 )
 
 
-def make_model():
+def make_model(config=CONFIG):
     torch.manual_seed(0)
-    return perturb_experts(ummrm.upcycle(tiny_model("llama"), CONFIG)).train()
+    return perturb_experts(ummrm.upcycle(tiny_model("llama"), config)).train()
 
 
 def make_batch():

@@ -51,6 +51,10 @@ def merged_card(
     tag, loader = _task(model_class)
     reward = tag == "text-classification"
     kind = "reward model" if reward else "model"
+    copied = "linear layers" if upcycling.get("experts_in") == "linear" else "feed-forward layers"
+    routed = [matrix[:, num_shared:] for matrix in coefficients.values()]
+    learned = merging.get("learn_shared_share") or any((m != m[:, :1]).any() for m in routed)
+    weights = "learned" if learned else "equal"
     header = ModelCardData(  # leaves out what is None
         library_name="transformers",
         pipeline_tag=tag,
@@ -66,8 +70,8 @@ def merged_card(
 # Merged {kind}
 
 A dense {_code(model_class)}, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
-the feed-forward layers of {base_model_text(base_model, kind)} were copied into experts, the mixture was
-trained{" on preference pairs" if reward else ""}, and its experts were folded back with learned weights.
+the {copied} of {base_model_text(base_model, kind)} were copied into experts, the mixture was
+trained{" on preference pairs" if reward else ""}, and its experts were folded back with {weights} weights.
 It loads with transformers alone:
 
 ```python

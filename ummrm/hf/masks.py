@@ -23,7 +23,7 @@ from ..nn.router import in_backward
 from ..nn.upcycled_ffn import UpcycledFFN, check_masked
 from ..ops.library import checking
 from .generated import Generated, new_class
-from .sequence import bind, by_sequence, handed_groups, run_by_sequence, spread
+from .sequence import bind, by_sequence, check_no_groups, handed_groups, run_by_sequence, spread
 
 # An additive mask hides a key with at most this: exp(-1e4) is 0 in every dtype. The minimum of any dtype lies below it
 # (a mask may hold another dtype's), and position biases, which hide nothing, above.
@@ -233,6 +233,7 @@ def handing_down(stock: type[nn.Module]) -> Callable:
         if by_sequence(self.config):
             call = lambda bound, rows: with_layers(self, (), bound, {"groups": rows})  # noqa: E731
             return run_by_sequence(self, stock_forward, args, kwargs, call)
+        check_no_groups(kwargs.pop("groups", None))
         mask = kwargs.pop("token_mask", None)
         if mask is None and self.config.umm_phase == "mixture":  # a merged FFN computes padding as any token
             mask = token_mask(args, kwargs)
@@ -246,7 +247,9 @@ def handing_down(stock: type[nn.Module]) -> Callable:
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
         if self.umm_passes_mask is None:
-            with handed_groups(self, kwargs.pop("groups", None)) if "groups" in kwargs else contextlib.nullcontext():
+            if not by_sequence(self.config):
+                check_no_groups(kwargs.pop("groups", None))
+            with handed_groups(self, kwargs.pop("groups")) if "groups" in kwargs else contextlib.nullcontext():
                 return stock_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or self.config.umm_phase != "mixture":
             return run(self, args, kwargs)

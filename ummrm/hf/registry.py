@@ -27,7 +27,7 @@ from .masks import handing_down
 from .merge_share import SHARE_NAME
 from .modeling import UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
-from .sequence import bind, by_sequence, handed_groups, mean_over_members
+from .sequence import bind, by_sequence, check_no_groups, handed_groups, mean_over_members
 
 _DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
@@ -260,11 +260,7 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
         if by_sequence(self.config):
             outputs = _by_sequence(self, stock_forward, groups, args, kwargs)
             return outputs.to_tuple() if as_tuple else outputs
-        if groups is not None:
-            raise ValueError(
-                "`groups` must be None for a model that is no mixture assigned by sequence, got "
-                f'{type(groups).__name__}; upcycle with UpcycleConfig(assignment="sequence"), or leave it out.'
-            )
+        check_no_groups(groups)
         outputs = stock_forward(self, *args, **kwargs, return_dict=True)
         if self.training and self.config.umm_phase == "mixture" and getattr(outputs, "loss", None) is not None:
             shifted = self.loss_type == "ForCausalLM"

@@ -23,9 +23,11 @@ _ROW_ARGUMENTS = (
     "attention_mask",
     "token_type_ids",
     "position_ids",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
 )
 # Of their layers, beside the hidden states.
-_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids")
+_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids", "alibi")
 _RECORDED = ("output_hidden_states", "output_attentions")
 
 
@@ -38,6 +40,15 @@ def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
     """A call's arguments by name; `function` is a method."""
     names = list(inspect.signature(function).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_no_groups(groups: object) -> None:
+    """Raises ValueError if a model that is no mixture assigned by sequence was called with groups."""
+    if groups is not None:
+        raise ValueError(
+            "`groups` must be None for a model that is no mixture assigned by sequence, got "
+            f'{type(groups).__name__}; upcycle with UpcycleConfig(assignment="sequence"), or leave it out.'
+        )
 
 
 # ---- groups on their way to the backbone ----------------------------------------------------------------------------
@@ -194,10 +205,22 @@ def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any])
     count, num_experts = tokens.shape[0], model.config.upcycle_config.num_experts
     if "use_cache" in inspect.signature(stock_forward).parameters:
         bound["use_cache"] = False
+    if count == 1 and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+        return _one_by_one(model, stock_forward, bound)
     bound = _changed(bound, count, lambda t: t.repeat(num_experts, *[1] * (t.dim() - 1)))
     with handed_groups(model, RowGroups.of_all(count, num_experts, tokens.device)):
         outputs = stock_forward(model, **bound, return_dict=True)
     return outputs, outputs.logits.unflatten(0, (num_experts, count))
+
+
+def _one_by_one(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """`member_logits` by a forward for each, since stock heads that know no padding token take one sequence alone."""
+    logits, num_experts = [], model.config.upcycle_config.num_experts
+    for member in range(num_experts):
+        with handed_groups(model, MemberRows(member, num_experts)):
+            outputs = stock_forward(model, **bound, return_dict=True)
+        logits.append(outputs.logits)
+    return outputs, torch.stack(logits)
 
 
 def mean_over_members(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> Any:
@@ -223,8 +246,6 @@ def spread(rows: RowGroups, bound: dict[str, Any]) -> dict[str, Any]:
 
     if bound["hidden_states"].shape[0] == block:
         bound = {**bound, "hidden_states": repeat(bound["hidden_states"])}
-    if block == 1:  # one row of anything else serves any number
-        return bound
     return {name: _rows_of(v, block, repeat) if name in _LAYER_ARGUMENTS else v for name, v in bound.items()}
 
 

@@ -21,6 +21,7 @@ from ..nn.dense import PROJECTIONS
 from ..nn.merging_linear import merging_parts
 from ..nn.modes import evaluation_mode
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
+from ..nn.upcycled_linear import mixture_parts
 from .base import UmmTrainer, phase_of
 from .metrics import averaged, labelled, normalized_entropy
 
@@ -113,6 +114,8 @@ class UmmMergeTrainer(UmmTrainer):
                     "call ummrm.prepare_merge(model, merge_config) first and build the optimizer on what requires a "
                     "gradient, or set `optim` in RewardConfig."
                 )
+            if merge_config is not None:
+                merge_config.resolved(next(iter(mixture_parts(self._network).values())).config)  # before measuring
             if measured and statistics is None:
                 statistics = self._measured_statistics(statistics_batches)
             prepare_merge(self._network, merge_config, statistics)
@@ -125,12 +128,14 @@ class UmmMergeTrainer(UmmTrainer):
             if phase is not None:
                 remedy = "fold its adapters first: model.merge_and_unload()"
             raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
-        share = merge_share(model)
-        if share is not None and self._merge_config not in (None, share.merge_config):
+        share, given = merge_share(model), self._merge_config
+        if share is None or given is None:
+            return
+        if given.resolved(next(iter(merging_parts(model).values())).config) != share.merge_config:
             raise ValueError(
                 f"`merge_config` must be that of the model, which is in its merge phase already with "
-                f"{share.merge_config}, got {self._merge_config}; leave it out to go on, or start again from "
-                "the model of the mixture phase."
+                f"{share.merge_config}, got {given}; leave it out to go on, or start again from the model of the "
+                "mixture phase."
             )
 
     @torch.no_grad()
