@@ -20,6 +20,7 @@ from .hf.registry import register_family
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.dense import FFNPaths
+from .nn.ensembles import combine_scores
 from .nn.losses import auxiliary_loss, preference_loss
 from .nn.merging_ffn import MergingFFN
 from .nn.routing_statistics import record_routing_statistics
@@ -41,6 +42,7 @@ __all__ = [
     "UpcycledFFN",
     "auxiliary_loss",
     "check",
+    "combine_scores",
     "fold_reward_normalization",
     "measure_rewards",
     "merge",
