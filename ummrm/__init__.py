@@ -17,6 +17,7 @@ from .hf.normalization import (
     set_reward_normalization,
 )
 from .hf.registry import register_family
+from .hf.reward_head import reward_model
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.dense import FFNPaths
@@ -51,6 +52,7 @@ __all__ = [
     "preference_loss",
     "record_routing_statistics",
     "register_family",
+    "reward_model",
     "reward_normalization",
     "save_pretrained",
     "score",
