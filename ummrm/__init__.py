@@ -7,6 +7,7 @@ transformers' Auto classes.
 
 from .config import MergeConfig, UpcycleConfig
 from .hf import experts_interface as _experts_interface
+from .hf.ensembles import ensemble_reward
 from .hf.families import Family
 from .hf.normalization import (
     RewardNormalization,
@@ -44,6 +45,7 @@ __all__ = [
     "auxiliary_loss",
     "check",
     "combine_scores",
+    "ensemble_reward",
     "fold_reward_normalization",
     "measure_rewards",
     "merge",
