@@ -64,7 +64,14 @@ __all__ = [
 ]
 
 # Not in __all__: a star import must not need TRL.
-_TRAINERS = ("UmmMergeConfig", "UmmMergeTrainer", "UmmRewardTrainer")
+_TRAINERS = (
+    "UmmDistillConfig",
+    "UmmDistillTrainer",
+    "UmmMergeConfig",
+    "UmmMergeTrainer",
+    "UmmRewardTrainer",
+    "distill",
+)
 _TRAINER_NEEDS = ("trl", "datasets", "accelerate", "peft")
 
 
