@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class Member:
                 found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         for text in ids:
-            found.update(torch.tensor([len(text), *text]).numpy().tobytes())
+            found.update(array("i", [len(text), *text]).tobytes())
         return found.hexdigest()
 
     def scores(self, ids: Sequence[Sequence[int]], batch_size: int, **options: Any) -> Tensor:
@@ -226,7 +227,7 @@ def score_texts(
             f"a {type(model).__name__} must name its padding token to score a batch, and its configuration has none; "
             "set model.config.pad_token_id to the tokenizer's."
         )
-    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), list(ids[i])))
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), array("i", ids[i]).tobytes()))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rank, processes = share
     mine = batches[rank::processes] or batches[:1]  # of which one without work learns how many members there are
