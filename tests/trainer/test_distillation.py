@@ -64,7 +64,7 @@ def test_it_lowers_the_gap_to_the_ensemble_on_texts_that_it_has_not_seen(teacher
         teacher,
         make_dataset(512, kind="explicit"),
         eval_dataset=make_dataset(100, 1, kind="explicit"),
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         max_steps=-1,
         num_train_epochs=2,
         per_device_train_batch_size=32,
@@ -395,6 +395,7 @@ def test_misuse_is_a_clear_error(teacher, tmp_path):
     rows = [{"prompt": "w1", "completion": [message("assistant", "w2")]}]
     refuse(ValueError, "must both be text or both be lists of messages, got list and str", data=Dataset.from_list(rows))
     refuse(ValueError, "at least two texts to learn scores from, got 1", data=Dataset.from_list([{"text": "w1"}]))
+    refuse(ValueError, "the train set must hold texts, got none", data=Dataset.from_dict({"text": []}))
     stream = IterableDataset.from_generator(lambda: iter([{"text": "w1"}]))
     refuse(TypeError, "must be a datasets.Dataset.*got IterableDataset; of a stream take the first n", data=stream)
     scored = Dataset.from_list([{"text": "w1", "teacher_score": 1.0}, {"text": "w2", "teacher_score": float("nan")}])

@@ -134,8 +134,7 @@ class Member:
             for name, tensor in sorted(model.state_dict().items()):
                 found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        for text in ids:
-            found.update(array("i", [len(text), *text]).tobytes())
+        found.update(texts_digest(ids).encode())
         return found.hexdigest()
 
     def scores(self, ids: Sequence[Sequence[int]], batch_size: int, **options: Any) -> Tensor:
@@ -156,6 +155,14 @@ class Member:
                 f"{len(ids)} texts, first text {bad[0]}; score with another dtype, or leave the model out."
             )
         return found
+
+
+def texts_digest(ids: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the tokens of all texts in their order."""
+    found = hashlib.sha256()
+    for text in ids:
+        found.update(array("i", [len(text), *text]).tobytes())
+    return found.hexdigest()
 
 
 def members_of(models: Any, tokenizers: Any = None, argument: str = "models") -> list[Member]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trl import RewardConfig
 
 from ..hf import card
-from ..hf.ensembles import Member, check_reward_model, members_of, score_texts
+from ..hf.ensembles import Member, check_reward_model, members_of, score_texts, texts_digest
 from ..hf.normalization import RewardNormalization, of_rewards, set_reward_normalization
 from ..hf.texts import same_tokenizer
 from ..nn.ensembles import UNCERTAINTY, check_rule
@@ -212,7 +212,7 @@ class UmmDistillTrainer(UmmTrainer):
                 columns.append(self._kept.get(keys[-1], functools.partial(self._member_scores, member, ids, name)))
         if not self._members:
             columns = [given_scores(texts["given"][:], name)]
-            keys = [repr([columns[0].tolist(), texts["input_ids"][:]])]
+            keys = [texts_digest(_tokens(texts)), repr(columns[0].tolist())]
         scores = torch.cat(columns, 1)
         if self.teacher_scale is None:
             names = [m.name for m, c in zip(self._members, columns, strict=False) for _ in range(c.shape[1])]
@@ -341,12 +341,15 @@ class UmmDistillTrainer(UmmTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `RewardTrainer.save_model`, with a record of teacher and scales, and the card of a finished model."""
+        folder, first = (
+            Path(str(self.args.output_dir if output_dir is None else output_dir)),
+            self.is_world_process_zero(),
+        )
+        if first:  # before the weights: a checkpoint that has them can be resumed
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n")
         super().save_model(output_dir, _internal_call)
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        (folder / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n")
-        if not _internal_call:
+        if first and not _internal_call:
             card.write(folder, self._card(), previous=folder)
 
     def _record(self) -> dict[str, Any]:
@@ -378,8 +381,7 @@ class UmmDistillTrainer(UmmTrainer):
         }
         if self.gap_at_start is not None:
             told["gap to the teacher at the start, in its standard deviations"] = f"{self.gap_at_start:.4g}"
-            gaps = [e[k] for e in self.state.log_history for k in ("teacher_gap",) if k in e]
-            if gaps:
+            if gaps := [entry["teacher_gap"] for entry in self.state.log_history if "teacher_gap" in entry]:
                 told["the same in the last logged steps"] = f"{gaps[-1]:.4g}"
         return f"## Distillation\n\n{card.settings_table(told)}\n\n{super().training_notes()}"
 
