@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ummrm import auxiliary_loss, merge, merge_coefficients, upcycle
+from ummrm import auxiliary_loss, combine_scores, merge, merge_coefficients, upcycle
 
 from .config import ResolvedArm, StudyConfig
 from .costs import forward_flops, merging_flops, training_flops
@@ -82,33 +82,12 @@ class RewardModel:
         scores = [self.scorer(model, sequences, self.batch_size) for model in self.models]
         if len(scores) == 1:
             return scores[0]
-        return combine(scores, self.scales, self.rule, self.uncertainty)
+        return combine_scores(torch.stack(scores, 1), self.rule, uncertainty=self.uncertainty, scales=self.scales)
 
     @property
     def parameters(self) -> int:
         """Parameters that serving it takes."""
         return sum(parameter_count(model) for model in self.models)
-
-
-def combine(
-    scores: list[torch.Tensor], scales: list[tuple[float, float]], rule: str, uncertainty: float
-) -> torch.Tensor:
-    """An ensemble's rewards (Coste et al., arXiv 2310.02743, eqs. 3 to 5), each member normalised first.
-
-    Args:
-        scores: [N] of each member.
-        scales: mean and standard deviation of each member's scores over reference answers.
-        rule: `"mean"`, `"worst"` (smallest) or `"uwo"` (mean - uncertainty * variance over members).
-        uncertainty: of `"uwo"`.
-
-    Returns:
-        [N].
-    """
-    normal = torch.stack([(s - mean) / std for s, (mean, std) in zip(scores, scales, strict=True)])
-    if rule == "worst":
-        return normal.min(0).values
-    mean = normal.mean(0)
-    return mean - uncertainty * normal.var(0, correction=0) if rule == "uwo" else mean
 
 
 def average_weights(models: list[PreTrainedModel]) -> PreTrainedModel:

@@ -7,6 +7,7 @@ transformers' Auto classes.
 
 from .config import MergeConfig, UpcycleConfig
 from .hf import experts_interface as _experts_interface
+from .hf.ensembles import ensemble_reward
 from .hf.families import Family
 from .hf.normalization import (
     RewardNormalization,
@@ -17,10 +18,12 @@ from .hf.normalization import (
     set_reward_normalization,
 )
 from .hf.registry import register_family
+from .hf.reward_head import reward_model
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.assignment import assign_groups, draw_groups, members, set_evaluation
 from .nn.dense import FFNPaths
+from .nn.ensembles import combine_scores
 from .nn.losses import auxiliary_loss, preference_loss
 from .nn.merging_ffn import MergingFFN
 from .nn.routing_statistics import record_routing_statistics
@@ -43,7 +46,9 @@ __all__ = [
     "assign_groups",
     "auxiliary_loss",
     "check",
+    "combine_scores",
     "draw_groups",
+    "ensemble_reward",
     "fold_reward_normalization",
     "measure_rewards",
     "members",
@@ -53,6 +58,7 @@ __all__ = [
     "preference_loss",
     "record_routing_statistics",
     "register_family",
+    "reward_model",
     "reward_normalization",
     "save_pretrained",
     "score",
@@ -63,7 +69,14 @@ __all__ = [
 ]
 
 # Not in __all__: a star import must not need TRL.
-_TRAINERS = ("UmmMergeConfig", "UmmMergeTrainer", "UmmRewardTrainer")
+_TRAINERS = (
+    "UmmDistillConfig",
+    "UmmDistillTrainer",
+    "UmmMergeConfig",
+    "UmmMergeTrainer",
+    "UmmRewardTrainer",
+    "distill",
+)
 _TRAINER_NEEDS = ("trl", "datasets", "accelerate", "peft")
 
 

@@ -15,6 +15,7 @@ from .hf.detect import find_family
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
+from .hf.reward_head import reward_model
 from .nn.dense import Projection
 from .nn.upcycled_ffn import UpcycledFFN
 from .nn.upcycled_linear import UpcycledLinear, mixture_parts
@@ -38,7 +39,14 @@ class ConsumedModel:
         return "ConsumedModel (its tensors were taken over by ummrm.upcycle)"
 
 
-def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False) -> PreTrainedModel:
+def upcycle(
+    dense: PreTrainedModel,
+    config: UpcycleConfig,
+    *,
+    copy: bool = False,
+    new_head: bool = False,
+    tokenizer: Any = None,
+) -> PreTrainedModel:
     """Turns a dense model into its mixture-of-experts counterpart; at this moment both compute the same.
 
     Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
@@ -56,6 +64,9 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
         config: experts, gate, router, layers, auxiliary losses.
         copy: False takes the dense model's tensors over, with no second copy in memory, and leaves `dense` unusable
             (any use raises); True copies them and leaves `dense` as it is.
+        new_head: make a reward model of a causal or masked language model, or of a backbone alone: `reward_model` says
+            how its fresh head starts, and warns that it is fresh.
+        tokenizer: for `new_head`: names the padding token.
 
     Returns:
         A model of the registered class (`UmmLlamaForSequenceClassification`, ...), in the same training mode.
@@ -68,6 +79,11 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
+    given = dense
+    if new_head:
+        dense = reward_model(given, tokenizer)
+    elif tokenizer is not None:
+        raise ValueError("`tokenizer` must be None without new_head=True, which alone reads it; leave it out.")
     family = find_family(dense)
     family.check(dense.config)
     indices = check_row(family, dense, config)
@@ -89,8 +105,8 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
         transplant(dense, moe, clone=True)
     _keep_checkpointing(dense, moe)
     if not copy:
-        dense.__dict__.clear()
-        dense.__class__ = ConsumedModel  # type: ignore[assignment]
+        given.__dict__.clear()
+        given.__class__ = ConsumedModel  # type: ignore[assignment]
     return moe
 
 

@@ -16,7 +16,7 @@ import ummrm
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # what a page asks its reader to bring
 GIVEN = {"docs/training.md": lambda: {"dense": tiny_model("llama"), "tokenizer": make_tokenizer()}}
-RUN_HERE = {"README.md": 1, "docs/quickstart.md": 6, "docs/training.md": 8}  # blocks of code
+RUN_HERE = {"README.md": 1, "docs/quickstart.md": 6, "docs/training.md": 11}  # blocks of code
 
 
 def text(page):
@@ -70,7 +70,8 @@ def test_the_training_pages_code_runs(tmp_path, monkeypatch):
     raw, normalized = namespace["raw"], namespace["normalized"]
     kept = loaded.config.reward_normalization
     torch.testing.assert_close(normalized, (raw - kept["mean"]) / kept["std"])
-    assert type(namespace["dense_again"]) is type(loaded)
+    assert type(namespace["dense_again"]) is type(loaded) is type(namespace["student"]) is type(namespace["fresh"])
+    assert (tmp_path / "distilled-rm" / "final" / "README.md").is_file() and len(namespace["rewards"]) == 2
     assert {"eval_easy_accuracy", "eval_hard_accuracy"} <= namespace["final"].keys()
 
 

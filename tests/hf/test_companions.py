@@ -21,6 +21,7 @@ OTHERS = {
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "tf_model.h5"),
     *("adapter_config.json", "training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"),
     *("eval_results.json", ".gitattributes", "checkpoint-5/tokenizer.json", "onnx/model.onnx", "runs/events.txt"),
+    "distillation.json",
 }
 
 

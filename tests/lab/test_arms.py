@@ -1,4 +1,4 @@
-"""The arms: what they are made of, how members combine, what they cost; and what is measured of experts."""
+"""The arms: what they are made of, what they cost; and what is measured of experts."""
 
 import copy
 import dataclasses
@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_study import tiny_study
 
-from lab.arms import Arms, average_weights, combine
+from lab.arms import Arms, average_weights
 from lab.costs import forward_flops, merging_flops
 from lab.demo.measure import rewards_of
 from lab.specialisation import (
@@ -87,17 +87,6 @@ def test_merged_arms_are_dense_models_and_lambda_one_is_the_shared_expert(arms):
     assert torch.allclose(torch.cat([shared.gate_proj.weight, shared.up_proj.weight]), experts["up"][0])
     assert torch.allclose(shared.down_proj.weight, experts["down"][0])
     assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, shared.up_proj.weight)
-
-
-def test_members_are_normalised_and_combined_by_the_rules():
-    scores = [torch.tensor([1.0, 3.0, 5.0]).double(), torch.tensor([10.0, 10.0, 40.0]).double()]
-    scales = [(3.0, 2.0), (20.0, 10.0)]
-    normal = torch.tensor([[-1.0, 0.0, 1.0], [-1.0, -1.0, 2.0]]).double()
-    assert combine(scores, scales, "mean", 0).tolist() == pytest.approx(normal.mean(0).tolist())
-    assert combine(scores, scales, "worst", 0).tolist() == [-1.0, -1.0, 1.0]
-    variance = [0.0, 0.25, 0.25]
-    expected = [m - 0.5 * v for m, v in zip(normal.mean(0).tolist(), variance, strict=True)]
-    assert combine(scores, scales, "uwo", 0.5).tolist() == pytest.approx(expected)
 
 
 def test_an_ensemble_is_standard_on_its_reference_and_its_members_differ(arms):

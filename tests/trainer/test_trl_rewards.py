@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from ensembles import mixture
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
@@ -38,17 +39,14 @@ def test_reward_trainer_takes_the_path(kind, folders, tmp_path):
     assert len(losses) == 4 and all(0 < loss < 5 for loss in losses)
 
 
-@pytest.mark.parametrize("conversational", [False, True], ids=["text", "conversation"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
-def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational, folders, tmp_path):
+def make_policy_trainer(trainer, config, folders, tmp_path, reward, conversational):
     torch.manual_seed(0)
     prompts = [p["prompt"] for p in make_pairs(4)]
     if conversational:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    training = trainer(
+    return trainer(
         folders["policy"],
-        reward_funcs=[folders[kind]],
+        reward_funcs=[reward],
         args=config(
             str(tmp_path),
             use_cpu=True,
@@ -68,6 +66,13 @@ def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=make_tokenizer(),
     )
+
+
+@pytest.mark.parametrize("conversational", [False, True], ids=["text", "conversation"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
+def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational, folders, tmp_path):
+    training = make_policy_trainer(trainer, config, folders, tmp_path, folders[kind], conversational)
     seen = []
     model = training.reward_funcs[0]
     assert isinstance(model, torch.nn.Module)
@@ -82,3 +87,18 @@ def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     (entry,) = [e for e in training.state.log_history if "reward" in e]
     assert entry["reward"] == pytest.approx(expected.mean().item(), rel=1e-3, abs=1e-4) and entry["reward_std"] > 0
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
+def test_policies_are_rewarded_by_an_ensemble(trainer, config, folders, tmp_path):
+    reference = [row["prompt"] + " " + row["chosen"] for row in make_pairs(8, 1)]
+    reward = ummrm.ensemble_reward(mixture(), make_tokenizer(), combine="worst", reference=reference)
+    given = []
+    own = reward.member_scores
+    reward.member_scores = lambda texts: (given.append(own(texts)), given[-1])[1]
+    training = make_policy_trainer(trainer, config, folders, tmp_path, reward, conversational=True)
+    training.train()
+    (entry,) = [e for e in training.state.log_history if "reward" in e]
+    scales = [(n.mean, n.std) for n in reward.normalization]
+    rewards = ummrm.combine_scores(given[0], "worst", scales=scales)
+    assert len(rewards) == 4 and entry["rewards/ensemble_worst/mean"] == pytest.approx(rewards.mean().item(), rel=1e-4)

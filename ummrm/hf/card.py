@@ -103,6 +103,39 @@ def recall(model: nn.Module) -> str | None:
     return _REMEMBERED.get(model)
 
 
+def of_folder(folder: str) -> str | None:
+    """The card that ummrm wrote into a folder, or None."""
+    path = Path(folder) / FILE
+    if not folder or not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text if _MARK in text else None
+
+
+def with_notes(text: str | None, model_class: str, notes: str) -> str:
+    """A card with further notes at its end; without a card, a short one.
+
+    Args:
+        text: the card, or None.
+        model_class: name of the model's class.
+        notes: Markdown, put in as it is; it replaces notes under the same first heading.
+    """
+    if text is None:
+        tag, loader = _task(model_class)
+        header = ModelCardData(library_name="transformers", pipeline_tag=tag, tags=["reward-model", "ummrm"]).to_yaml()
+        text = f"""---
+{header.strip()}
+---
+{_MARK}
+
+# Distilled reward model
+
+A dense {_code(model_class)}, which `{loader}.from_pretrained` of transformers loads.
+"""
+    heading = notes.strip().splitlines()[0]
+    return f"{text.partition(f'{chr(10)}{heading}{chr(10)}')[0].rstrip()}\n\n{notes.strip()}\n"
+
+
 def base_model_text(base_model: str | None, kind: str = "reward model") -> str:
     """How a card names the dense model: a folder of some machine by its last part alone."""
     if not base_model:

@@ -30,7 +30,8 @@ _USUAL_FILES = ["config.json", "generation_config.json", "model.safetensors", "m
 _NOT_COMPANIONS = [
     *(f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "pkl", "ckpt", "h5", "msgpack", "ot", "npz", "gguf")),
     *("*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.index.json", "*.index.*.json", "adapter_config.json"),
-    *("config.json", "trainer_state.json", "*_results.json", "*.tfevents.*", "zero_to_fp32.py", "latest", ".*"),
+    *("config.json", "trainer_state.json", "distillation.json", "*_results.json", "*.tfevents.*"),
+    *("zero_to_fp32.py", "latest", ".*"),
 ]
 _OF_THE_SAVE = {"generation_config.json", card.FILE}  # kept where the folder has them
 

@@ -50,6 +50,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
     _paper = PAPER
     _config_class: type[RewardConfig] = RewardConfig
     _output_suffix = "Reward"
+    _unit = "pairs"  # what a row of the data is
 
     def __init__(self, model, args=None, *rest, log_layers: bool = True, **kwargs) -> None:
         self.log_layers = log_layers
@@ -218,10 +219,10 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         data: Any = self.train_dataset
         names: dict[str, object] = {f"{type(self).__name__} data": _dataset_name(data)}
         if hasattr(data, "__len__"):
-            names["pairs"] = len(data)
-        names |= {f"over-long pairs, {name}": f"{d.long} of {d.total}" for name, d in self.long_pairs.items()}
+            names[self._unit] = len(data)
+        names |= {f"over-long {self._unit}, {name}": f"{d.long} of {d.total}" for name, d in self.long_pairs.items()}
         names |= {"steps": self.state.global_step, "learning rate": self.args.learning_rate}
-        names |= {"pairs per step": self.args.train_batch_size * self.args.gradient_accumulation_steps}
+        names |= {f"{self._unit} per step": self.args.train_batch_size * self.args.gradient_accumulation_steps}
         metrics: dict[str, float] = {}
         for entry in self.state.log_history:
             metrics |= {k: v for k, v in entry.items() if not _UNINTERESTING.search(k) and isinstance(v, (int, float))}
@@ -244,6 +245,7 @@ def _check_same(saved: Mapping[str, object], config, path: str) -> None:
         theirs, ours = saved.get(key), getattr(config, key, None)
         if key == "umm_phase":
             theirs = theirs or ("mixture" if "umm" in saved else "none: a dense model")
+            ours = ours or "none: a dense model"
         if theirs != ours:
             raise ValueError(
                 f"`resume_from_checkpoint` must be of the model that is trained, and {path} has {key}={theirs!r} where "
