@@ -14,17 +14,19 @@ from ummrm import UpcycleConfig
 from ummrm.hf.loading import load_checkpoint
 
 CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2, layers=[1])
+SEQUENCE = UpcycleConfig(assignment="sequence", num_experts=3, experts_in="linear", layers=[1])
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A dense model and an upcycled one with a layer that was left dense, saved."""
+    """A dense model and upcycled ones with a layer that was left dense, saved."""
     root = tmp_path_factory.mktemp("whole")
     dense = tiny_model("llama")
     ummrm.save_pretrained(dense, root / "dense")
-    moe = ummrm.upcycle(dense, CONFIG)
-    ummrm.save_pretrained(moe, root / "moe")
-    ummrm.save_pretrained(ummrm.prepare_merge(moe), root / "merging")
+    for config, kind, phase in ((SEQUENCE, "sequence", "sequence merging"), (CONFIG, "moe", "merging")):
+        moe = ummrm.upcycle(dense, config, copy=True)
+        ummrm.save_pretrained(moe, root / kind)
+        ummrm.save_pretrained(ummrm.prepare_merge(moe), root / phase)
     return root
 
 
@@ -50,6 +52,8 @@ HOLES = {
         "model.norm.weight",
     ],
     "merging": ["model.layers.1.mlp.alpha", "model.layers.1.mlp.experts.gate_up_proj"],
+    "sequence": ["model.layers.1.self_attn.q_proj.expert_weight", "model.layers.1.mlp.experts.gate_up_proj"],
+    "sequence merging": ["model.layers.1.self_attn.o_proj.alpha", "model.layers.1.self_attn.k_proj.expert_weight"],
 }
 
 

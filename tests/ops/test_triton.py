@@ -19,7 +19,7 @@ from checkout import ROOT
 import ummrm
 from ummrm.ops import backends
 
-OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
+OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn", "grouped")
 HUGE = (  # 2^31 elements take hours to interpret; strides beyond that are tested there too
     "tests/ops/test_permute.py::test_beyond_two_to_the_31_elements",
     "tests/ops/test_activation.py::test_beyond_two_to_the_31_elements",

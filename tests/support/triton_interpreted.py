@@ -272,3 +272,32 @@ def test_upcycle_train_merge(monkeypatch):
         "_dots",
         "_dots_sum",
     }
+
+
+def test_by_sequence(monkeypatch):
+    """Experts in every linear layer, out of order and one without a row: no routing, no permutation."""
+    names = launched(monkeypatch)
+    config = UpcycleConfig(assignment="sequence", num_experts=3, experts_in="linear", layers=(1,))
+    moe, batch = perturb_experts(ummrm.upcycle(tiny_model("gpt_neox"), config)).train(), padded_batch(lengths=(4, 2))
+    groups = torch.tensor([2, 0])
+
+    def step(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch, groups=groups).logits.float().square().sum()
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    got = step(moe)
+    assert set(names) == {"_expert_gemm", "_wgrad", "_bias_grad", "_activation", "_activation_backward"}
+    backends.use_backend("reference")
+    expected = step(moe)
+    backends.use_backend("triton")
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-3, name
+        if "expert" in name:
+            assert got[name][1].abs().max() == 0 and got[name][2].abs().max() > 0, name
+
+    moe = ummrm.prepare_merge(moe.eval())
+    torch.testing.assert_close(outputs_of(ummrm.merge(moe), batch), outputs_of(moe, batch), rtol=1e-4, atol=1e-5)
+    assert {"_merge"} <= set(names)
