@@ -153,7 +153,7 @@ def test_two_processes_that_accumulate_equal_one_batch(tmp_path):
 
 @pytest.mark.parametrize("kind", ["ffn", "linear"])
 def test_resuming_equals_an_uninterrupted_run(kind, tmp_path):
-    """Bit for bit, in the middle of an epoch and of unequal batches; and a run is the same when it is run again."""
+    """Bit for bit, groups and all, in the middle of an epoch and with a last step of fewer pairs."""
     options = {"dataset": make_dataset(10), "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     whole = trainer_of(tmp_path / "a", kind, **options)
