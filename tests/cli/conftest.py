@@ -16,11 +16,13 @@ from ummrm.cli import main
 
 @pytest.fixture(scope="session")
 def kept_folders(tmp_path_factory):
-    """One dense model, its mixture, and the mixture in its merge phase."""
+    """One dense model, its mixture, the mixture in its merge phase, and one whose linear layers are by sequence."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     dense = tiny_model("llama")
     dense.save_pretrained(root / "dense")
+    sequence = UpcycleConfig(assignment="sequence", num_experts=3, experts_in="linear", layers=(1,))
+    perturb_experts(ummrm.upcycle(dense, sequence, copy=True)).save_pretrained(root / "sequence")
     moe = ummrm.upcycle(dense, UpcycleConfig(num_experts=3, num_experts_per_tok=2))
     perturb_experts(moe).save_pretrained(root / "moe")
     ummrm.prepare_merge(moe).save_pretrained(root / "merging")

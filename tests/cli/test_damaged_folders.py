@@ -18,6 +18,7 @@ COMMANDS = {
     "dense": ("upcycle", "dense", "out"),
     "moe": ("merge", "moe", "out"),
     "merging": ("merge", "merging", "out"),
+    "sequence": ("merge", "sequence", "out"),
 }
 
 
@@ -47,7 +48,7 @@ def check_folders(models, examples):
     kept = {kind: json.loads((models / kind / "config.json").read_text()) for kind in COMMANDS}
     weights = {kind: (models / kind / "model.safetensors").read_bytes() for kind in COMMANDS}
     places = [(kind, key) for kind in COMMANDS for key in kept[kind]]
-    places += [(kind, f"umm.{key}") for kind in ("moe", "merging") for key in kept[kind]["umm"]]
+    places += [(kind, f"umm.{key}") for kind in ("moe", "merging", "sequence") for key in kept[kind]["umm"]]
     places += [("merging", f"umm_merge.{key}") for key in kept["merging"]["umm_merge"]]
 
     def restore(kind):

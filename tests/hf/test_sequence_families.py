@@ -52,9 +52,9 @@ KINDS = {
 BATCHES = {"one": (7,), "heads": (9, 4, 1, 6), "length": (5, 2, 3, 5, 1)}
 
 
-USUAL = ("llama", "gpt_neox", "bert")
+FAST = {"ffn, upper layer": DIFFERENT, "ffn": (), "linear, upper layer": ("llama", "bert")}
 PRODUCT = [
-    pytest.param(m, kind, marks=() if m in USUAL or kind in list(KINDS)[:2] else pytest.mark.full)
+    pytest.param(m, kind, marks=() if m in FAST.get(kind, MODEL_TYPES) else pytest.mark.full)
     for m in MODEL_TYPES
     for kind in KINDS
 ]

@@ -92,7 +92,7 @@ def test_compiled_and_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         low = ops.grouped_ffn(**arguments)
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), expected, atol=0.1, rtol=0.1)
+    assert (low.float() - expected).norm() <= 0.05 * expected.norm()
 
 
 def test_saves_no_more_than_a_dense_ffn():

@@ -52,7 +52,7 @@ def test_alpha_moves_and_nothing_else_and_the_folder_is_stock(case, tmp_path):
     )
 
 
-@pytest.mark.parametrize("case", ["linear, one layer", "shared, lambda learned"])
+@pytest.mark.parametrize("case", ["shared, lambda learned", pytest.param("linear, one layer", marks=pytest.mark.full)])
 def test_resuming_equals_an_uninterrupted_run(case, tmp_path):
     config, merge_config, _ = CASES[case]
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "merge_config": merge_config}

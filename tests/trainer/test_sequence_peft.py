@@ -47,7 +47,7 @@ def test_every_adapter_moves_and_what_is_frozen_stays(mode, tmp_path):
         assert torch.equal(parameter, before[name]) != (name in trained), name
 
 
-@pytest.mark.parametrize("mode", ["shared experts too", "linear experts"])
+@pytest.mark.parametrize("mode", ["linear experts", pytest.param("shared experts too", marks=FULL)])
 def test_resume_save_reload_fold_and_merge(mode, tmp_path):
     make_moe(config=MODES[mode][0]).save_pretrained(tmp_path / "moe")
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.1}

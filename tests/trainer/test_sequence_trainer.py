@@ -26,6 +26,13 @@ KINDS = {
 }
 
 
+FULL = pytest.mark.full
+
+
+def in_full(value):
+    return pytest.param(value, marks=FULL)
+
+
 def trainer_of(folder, kind="ffn", **overrides):
     model = overrides.pop("model", None)
     return make_trainer(folder, make_moe(config=KINDS[kind]) if model is None else model, **overrides)
@@ -48,7 +55,9 @@ def watch(trainer):
 
 
 @pytest.mark.parametrize(
-    ("size", "accumulated", "pairs"), [(2, 4, 16), (2, 1, 4), (4, 1, 10), (2, 2, 9)], ids=lambda n: str(n)
+    ("size", "accumulated", "pairs"),
+    [(2, 4, 16), (2, 2, 9), pytest.param(2, 1, 4, marks=FULL), pytest.param(4, 1, 10, marks=FULL)],
+    ids=str,
 )
 def test_groups_are_drawn_over_a_steps_pairs(size, accumulated, pairs, tmp_path):
     """Over all its batches, with fewer pairs than experts, and with a last step of fewer or odd ones."""
@@ -76,7 +85,7 @@ def test_groups_are_drawn_over_a_steps_pairs(size, accumulated, pairs, tmp_path)
         assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["linear", "shared", in_full("ffn"), in_full("upper layer")])
 def test_a_step_trains_on_the_loss_of_its_definition(kind, tmp_path):
     data = make_dataset(6, kind="margin")
     options = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
@@ -110,7 +119,7 @@ def test_a_step_trains_on_the_loss_of_its_definition(kind, tmp_path):
 KEYS = ("chosen", "rejected")
 
 
-@pytest.mark.parametrize("kind", ["shared", "linear"])
+@pytest.mark.parametrize("kind", ["linear", in_full("shared")])
 def test_accumulated_gradients_are_those_of_one_batch(kind, tmp_path):
     """Up to the rounding of a sum in another order."""
     options = {"dataset": make_dataset(8, longest=30), "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
@@ -151,9 +160,9 @@ def test_two_processes_that_accumulate_equal_one_batch(tmp_path):
     assert (a.mean, a.std) == pytest.approx((b.mean, b.std), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ffn", "linear"])
+@pytest.mark.parametrize("kind", ["linear", in_full("ffn")])
 def test_resuming_equals_an_uninterrupted_run(kind, tmp_path):
-    """Bit for bit, in the middle of an epoch and of unequal batches; and a run is the same when it is run again."""
+    """Bit for bit, groups and all, in the middle of an epoch and with a last step of fewer pairs."""
     options = {"dataset": make_dataset(10), "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     whole = trainer_of(tmp_path / "a", kind, **options)
@@ -175,8 +184,8 @@ def test_resuming_equals_an_uninterrupted_run(kind, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("mode", ["checkpointing", "bf16", pytest.param("compiled", marks=pytest.mark.full)])
-@pytest.mark.parametrize("kind", ["shared", "linear"])
+@pytest.mark.parametrize("mode", ["checkpointing", "bf16", in_full("compiled")])
+@pytest.mark.parametrize("kind", ["linear", in_full("shared")])
 def test_other_modes_give_the_same_training(kind, mode, tmp_path):
     options = {
         "checkpointing": {"gradient_checkpointing": True},
@@ -262,7 +271,7 @@ def test_rewards_are_normalised_and_the_card_is_written(tmp_path):
     assert ummrm.reward_normalization(merged) == normalization
 
 
-@pytest.mark.parametrize("model_type", ["deberta-v2", "falcon", "opt", pytest.param("gpt2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("model_type", ["opt", *map(in_full, ("falcon", "deberta-v2", "gpt2"))])
 def test_one_step_in_families_that_pass_arguments_differently(model_type, tmp_path):
     """With checkpointing, whose recomputation must see the same groups; SGD, so that what gets a gradient moves."""
     config = KINDS["ffn" if model_type == "deberta-v2" else "linear"]

@@ -7,11 +7,12 @@ from ensembles import mixture
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
-from trl_inputs import make_dataset, make_moe, make_pairs, make_tokenizer, settings
+from trl_inputs import SEQUENCE, make_dataset, make_moe, make_pairs, make_tokenizer, settings
 
 import ummrm
 
 KINDS = ("moe", "merging", "merged")
+REWARDS = (*KINDS, pytest.param("sequence", marks=pytest.mark.full))  # whose reward is its members' mean
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("rewards")
     models = {"moe": make_moe(), "merging": ummrm.prepare_merge(make_moe())}
     models["merged"] = ummrm.merge(models["merging"])
+    models["sequence"] = make_moe(config=SEQUENCE)
     models["policy"] = tiny_model("llama", "ForCausalLM")
     for kind, model in models.items():
         model.save_pretrained(root / kind)
@@ -69,7 +71,7 @@ def make_policy_trainer(trainer, config, folders, tmp_path, reward, conversation
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["text", "conversation"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REWARDS)
 @pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
 def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational, folders, tmp_path):
     training = make_policy_trainer(trainer, config, folders, tmp_path, folders[kind], conversational)

@@ -10,8 +10,7 @@ import contextlib
 import functools
 import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from ..nn.router import in_backward
 from ..nn.upcycled_ffn import UpcycledFFN, check_masked
 from ..ops.library import checking
 from .generated import Generated, new_class
+from .one_thread import one_thread
 from .sequence import bind, by_sequence, check_no_groups, handed_groups, run_by_sequence, spread
 
 # An additive mask hides a key with at most this: exp(-1e4) is 0 in every dtype. The minimum of any dtype lies below it
@@ -253,33 +253,7 @@ def handing_down(stock: type[nn.Module]) -> Callable:
                 return stock_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or self.config.umm_phase != "mixture":
             return run(self, args, kwargs)
-        with _one_thread(self):
+        with one_thread(self):
             return run(self, args, kwargs)
 
     return forward
-
-
-_ENTERING = threading.Lock()
-# Which thread is in the forward of a backbone; not on the module, whose copy another thread may run.
-_RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def _one_thread(backbone: nn.Module) -> Iterator[None]:
-    """Refuses a second thread in a mixture's forward: its layers hold the token mask and the statistics of one call."""
-    own = threading.get_ident()
-    with _ENTERING:
-        outer = _RUNNING.get(backbone)
-        if outer not in (None, own):
-            raise RuntimeError(
-                f"a mixture must run in one thread at a time, and another thread is in the forward of this "
-                f"{type(backbone).__name__}; share it behind a lock, give each thread a copy (copy.deepcopy), or serve "
-                "the merged model, which any number of threads may run."
-            )
-        _RUNNING[backbone] = own
-    try:
-        yield
-    finally:
-        if outer is None:
-            with _ENTERING:
-                del _RUNNING[backbone]

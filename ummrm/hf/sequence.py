@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.assignment import MemberRows, RowGroups, sequence_modules
+from .one_thread import one_thread
 
 # Arguments of transformers' models that have a row for each sequence of the batch. Others are passed on as they are.
 _ROW_ARGUMENTS = (
@@ -58,11 +59,12 @@ def check_no_groups(groups: object) -> None:
 def handed_groups(model: Any, groups: object) -> Iterator[None]:
     """Leaves a call's groups with the module that orders the batch, for heads that pass no argument on."""
     masked = masked_module(model)
-    masked.umm_groups = groups
-    try:
-        yield
-    finally:
-        masked.umm_groups = None
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else one_thread(masked):
+        masked.umm_groups = groups
+        try:
+            yield
+        finally:
+            masked.umm_groups = None
 
 
 def masked_module(model: Any) -> Any:
