@@ -20,6 +20,7 @@ from .hf.registry import register_family
 from .hf.saving import save_pretrained
 from .merge import merge, merge_coefficients, prepare_merge
 from .nn.dense import FFNPaths
+from .nn.assignment import assign_groups, draw_groups, members, set_evaluation
 from .nn.losses import auxiliary_loss, preference_loss
 from .nn.merging_ffn import MergingFFN
 from .nn.routing_statistics import record_routing_statistics
@@ -39,10 +40,13 @@ __all__ = [
     "RewardNormalization",
     "UpcycleConfig",
     "UpcycledFFN",
+    "assign_groups",
     "auxiliary_loss",
     "check",
+    "draw_groups",
     "fold_reward_normalization",
     "measure_rewards",
+    "members",
     "merge",
     "merge_coefficients",
     "prepare_merge",
@@ -52,6 +56,7 @@ __all__ = [
     "reward_normalization",
     "save_pretrained",
     "score",
+    "set_evaluation",
     "set_reward_normalization",
     "upcycle",
     "use_backend",

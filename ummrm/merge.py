@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from torch import nn
 
 from .config import MergeConfig
 from .hf import card
-from .hf.merge_share import SHARE_NAME, merge_share
+from .hf.merge_share import SHARE_NAME
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge
 from .hf.registry import stock_config
+from .nn.dense import Projection
 from .nn.experts import Experts
-from .nn.merging_ffn import MergeShare, MergingFFN, merging_ffns
+from .nn.merge_weights import MergeShare
+from .nn.merging_ffn import MergingFFN
+from .nn.merging_linear import MergingLinear, merging_parts
 from .nn.routing_statistics import RoutingStatistics
 from .nn.upcycled_ffn import UpcycledFFN, upcycled_ffns
+from .nn.upcycled_linear import UpcycledLinear, mixture_parts
 from .upcycle import transplant
 
 _SHARE_FLOOR = 1e-4  # an expert that was never used still starts with a finite alpha
@@ -30,7 +35,8 @@ def prepare_merge(
 ) -> nn.Module:
     """Puts an upcycled network into its merge phase, in place: experts frozen, merge weights learnable.
 
-    Every `UpcycledFFN` becomes a `MergingFFN`, which merges its experts on every forward and runs the merged dense FFN.
+    Every `UpcycledFFN` becomes a `MergingFFN`, which merges its experts on every forward and runs the merged dense FFN
+    (an `UpcycledLinear` a `MergingLinear`).
     Afterwards only alpha (and lambda, if `learn_shared_share`) requires a gradient; train it on the same preference
     data, with any loop: `[p for p in moe.parameters() if p.requires_grad]`. Routers are dropped.
 
@@ -50,32 +56,26 @@ def prepare_merge(
     config = MergeConfig() if config is None else config
     if not isinstance(config, MergeConfig):
         raise TypeError(f"`config` must be a MergeConfig, got {type(config).__name__}.")
-    ffns = upcycled_ffns(moe)
-    if not ffns:
+    parts = mixture_parts(moe)
+    if not parts:
         raise TypeError(
             f"`moe` must hold UpcycledFFN modules, got a {type(moe).__name__} with none"
-            + ("; it is in its merge phase already." if merging_ffns(moe) else "; call ummrm.upcycle first.")
+            + ("; it is in its merge phase already." if merging_parts(moe) else "; call ummrm.upcycle first.")
         )
-    if "" in ffns:
+    if "" in parts:
         raise ValueError(
             "`moe` must hold its UpcycledFFN modules, got one alone, which can't be exchanged in place; wrap it: "
             "torch.nn.Sequential(ffn)."
         )
-    if hasattr(moe, "peft_config") or not all(
-        isinstance(part, Experts) for ffn in ffns.values() for part in (ffn.experts, ffn.shared_experts)
-    ):
-        raise ValueError(
-            f"`moe` must hold no adapters, got a {type(moe).__name__} whose experts are wrapped; fold them into the "
-            "experts first: `moe = peft_model.merge_and_unload()`."
-        )
-    shares = _routed_shares(ffns, statistics) if config.alpha_init == "routing" else {}
-    share = MergeShare(config, next(iter(ffns.values())).experts.down_proj.device)
-    merged = {name: MergingFFN.from_upcycled(ffn, config, share) for name, ffn in ffns.items()}
+    _check_no_adapters(moe, parts)
+    config = config.resolved(next(iter(parts.values())).config)
+    shares = _routed_shares(upcycled_ffns(moe), statistics) if config.alpha_init == "routing" else {}
+    share, merged = _merging(parts, config)
     for name, gate_share in shares.items():
         alpha = merged[name].alpha
         alpha.data.copy_(gate_share.clamp_min(_SHARE_FLOOR).log().to(alpha).expand_as(alpha))
 
-    replacement = {id(ffn): merged[name] for name, ffn in ffns.items()}
+    replacement = {id(part): merged[name] for name, part in parts.items()}
     for name, module in list(moe.named_modules(remove_duplicate=False)):  # an FFN may be used in several places
         if id(module) in replacement:
             moe.set_submodule(name, replacement[id(module)])
@@ -95,7 +95,9 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
     """Folds the experts of a network in its merge phase into one dense network of the original architecture.
 
     Args:
-        moe: a network after `prepare_merge` (and, normally, after alpha was trained). It is left as it is.
+        moe: a network after `prepare_merge` (and, normally, after alpha was trained), or one assigned by sequence in its
+            mixture phase, whose merge has nothing to learn: uniform over its members, its shared experts with the
+            weight that they had. It is left as it is.
         card_notes: Markdown about training data and metrics for the model card.
 
     Returns:
@@ -108,17 +110,13 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         TypeError: `moe` is not in its merge phase.
         ValueError: a merged tensor is not finite; names the layer, the tensor and what is wrong in it.
     """
-    ffns = merging_ffns(moe)
-    if not ffns:
-        raise TypeError(
-            f"`moe` must be in its merge phase, got a {type(moe).__name__}"
-            + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if upcycled_ffns(moe) else " with no experts.")
-        )
+    parts, share = _merge_parts(moe)
     if not isinstance(moe, UmmPreTrainedMixin):
-        merged = {name: ffn.to_dense() for name, ffn in ffns.items()}
+        merged = {name: part.to_dense() for name, part in parts.items()}
         for name, module in merged.items():
-            _check_finite(name, ffns[name], dict(module.named_parameters()))
-        other = copy.deepcopy(moe, {id(ffn): merged[name] for name, ffn in ffns.items()})
+            _check_finite(name, parts[name], dict(module.named_parameters()))
+        held = dict(moe.named_modules())
+        other = copy.deepcopy(moe, {id(held[name]): module for name, module in merged.items()})
         return other.requires_grad_(True).eval()
     config = moe.config
     stock = stock_config(config)
@@ -128,18 +126,21 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         dense: Any = moe.stock_class(stock)
     layers = moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
-        tensors = ffns[site].merged_tensors()
-        _check_finite(site, ffns[site], tensors)
+        tensors = parts[site].merged_tensors()
+        _check_finite(site, parts[site], tensors)
         moe.family.dense_ffn(layers[index], dense.config).write(tensors)
+    for name, part in parts.items():
+        if isinstance(part, MergingLinear):
+            tensors = part.merged_tensors()
+            _check_finite(name, part, tensors)
+            Projection(dense.get_submodule(name)).write(tensors["weight"], tensors.get("bias"))
     transplant(moe, dense, clone=True)
-    share = merge_share(moe)
-    assert share is not None
     text = card.merged_card(
         type(dense).__name__,
         config.umm_base_model,
         config.umm,
         share.merge_config.to_dict(),
-        merge_coefficients(moe),
+        {name: part.coefficients().detach() for name, part in parts.items()},
         config.upcycle_config.num_shared_experts,
         card_notes,
     )
@@ -159,13 +160,51 @@ def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         TypeError: `moe` is not in its merge phase.
     """
-    ffns = merging_ffns(moe)
-    if not ffns:
+    parts = merging_parts(moe)
+    if not parts:
         raise TypeError(f"`moe` must be in its merge phase (ummrm.prepare_merge), got a {type(moe).__name__}.")
-    return {name: ffn.coefficients().detach() for name, ffn in ffns.items()}
+    return {name: part.coefficients().detach() for name, part in parts.items()}
 
 
-def _check_finite(site: str, ffn: MergingFFN, tensors: dict[str, torch.Tensor]) -> None:
+def _merging(
+    parts: Mapping[str, UpcycledFFN | UpcycledLinear], config: MergeConfig
+) -> tuple[MergeShare, dict[str, MergingFFN | MergingLinear]]:
+    """Modules of the merge phase that hold the experts of `parts`, which are left as they are, and their lambda."""
+    share = MergeShare(config, next(next(iter(parts.values())).parameters()).device)
+    merged: dict[str, MergingFFN | MergingLinear] = {}
+    for name, part in parts.items():
+        kind: Any = MergingFFN if isinstance(part, UpcycledFFN) else MergingLinear
+        merged[name] = kind.from_upcycled(part, config, share)
+    return share, merged
+
+
+def _merge_parts(moe: nn.Module) -> tuple[dict[str, MergingFFN | MergingLinear], MergeShare]:
+    """What is merged: the parts of the merge phase, or those that a mixture assigned by sequence would get."""
+    parts = merging_parts(moe)
+    if parts:
+        return parts, next(iter(parts.values()))._share[0]
+    mixture = mixture_parts(moe)
+    upcycling = next((part.config for part in mixture.values()), None)
+    if upcycling is None or not upcycling.by_sequence:
+        raise TypeError(
+            f"`moe` must be in its merge phase, got a {type(moe).__name__}"
+            + ("; call ummrm.prepare_merge(moe, MergeConfig()) first." if mixture else " with no experts.")
+        )
+    _check_no_adapters(moe, mixture)
+    share, merged = _merging(mixture, MergeConfig().resolved(upcycling))
+    return merged, share
+
+
+def _check_no_adapters(moe: nn.Module, parts: Mapping[str, UpcycledFFN | UpcycledLinear]) -> None:
+    experts = [e for p in parts.values() if isinstance(p, UpcycledFFN) for e in (p.experts, p.shared_experts)]
+    if hasattr(moe, "peft_config") or not all(e is None or isinstance(e, Experts) for e in experts):
+        raise ValueError(
+            f"`moe` must hold no adapters, got a {type(moe).__name__} whose experts are wrapped; fold them into the "
+            "experts first: `moe = peft_model.merge_and_unload()`."
+        )
+
+
+def _check_finite(site: str, ffn: MergingFFN | MergingLinear, tensors: Mapping[str, torch.Tensor]) -> None:
     wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if not wrong:
         return
@@ -175,8 +214,7 @@ def _check_finite(site: str, ffn: MergingFFN, tensors: dict[str, torch.Tensor]) 
             f"{what}: its merge weights are not, alpha is {ffn.alpha.detach().tolist()}. The training of alpha has "
             "diverged: train it again with a smaller learning rate, or from a checkpoint with finite values."
         )
-    parts = {"experts": ffn.experts, "shared_experts": ffn.shared_experts}
-    held = [(f"{part}.{name}", t) for part, module in parts.items() for name, t in module.named_parameters()]
+    held = [(name, tensor) for name, tensor in ffn.named_parameters() if name != "alpha"]
     bad = [name for name, tensor in held if not tensor.isfinite().all()]
     raise ValueError(
         f"{what}: {', '.join(bad) or 'the weighted sum'} holds NaN or infinity. The training of the mixture has "

@@ -15,7 +15,9 @@ from .hf.detect import find_family
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
+from .nn.dense import Projection
 from .nn.upcycled_ffn import UpcycledFFN
+from .nn.upcycled_linear import UpcycledLinear, mixture_parts
 
 
 class ConsumedModel:
@@ -40,8 +42,9 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, *, copy: bool = False
     """Turns a dense model into its mixture-of-experts counterpart; at this moment both compute the same.
 
     Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
-    of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). All other parameters keep
-    their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
+    of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). By sequence there is no
+    router: whole sequences go through one expert (`groups` in the forward), and the experts may be all linear layers.
+    All other parameters keep their values, dtypes, devices, ties and `requires_grad`; experts and routers are trainable.
 
     That every layer computes the same, upcycled and merged back, is proven on a tiny random batch before `dense` loses
     anything: one forward of each model over ten tokens, up to the rounding of the model's dtype.
@@ -98,14 +101,18 @@ def _fill(dense: PreTrainedModel, moe: UmmPreTrainedMixin, *, noise: bool) -> No
         assert isinstance(ffn, UpcycledFFN)
         weight = source.up.weight
         for experts in (ffn.experts, ffn.shared_experts):
-            experts.to_empty(device=weight.device).to(weight.dtype)
-        ffn.router.to_empty(device=weight.device)
-        ffn.router.reset_parameters()
-        if noise:
-            ffn.copy_experts(source)
-        else:
-            ffn.shared_experts.copy_from(source)
-            ffn.experts.copy_from(source)
+            if experts is not None:
+                experts.to_empty(device=weight.device).to(weight.dtype)
+        if ffn.router is not None:
+            ffn.router.to_empty(device=weight.device)
+            ffn.router.reset_parameters()
+        ffn.copy_experts(source, ffn.config.expert_noise if noise else 0.0)
+    for name, linear in mixture_parts(moe).items():
+        if isinstance(linear, UpcycledLinear):
+            origin = dense.get_submodule(name)
+            weight = Projection(origin).weight
+            linear.to_empty(device=weight.device).to(weight.dtype)
+            linear.copy_from(origin, linear.config.expert_noise if noise else 0.0)
 
 
 def _random_state_kept(dense: PreTrainedModel) -> contextlib.AbstractContextManager:
@@ -139,7 +146,7 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool, complete: b
         origin = sources.get(name)
         if origin is None:
             continue
-        if isinstance(module, UpcycledFFN):
+        if isinstance(module, (UpcycledFFN, UpcycledLinear)):
             module.train(origin.training)
             continue
         for attribute in ("_parameters", "_buffers"):

@@ -20,7 +20,7 @@ from .generated import Generated
 PREFIX = "umm_"
 PHASES = ("mixture", "merging")
 # Raised when a reader of the version before would misread or reject what is written.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has the assignment of tokens or sequences to experts
 OLDEST_FORMAT = 1  # that this version still reads
 KEYS = ("umm", "umm_phase", "umm_merge", "umm_base_model", "umm_family", "umm_format_version", "umm_version")
 
@@ -79,7 +79,7 @@ class UmmConfigMixin(Generated, _Stock):
             return None
         if not isinstance(self.umm_merge, dict):
             raise ValueError(f"config.umm_merge must hold the MergeConfig of a merge phase, got {self.umm_merge!r}.")
-        return MergeConfig.from_dict(self.umm_merge)
+        return MergeConfig.from_dict(self.umm_merge).resolved(self.upcycle_config)
 
     @property
     def umm_row(self) -> Family:
@@ -116,6 +116,8 @@ class UmmConfigMixin(Generated, _Stock):
             return plan
         row = self.umm_row
         dense = {f"{row.layers}.*.{path}" for path in row.paths.modules}
+        if self.upcycle_config.experts_in == "linear":  # attention's are gone too
+            return {key: value for key, value in plan.items() if not key.startswith(f"{row.layers}.*.")}
         return {key: value for key, value in plan.items() if key not in dense}
 
     @classmethod

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.assignment import RowGroups, sequence_modules
 from ..nn.merging_ffn import MergingFFN
 from ..nn.router import in_backward
 from ..nn.upcycled_ffn import UpcycledFFN, check_masked
 from ..ops.library import checking
 from .generated import Generated, new_class
+from .sequence import bind, by_sequence, handed_groups, run_by_sequence, spread
 
 # An additive mask hides a key with at most this: exp(-1e4) is 0 in every dtype. The minimum of any dtype lies below it
 # (a mask may hold another dtype's), and position biases, which hide nothing, above.
@@ -105,11 +107,27 @@ else:
 class UmmLayerMixin(Generated, _Stock):
     """A layer that takes the token mask as an argument, so that checkpointing recomputes with the same one.
 
+    By sequence it takes the rows of each expert instead.
+
     Attributes:
         umm_site: where its FFN stands, below the layer.
+        umm_above: by sequence: whether it is the first layer that holds experts, or above it.
     """
 
     umm_site: str
+    umm_above = True
+
+    def umm_by_sequence(self, stock_forward: Callable, rows: RowGroups, args: tuple, kwargs: dict):
+        if rows.copies > 1 and self.umm_above:
+            args, kwargs = (), spread(rows, bind(stock_forward, args, kwargs))
+        parts = sequence_modules(self).values()
+        for part in parts:
+            part.groups = rows
+        try:
+            return stock_forward(self, *args, **kwargs)
+        finally:
+            for part in parts:
+                part.groups = None
 
     def umm_forward(self, stock_forward: Callable, token_mask: Tensor | None, args: tuple, kwargs: dict):
         ffn = self.get_submodule(self.umm_site)
@@ -128,11 +146,11 @@ class HandedMaskMixin(UmmLayerMixin):
     The call makes it an argument, which transformers' own activation checkpointing keeps for the recomputation.
     """
 
-    umm_handed: tuple[Tensor | None] | None = None  # None outside a forward of the backbone
+    umm_handed: dict[str, Any] | None = None  # None outside a forward of the backbone
 
     def __call__(self, *args, **kwargs):
         if self.umm_handed is not None:
-            kwargs["token_mask"] = self.umm_handed[0]
+            kwargs |= self.umm_handed
         elif in_backward():
             raise RuntimeError(
                 f"{type(self).__name__} is recomputed by a checkpointing wrapper that calls the layer anew, without "
@@ -161,7 +179,9 @@ def umm_layer_class(stock: type[nn.Module], passes_mask: bool) -> type[nn.Module
     """The class of a stock layer whose backbone passes the token mask on, or does not."""
     stock_forward = stock.forward
 
-    def forward(self, *args, token_mask=None, **kwargs):
+    def forward(self, *args, token_mask=None, groups=None, **kwargs):
+        if groups is not None:
+            return self.umm_by_sequence(stock_forward, groups, args, kwargs)
         return self.umm_forward(stock_forward, token_mask, args, kwargs)
 
     functools.update_wrapper(forward, stock_forward)  # transformers reads layer signatures
@@ -196,29 +216,38 @@ def handing_down(stock: type[nn.Module]) -> Callable:
         cache = argument("past_key_values", args, kwargs) if cache is None else cache  # until transformers 5.23
         return token_mask_of(argument("attention_mask", args, kwargs), tokens, cache)
 
-    def run(self, args: tuple, kwargs: dict):
-        mask = kwargs.pop("token_mask", None)
-        if mask is None and self.config.umm_phase == "mixture":  # a merged FFN computes padding as any token
-            mask = token_mask(args, kwargs)
+    def with_layers(self, args: tuple, kwargs: dict, handed: dict[str, Any]):
+        """The stock forward, with `handed` for every layer."""
         if self.umm_passes_mask:
-            if mask is None:
-                return stock_forward(self, *args, **kwargs)
-            outputs = stock_forward(self, *args, **kwargs, token_mask=mask)
-            check_masked(self)
-            return outputs
+            return stock_forward(self, *args, **kwargs, **handed)
         layers = [module for module in self.modules() if isinstance(module, HandedMaskMixin)]
         for layer in layers:
-            layer.umm_handed = (mask,)
+            layer.umm_handed = handed
         try:
             return stock_forward(self, *args, **kwargs)
         finally:
             for layer in layers:
                 layer.umm_handed = None
 
+    def run(self, args: tuple, kwargs: dict):
+        if by_sequence(self.config):
+            call = lambda bound, rows: with_layers(self, (), bound, {"groups": rows})  # noqa: E731
+            return run_by_sequence(self, stock_forward, args, kwargs, call)
+        mask = kwargs.pop("token_mask", None)
+        if mask is None and self.config.umm_phase == "mixture":  # a merged FFN computes padding as any token
+            mask = token_mask(args, kwargs)
+        if self.umm_passes_mask and mask is None:
+            return stock_forward(self, *args, **kwargs)
+        outputs = with_layers(self, args, kwargs, {"token_mask": mask})
+        if self.umm_passes_mask:
+            check_masked(self)
+        return outputs
+
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
         if self.umm_passes_mask is None:
-            return stock_forward(self, *args, **kwargs)
+            with handed_groups(self, kwargs.pop("groups", None)) if "groups" in kwargs else contextlib.nullcontext():
+                return stock_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or self.config.umm_phase != "mixture":
             return run(self, args, kwargs)
         with _one_thread(self):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.merging_ffn import MergeShare
+from ..nn.merge_weights import MergeShare
 
 SHARE_NAME = "umm_merge_share"
 

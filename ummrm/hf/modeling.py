@@ -11,21 +11,27 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
 from ..nn.experts import Experts
-from ..nn.merging_ffn import MergeShare, MergingFFN
+from ..config import MergeConfig, UpcycleConfig
+from ..nn.dense import is_linear
+from ..nn.merge_weights import MergeShare
+from ..nn.merging_ffn import MergingFFN
+from ..nn.merging_linear import MergingLinear, merging_parts
 from ..nn.router import Router
 from ..nn.upcycled_ffn import UpcycledFFN
+from ..nn.upcycled_linear import UpcycledLinear
 from . import loading, saving
 from .configuration import UmmConfigMixin
 from .families import Family
 from .generated import Generated
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
+from .sequence import bind, by_sequence, member_logits
 
 if TYPE_CHECKING:
 
@@ -51,11 +57,15 @@ class UmmPreTrainedMixin(Generated, _Stock):
         stock_class: that class.
         family: the row that this model was built by.
         umm_passes_mask: the row's `passes_mask` in a backbone that is itself called with the attention mask, else None.
+        umm_groups: by sequence: the groups of the call that is being run, where a head passes none on.
+        umm_lower_layers: by sequence: how many layers lie below the first experts.
     """
 
     stock_class: type[PreTrainedModel]
     family: Family
     umm_passes_mask: bool | None = None
+    umm_groups: object = None
+    umm_lower_layers = 0
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
         if not isinstance(config, UmmConfigMixin):
@@ -75,7 +85,10 @@ class UmmPreTrainedMixin(Generated, _Stock):
         elif isinstance(module, Experts):
             std = getattr(self.config, "initializer_range", 0.02)
             module.reset_parameters(std, normal_=hf_init.normal_, zeros_=hf_init.zeros_)
-        elif isinstance(module, MergingFFN):
+        elif isinstance(module, UpcycledLinear):
+            std = getattr(self.config, "initializer_range", 0.02)
+            module.reset_parameters(std, normal_=hf_init.normal_, zeros_=hf_init.zeros_)
+        elif isinstance(module, (MergingFFN, MergingLinear)):
             hf_init.zeros_(module.alpha)
         elif isinstance(module, MergeShare):
             module.reset_parameters(constant_=hf_init.constant_)
@@ -93,6 +106,40 @@ class UmmPreTrainedMixin(Generated, _Stock):
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable, **kwargs)
+
+    def member_scores(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Every member's scores of a batch, for a reward model assigned by sequence in its mixture phase.
+
+        One pass over E times the batch; layers below the first experts run once for all members. In the mode and with
+        the gradients that the model is called with.
+
+        Args:
+            args: of the model's forward.
+            kwargs: of the model's forward (`input_ids`, `attention_mask`, ...), without `groups` and `labels`.
+
+        Returns:
+            [N, E] raw scores in the model's dtype.
+
+        Raises:
+            TypeError: the model is no such mixture.
+            ValueError: it has several labels.
+        """
+        if not by_sequence(self.config) or not self.umm_scores:
+            raise TypeError(
+                "`member_scores` needs a reward model in its mixture phase assigned by sequence, got a "
+                f"{type(self).__name__} with assignment={self.config.upcycle_config.assignment!r}, "
+                f"phase {self.config.umm_phase!r}."
+            )
+        stock_forward = self.stock_class.forward
+        _, logits = member_logits(self, stock_forward, bind(stock_forward, args, kwargs))
+        if logits.shape[-1] != 1:
+            raise ValueError(f"the model must give one reward a sequence, got {logits.shape[-1]} labels.")
+        return logits.squeeze(-1).t()
+
+    @property
+    def umm_scores(self) -> bool:
+        """Whether the model has a head that gives one row of logits for each sequence."""
+        return type(self).__name__.endswith("ForSequenceClassification")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -168,17 +215,34 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
             else:
                 ffn = MergingFFN(dense.spec, upcycle_config, merge_config, getattr(backbone, SHARE_NAME), **kind)
             layer.set_submodule(family.site, ffn)
+            if upcycle_config.experts_in == "linear":
+                _exchange_linears(layer, backbone, family, upcycle_config, merge_config)
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
         stock: Any = type(layer)
         layer.__class__ = umm_layer_class(stock, family.passes_mask)
         layer.umm_site = family.site
+        layer.umm_above = index >= min(chosen)
     masked: Any = backbone
     if family.masked:
         masked = backbone.get_submodule(family.masked)
         inner: Any = type(masked)
         _exchange_class(masked, umm_inner_class(inner))
     masked.umm_passes_mask = family.passes_mask
+    masked.umm_lower_layers = min(chosen)
+
+
+def _exchange_linears(
+    layer: nn.Module, backbone: nn.Module, family: Family, config: UpcycleConfig, merge_config: MergeConfig | None
+) -> None:
+    """Exchanges the linear layers of a layer that are no part of its FFN, which has been exchanged already."""
+    ffn = {path.partition("[")[0] for path in family.paths.given.values()}
+    found = [(n, m) for n, m in layer.named_modules() if is_linear(m) and n not in ffn]
+    for name, linear in found:
+        new: Any = UpcycledLinear.like(linear, config)
+        if merge_config is not None:
+            new = MergingLinear.from_upcycled(new, merge_config, getattr(backbone, SHARE_NAME))
+        layer.set_submodule(name, new)
 
 
 def _exchange_class(model: PreTrainedModel, new: type[nn.Module]) -> None:
@@ -191,7 +255,7 @@ def _exchange_class(model: PreTrainedModel, new: type[nn.Module]) -> None:
 
 def freeze_for_merge(model: nn.Module) -> None:
     """In a model's merge phase lets only alpha (and lambda, if learned) require a gradient; else does nothing."""
-    learned = [m.alpha for m in model.modules() if isinstance(m, MergingFFN)]
+    learned = [part.alpha for part in merging_parts(model).values()]
     if learned:
         learned += [p for m in model.modules() if isinstance(m, MergeShare) for p in m.parameters()]
         model.requires_grad_(False)

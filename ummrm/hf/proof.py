@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import UpcycleConfig
-from ..nn.dense import FFNPaths
+from ..nn.assignment import sequence_modules
+from ..nn.dense import FFNPaths, Projection
 from ..nn.modes import evaluation_mode
 from ..nn.probe import prove_paths
+from ..nn.upcycled_linear import UpcycledLinear
 from .families import Family
 from .modeling import UmmPreTrainedMixin
 
@@ -134,17 +136,21 @@ def prove_layers(
     proven: list[int] = []
 
     def compare(index: int, args: tuple, kwargs: dict, output: object, ffn_output: Tensor) -> None:
-        plain = {name: value for name, value in kwargs.items() if name != "token_mask"}
+        plain = {name: value for name, value in kwargs.items() if name not in ("token_mask", "groups")}
         place = f"{family.layers}.{index}"
         expected, ffn_expected = _call(layers["dense"][index], family.site, args, plain)
         _compare(family, dense, f"{place}.{family.site}, upcycled,", ffn_output, ffn_expected, live)
         _compare(family, dense, f"{place}, upcycled,", _first(output), expected, live)
         merged = family.dense_ffn(layers["stock"][index], stock.config)
         merged.write(family.dense_ffn(layers["dense"][index], dense.config).fused())
+        linears = _linear_experts(layers["moe"][index])
+        for path in linears:
+            origin = Projection(layers["dense"][index].get_submodule(path))
+            Projection(layers["stock"][index].get_submodule(path)).write(origin.weight, origin.bias)
         try:
             got, _ = _call(layers["stock"][index], family.site, args, plain)
         finally:
-            for path in family.paths.modules:
+            for path in (*family.paths.modules, *linears):
                 layers["stock"][index].get_submodule(path).to("meta")
         _compare(family, dense, f"{place}, merged back into a stock layer,", got, expected, live)
         proven.append(index)
@@ -152,7 +158,7 @@ def prove_layers(
     handles = [_watch(layers["moe"][index], family.site, index, compare) for index in indices]
     try:
         with _at_rest(device, dense, moe, stock):
-            moe.base_model(**batch)
+            moe.base_model(**batch, **_groups(moe, len(live), device))
         missing = [index for index in indices if index not in proven]
         if missing:
             raise _DoesNotFit(f"{_what(family, dense)}: a forward never calls {family.layers}.{missing[0]}.")
@@ -172,6 +178,20 @@ def prove_layers(
         for index in indices:
             ffn: Any = layers["moe"][index].get_submodule(family.site)
             ffn.statistics = None
+            for part in sequence_modules(layers["moe"][index]).values():
+                part.used_groups = None
+
+
+def _linear_experts(layer: nn.Module) -> list[str]:
+    return [name for name, module in layer.named_modules() if isinstance(module, UpcycledLinear)]
+
+
+def _groups(moe: UmmPreTrainedMixin, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """By sequence: the first and the last expert, in order, so that the backbone leaves the rows where they are."""
+    config = moe.config.upcycle_config
+    if not config.by_sequence:
+        return {}
+    return {"groups": torch.linspace(0, config.num_experts - 1, rows).round().long().to(device)}
 
 
 def _watch(layer: nn.Module, site: str, index: int, compare) -> tuple:
@@ -238,7 +258,13 @@ def _check_masks(
     family: Family, dense: PreTrainedModel, moe: UmmPreTrainedMixin, indices: Sequence[int], live: int
 ) -> None:
     for index in indices:
-        ffn: Any = family.layer_list(moe.base_model)[index].get_submodule(family.site)
+        layer = family.layer_list(moe.base_model)[index]
+        unused = [name for name, part in sequence_modules(layer).items() if part.used_groups is None]
+        if unused:
+            raise _DoesNotFit(f"{_what(family, dense)}: a forward never calls {family.layers}.{index}.{unused[0]}.")
+        ffn: Any = layer.get_submodule(family.site)
+        if ffn.router is None:
+            continue
         routed = int(ffn.statistics.tokens_per_expert.sum())
         if routed != live * ffn.config.num_experts_per_tok:
             raise _DoesNotFit(

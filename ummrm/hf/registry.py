@@ -27,6 +27,7 @@ from .masks import handing_down
 from .merge_share import SHARE_NAME
 from .modeling import UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
+from .sequence import bind, by_sequence, handed_groups, mean_over_members
 
 _DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
@@ -255,6 +256,15 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
         as_tuple = kwargs.pop("return_dict", None) is False or self.config.return_dict is False
+        groups = kwargs.pop("groups", None)
+        if by_sequence(self.config):
+            outputs = _by_sequence(self, stock_forward, groups, args, kwargs)
+            return outputs.to_tuple() if as_tuple else outputs
+        if groups is not None:
+            raise ValueError(
+                "`groups` must be None for a model that is no mixture assigned by sequence, got "
+                f"{type(groups).__name__}; upcycle with UpcycleConfig(assignment=\"sequence\"), or leave it out."
+            )
         outputs = stock_forward(self, *args, **kwargs, return_dict=True)
         if self.training and self.config.umm_phase == "mixture" and getattr(outputs, "loss", None) is not None:
             shifted = self.loss_type == "ForCausalLM"
@@ -263,6 +273,15 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
         return outputs.to_tuple() if as_tuple else outputs
 
     return forward
+
+
+def _by_sequence(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> Any:
+    """A task forward whose sequences go through the experts that `groups` names, or through what evaluation says."""
+    all_members = groups is None and not model.training and model.config.upcycle_config.evaluation == "mean"
+    if all_members and model.umm_scores:
+        return mean_over_members(model, stock_forward, bind(stock_forward, args, kwargs))
+    with handed_groups(model, groups):
+        return stock_forward(model, *args, **kwargs, return_dict=True)
 
 
 def _auto_classes() -> list[Any]:

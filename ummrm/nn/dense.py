@@ -112,6 +112,14 @@ class Projection:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    @torch.no_grad()
+    def write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Replaces the parameters of a whole module by `weight` [out, in] and `bias` [out], bit for bit."""
+        assert self.half is None
+        _put(self.module, "weight", weight)
+        if bias is not None:
+            _put(self.module, "bias", bias)
+
 
 @dataclass(frozen=True)
 class DenseFFN:
@@ -194,9 +202,13 @@ class DenseFFN:
         for kind, pairs in parts.items():
             for module in dict.fromkeys(projection.module for projection, _ in pairs):
                 own = sorted(((p.half or 0, t) for p, t in pairs if p.module is module), key=lambda pair: pair[0])
-                whole = torch.cat([tensor.detach() for _, tensor in own])
-                whole = whole.t() if kind == "weight" and _is_transposed(module) else whole
-                setattr(module, kind, nn.Parameter(whole.clone(memory_format=torch.contiguous_format)))
+                _put(module, kind, torch.cat([tensor.detach() for _, tensor in own]))
+
+
+def _put(module: nn.Module, kind: str, tensor: torch.Tensor) -> None:
+    """Replaces a linear map's `weight` (given as [out, in]) or `bias`."""
+    stored = tensor.detach().t() if kind == "weight" and _is_transposed(module) else tensor.detach()
+    setattr(module, kind, nn.Parameter(stored.clone(memory_format=torch.contiguous_format)))
 
 
 def apply_ffn(x: torch.Tensor, ffn: DenseFFN, activation: str) -> torch.Tensor:

@@ -6,9 +6,12 @@ Parameters alone: which experts a token goes to is the router's business, and wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
+from ..config import UpcycleConfig
 from .dense import DenseFFN, FFNSpec
 
 
@@ -43,6 +46,18 @@ class Experts(nn.Module):
         self.down_proj = parameter(spec.hidden_size, spec.intermediate_size)
         self.register_parameter(f"{self.up_name}_bias", parameter(spec.up_rows) if spec.up_bias else None)
         self.register_parameter("down_proj_bias", parameter(spec.hidden_size) if spec.down_bias else None)
+        self.reset_parameters()
+
+    @classmethod
+    def shared(
+        cls,
+        spec: FFNSpec,
+        config: UpcycleConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Experts | None:
+        """The shared experts that `config` has; None without any, since nobody likes parameters without elements."""
+        return cls(config.num_shared_experts, spec, dtype, device) if config.num_shared_experts else None
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; x is for wrappers of a forward."""
@@ -89,9 +104,16 @@ class Experts(nn.Module):
         )
 
 
-def expert_arguments(shared: Experts, routed: Experts, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    groups = {"shared": shared(x), "routed": routed(x)}
+def expert_arguments(shared: Experts | None, routed: Experts, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """An FFN's parameters as the operators take them, `shared_up`, `routed_up`, ...; x is for wrappers of a forward."""
+    groups = {"routed": routed(x)}
+    groups["shared"] = no_experts(groups["routed"]) if shared is None else shared(x)
     return {f"{group}_{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def no_experts(like: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Stacks of no expert, beside those in `like`."""
+    return {name: None if t is None else t.new_empty(0, *t.shape[1:]) for name, t in like.items()}
 
 
 def flatten_tokens(x: torch.Tensor, hidden_size: int) -> torch.Tensor:

@@ -109,7 +109,8 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     layer's `UpcycleConfig`. A layer whose tokens are all masked counts as 0.
 
     Args:
-        model: any network with `UpcycledFFN` modules; one in its merge phase has no router and gives 0.
+        model: any network with `UpcycledFFN` modules; one in its merge phase, or assigned by sequence, has no router
+            and gives 0.
         group: data-parallel process group when torch.distributed is initialised; None is the default group.
 
     Returns:
@@ -121,7 +122,8 @@ def auxiliary_loss(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     """
     reports = routing_reports(model, group)
     if not reports:
-        return next(iter(merging_ffns(model).values())).alpha.new_zeros(())
+        held = merging_ffns(model) or upcycled_ffns(model)
+        return torch.zeros((), device=next(next(iter(held.values())).parameters()).device)
     return torch.stack([report.loss for report in reports.values()]).mean()
 
 
@@ -150,7 +152,7 @@ def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) ->
         group: as in `auxiliary_loss`.
 
     Returns:
-        FFN name to report, on the first layer's device; empty for a network in its merge phase.
+        FFN name to report, on the first layer's device; empty for a network without routers.
 
     Raises:
         TypeError: the network holds no upcycled FFN.
@@ -163,6 +165,9 @@ def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) ->
                 f"`model` must hold UpcycledFFN modules, got a {type(model).__name__} with none; "
                 "call ummrm.upcycle(model, config) first."
             )
+        return {}
+    ffns = {name: ffn for name, ffn in ffns.items() if ffn.router is not None}
+    if not ffns:
         return {}
     statistics = {name: ffn.statistics for name, ffn in ffns.items() if ffn.statistics is not None}
     missing = [name for name in ffns if name not in statistics]
@@ -180,6 +185,7 @@ def routing_reports(model: nn.Module, group: dist.ProcessGroup | None = None) ->
 
 
 def _check_gradient(name: str, ffn: UpcycledFFN, statistics: ForwardStatistics) -> None:
+    assert ffn.router is not None
     wants = ffn.training and torch.is_grad_enabled() and ffn.router.weight.requires_grad
     if wants and not statistics.mean_prob.requires_grad:
         raise RuntimeError(

@@ -7,9 +7,6 @@ business.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,85 +15,9 @@ from torch import nn
 from .. import ops
 from ..config import MergeConfig, UpcycleConfig
 from .dense import FFNPaths, FFNSpec
-from .experts import Experts, expert_arguments, flatten_tokens
+from .experts import Experts, expert_arguments, flatten_tokens, no_experts
+from .merge_weights import MergeShare, coefficients
 from .upcycled_ffn import UpcycledFFN
-
-
-class MergeShare(nn.Module):
-    """lambda, the shared experts' share of the merge: one number for a model, fixed or learned as sigmoid(l).
-
-    In the state dict either way: `share` [1] if fixed, `logit` [1] if learned. Either starts at `config.shared_share`;
-    from then on the tensor says what lambda is, whoever loads or sets it. The fixed one is fp32 whatever the network is
-    cast to, and `to_empty` keeps it.
-    """
-
-    share: torch.Tensor
-    logit: nn.Parameter
-
-    def __init__(self, config: MergeConfig, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.config = config
-        # one element, not a scalar: sharding libraries refuse parameters without dimensions
-        start = torch.empty(1, dtype=torch.float32, device=device)
-        if config.learn_shared_share:
-            self.logit = nn.Parameter(start)
-        else:
-            self.register_buffer("share", start)
-        self.reset_parameters()
-
-    def reset_parameters(self, constant_: Callable[..., object] = nn.init.constant_) -> None:
-        """Starts lambda at `config.shared_share`."""
-        share = self.config.shared_share
-        if self.config.learn_shared_share:
-            constant_(self.logit, math.log(share / (1 - share)))
-        else:
-            constant_(self.share, share)
-
-    def forward(self, like: torch.Tensor) -> torch.Tensor:
-        """lambda, [1], of `like`'s dtype and device."""
-        return self.logit.sigmoid().to(like) if self.config.learn_shared_share else self.share.to(like)
-
-    @property
-    def merge_config(self) -> MergeConfig:
-        """`config` with `shared_share()`.
-
-        Raises:
-            ValueError: the tensor was set to no number in [0, 1].
-        """
-        return dataclasses.replace(self.config, shared_share=self.shared_share())
-
-    def shared_share(self) -> float:
-        """The start of a learned lambda; of a fixed one the fewest digits that are, in fp32, what the tensor holds."""
-        configured = self.config.shared_share
-        if self.config.learn_shared_share or self.share.is_meta:
-            return configured
-        value = self.share.item()
-        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 10))
-        return next((s for s in (configured, *shorter) if torch.tensor(s, dtype=torch.float32).item() == value), value)
-
-    def _apply(self, fn, recurse=True):
-        held = self._buffers.get("share")
-        super()._apply(fn, recurse)
-        if held is None or self.share.is_meta:
-            return self
-        if held.is_meta:
-            self.share = torch.empty(1, dtype=torch.float32, device=self.share.device)
-            self.reset_parameters()
-        else:  # not what `fn` made of it, which a cast has rounded and to_empty left unset
-            self.share = held.to(self.share.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
-        share = state_dict.get(f"{prefix}share")
-        if torch.is_tensor(share) and share.numel() == 1 and not share.is_meta and not 0 <= share.item() <= 1:
-            errors.append(f"`{prefix}share`, a fixed lambda, must be a number in [0, 1], got {share.item()}.")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
-        if not self.config.learn_shared_share:
-            self.share = self.share.float()  # which assigning, in place of copying, leaves in the loaded dtype
-
-    def extra_repr(self) -> str:
-        return f"{self.shared_share()}, learned={self.config.learn_shared_share}"
 
 
 class MergingFFN(nn.Module):
@@ -126,10 +47,10 @@ class MergingFFN(nn.Module):
         super().__init__()
         self.spec, self.config, self.merge_config = spec, config, merge_config
         self.experts = Experts(config.num_experts, spec, dtype, device)
-        self.shared_experts = Experts(config.num_shared_experts, spec, dtype, device)
+        self.shared_experts = Experts.shared(spec, config, dtype, device)
         for experts in (self.experts, self.shared_experts):
-            experts.reset_parameters()
-            experts.requires_grad_(False)
+            if experts is not None:
+                experts.requires_grad_(False)
         rows = (spec.num_projections,) if merge_config.alpha_per == "projection" else ()
         self.alpha = nn.Parameter(torch.zeros(*rows, config.num_experts, dtype=torch.float32, device=device))
         self._share = (share,)
@@ -152,12 +73,8 @@ class MergingFFN(nn.Module):
 
         In fp32 (fp64 for fp64 experts), whatever dtype the network was cast to.
         """
-        wide = torch.float64 if self.experts.down_proj.dtype == torch.float64 else torch.float32
-        alpha = self.alpha.to(wide)
-        share = self._share[0](alpha)
-        alpha = alpha if alpha.dim() == 2 else alpha.expand(self.spec.num_projections, -1)
-        shared = (share / self.config.num_shared_experts).expand(alpha.shape[0], self.config.num_shared_experts)
-        return torch.cat([shared, (1 - share) * alpha.softmax(-1)], dim=-1)
+        S, rows = self.config.num_shared_experts, self.spec.num_projections
+        return coefficients(self.alpha, self._share[0], S, rows, self.experts.down_proj.dtype)
 
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., H] through the merged dense FFN. `token_mask` is accepted and has no effect: padding is computed."""
@@ -175,10 +92,12 @@ class MergingFFN(nn.Module):
     @torch.no_grad()
     def merged_tensors(self) -> dict[str, torch.Tensor]:
         """The dense FFN's tensors, laid out as `DenseFFN.fused`, bit for bit those that `forward` uses."""
-        groups = {"shared": self.shared_experts, "routed": self.experts}
-        tensors = {f"{kind}_{name}": t for kind, group in groups.items() for name, t in group.tensors().items()}
+        routed = self.experts.tensors()
+        shared: Any = no_experts(routed) if self.shared_experts is None else self.shared_experts.tensors()
+        groups = {"shared": shared, "routed": routed}
+        tensors = {f"{kind}_{name}": t for kind, group in groups.items() for name, t in group.items()}
         merged = ops.merge_ffn(self.coefficients(), **tensors, glu=self.spec.glu)
-        return dict(zip(self.experts.tensors(), merged, strict=True))
+        return dict(zip(routed, merged, strict=True))
 
     def to_dense(self) -> nn.Module:
         """A module of the class that `UpcycledFFN.from_dense` was given, holding the merged weights.

@@ -83,10 +83,10 @@ def record_routing_statistics(model: nn.Module) -> Iterator[RoutingStatistics]:
     Raises:
         TypeError: the network holds no `UpcycledFFN`.
     """
-    ffns = upcycled_ffns(model)
+    ffns = {name: ffn for name, ffn in upcycled_ffns(model).items() if ffn.router is not None}
     if not ffns:
         raise TypeError(
-            f"`model` must hold UpcycledFFN modules, got a {type(model).__name__} with none; "
+            f"`model` must hold UpcycledFFN modules with routers, got a {type(model).__name__} with none; "
             "statistics are measured before ummrm.prepare_merge, on the upcycled model."
         )
     statistics = RoutingStatistics(ffns)

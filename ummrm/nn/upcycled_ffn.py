@@ -1,4 +1,4 @@
-"""The mixture phase of an FFN: routed experts, always-on shared experts and a router in its place.
+"""The mixture phase of an FFN: routed experts, always-on shared experts and, by token, a router in its place.
 
 A plain `nn.Module` that works in any training loop, with no Hugging Face class around it. It keeps the
 `ForwardStatistics` of its last forward for the auxiliary losses; how a whole model is upcycled is
@@ -15,18 +15,20 @@ from torch import nn
 
 from .. import ops
 from ..config import UpcycleConfig
+from .assignment import BySequence, RowGroups
 from .dense import DenseFFN, FFNPaths, FFNSpec
 from .experts import Experts, expert_arguments, flatten_tokens
 from .probe import find_paths, prove_paths
 from .router import ForwardStatistics, Router, in_backward
 
 
-class UpcycledFFN(nn.Module):
+class UpcycledFFN(BySequence):
     """A dense FFN upcycled into E routed experts, K active per token, and S always-on shared experts.
 
     A drop-in replacement: [..., H] in, [..., H] out. `UpcycledFFN.from_dense` makes one from an existing FFN; at that
-    moment it computes exactly what the FFN did. After each forward `statistics` holds what the auxiliary losses need
-    (`ummrm.auxiliary_loss`).
+    moment it computes exactly what the FFN did. By token, `statistics` holds after each forward what the auxiliary
+    losses need (`ummrm.auxiliary_loss`). By sequence there is no router: `ummrm.assign_groups(network, groups)` says
+    which expert each row of x goes through.
 
     Args:
         spec: shape and kind of the FFN.
@@ -34,6 +36,9 @@ class UpcycledFFN(nn.Module):
         dtype: of the experts; the router is always fp32.
         device: where parameters are created.
     """
+
+    router: Router | None
+    shared_experts: Experts | None
 
     def __init__(
         self,
@@ -44,14 +49,13 @@ class UpcycledFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.config = spec, config
-        self.router = Router(spec.hidden_size, config, device)
+        self.router = None if config.by_sequence else Router(spec.hidden_size, config, device)
         self.experts = Experts(config.num_experts, spec, dtype, device)
-        self.shared_experts = Experts(config.num_shared_experts, spec, dtype, device)
-        for experts in (self.experts, self.shared_experts):
-            experts.reset_parameters()
+        self.shared_experts = Experts.shared(spec, config, dtype, device)
         self.statistics: ForwardStatistics | None = None
         self.token_mask: torch.Tensor | None = None  # set for one call by a model's layer; the argument wins
         self._dense_template: tuple[nn.Module, FFNPaths] | None = None
+        self._start_by_sequence()
 
     @classmethod
     def from_dense(cls, ffn: nn.Module, config: UpcycleConfig, paths: FFNPaths | None = None) -> UpcycledFFN:
@@ -78,27 +82,37 @@ class UpcycledFFN(nn.Module):
         dense = paths.read(ffn)
         weight = dense.up.weight
         upcycled = cls(dense.spec, config, dtype=weight.dtype, device=weight.device)
-        upcycled.copy_experts(dense)
+        upcycled.copy_experts(dense, config.expert_noise)
         upcycled._dense_template = (copy.deepcopy(ffn).to("meta"), paths)
         return upcycled.train(ffn.training)
 
-    def copy_experts(self, dense: DenseFFN) -> None:
-        """Fills all experts with copies of `dense`; only routed experts get `config.expert_noise`."""
-        self.shared_experts.copy_from(dense)
-        self.experts.copy_from(dense, self.config.expert_noise)
+    def copy_experts(self, dense: DenseFFN, noise: float) -> None:
+        """Fills all experts with copies of `dense`; only routed experts get noise, in standard deviations."""
+        if self.shared_experts is not None:
+            self.shared_experts.copy_from(dense)
+        self.experts.copy_from(dense, noise)
 
-    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, token_mask: torch.Tensor | None = None, groups: RowGroups | None = None
+    ) -> torch.Tensor:
         """Runs the layer.
 
         Args:
-            x: [..., H].
+            x: [..., H]; by sequence [rows, ..., H], or flat with equally many tokens of each row.
             token_mask: bool of x's leading shape, True for live tokens, False for padding; for a flat x, [T, H], any
-                shape of T flags. A masked token is computed by the shared experts alone and counts in no statistic.
+                shape of T flags. A masked token is computed by the shared experts alone and counts in no statistic. By
+                sequence it has no effect: padding follows its row's expert.
+            groups: by sequence: the experts of x's rows; what `assign_groups` has said goes behind it.
 
         Returns:
             [..., H] in x's dtype (the autocast dtype under autocast).
+
+        Raises:
+            ValueError: by sequence, in training, nothing says which expert a row goes through.
         """
         flat = flatten_tokens(x, self.spec.hidden_size)
+        if self.router is None:
+            return self._by_sequence(flat, self._row_groups(groups)).view(x.shape)
         mask = _flatten_mask(self.token_mask if token_mask is None else token_mask, x)
         routing = self.router(flat, mask)
         if not in_backward():
@@ -122,9 +136,25 @@ class UpcycledFFN(nn.Module):
         )
         return out.view(x.shape)
 
+    def _by_sequence(self, flat: torch.Tensor, rows: RowGroups) -> torch.Tensor:
+        routed, spec = self.experts(flat), self.spec
+
+        def run(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return ops.grouped_ffn(tokens, offsets, **routed, activation=spec.activation, glu=spec.glu)
+
+        out = rows(run, flat)
+        if self.shared_experts is None:
+            return out
+        shared = self.shared_experts(flat)
+        weight, tokens, count = self.config.fixed_shared_weight, flat.shape[0], self.config.num_shared_experts
+        # every token in every shared expert's group
+        every = torch.arange(count + 1, dtype=torch.int32, device=flat.device) * tokens
+        beside = ops.grouped_ffn(flat.repeat(count, 1), every, **shared, activation=spec.activation, glu=spec.glu)
+        return torch.lerp(out, beside.unflatten(0, (count, tokens)).mean(0), weight)
+
     def __getstate__(self) -> dict:
         # Statistics carry a graph, which can be neither copied nor pickled, and belong to this module's last forward.
-        return {**self.__dict__, "statistics": None, "token_mask": None}
+        return {**self.__dict__, "statistics": None, "token_mask": None, "groups": None, "used_groups": None}
 
 
 def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
