@@ -259,6 +259,11 @@ class StudyConfig:
         )
 
     @property
+    def primaries(self) -> tuple[ComparisonConfig, ...]:
+        """The primary comparisons: here one."""
+        return (self.primary,)
+
+    @property
     def mixture(self) -> str | None:
         """The arm that is the primary comparison's arm before merging; None where the study has none."""
         wanted = self.resolve(self.primary.arm)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .replicas import FFN, Groups, Parameters
+from .replicas import FFN, Parameters
 
 Features = dict[str, Tensor]
 """What a network reads of answers, [R, n, ...] each."""
 
 
 MixtureFFN = Callable[[int, Tensor, Tensor], Tensor]
-"""Called in an FFN's place with its number, its input [R, N, H] and which rows are live, bool [R, N]; gives [R, N, H]."""
+"""In an FFN's place: called with its number, its input [R, N, H] and the live rows, bool [R, N]; gives [R, N, H]."""
 
 
 class Network(ABC):
@@ -29,8 +29,8 @@ class Network(ABC):
 
     Attributes:
         ffns: the FFNs, from first to last.
-        linears: names of the parameters of all linear layers of the body, FFNs included: what `experts_in: linear` makes
-            experts of.
+        linears: names of the parameters of all linear layers of the body, FFNs included: what become experts under
+            `experts_in: linear`.
         undecayed: names of the parameters that AdamW does not decay: norms and biases, as transformers' Trainer has it.
         hidden_size: H.
     """
@@ -45,15 +45,16 @@ class Network(ABC):
         self,
         parameters: Parameters,
         features: Features,
-        groups: Groups | None = None,
+        shared_weight: float = 0.0,
         mixture: MixtureFFN | None = None,
     ) -> Tensor:
         """Rewards of answers.
 
         Args:
             parameters: [R, ...]; expert tensors [R, E, ...], for which `replicas.linear` is used throughout.
-            features: [R, n, ...] of n answers of each replica, ordered by expert where there are experts.
-            groups: how answers are shared out among experts; None: equally, and no shared expert.
+            features: [R, n, ...] of n answers of each replica; where there are experts ordered by expert, equally many
+                of each.
+            shared_weight: of the shared expert beside those, as in `replicas.ffn`.
             mixture: in the FFNs' place; it must then be given every token's row.
 
         Returns:

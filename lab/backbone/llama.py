@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-
 from .data import Features, MixtureFFN, Network
-from .replicas import FFN, Groups, Parameters, ffn, linear, rms_norm
+from .replicas import FFN, Parameters, ffn, linear, rms_norm
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,19 @@ class Llama(Network):
         self,
         parameters: Parameters,
         features: Features,
-        groups: Groups | None = None,
+        shared_weight: float = 0.0,
         mixture: MixtureFFN | None = None,
     ) -> Tensor:
         """`Network.rewards`; features are `tokens` int64 [R, n, T], padded on the right, and `lengths` int64 [R, n]."""
         lengths = features["lengths"]
-        hidden = self._hidden(parameters, features["tokens"], lengths, groups, mixture, last=True)
+        hidden = self._hidden(parameters, features["tokens"], lengths, shared_weight, mixture, last=True)
         return linear(hidden, parameters["score"])[..., 0]
 
     def next_token_loss(self, parameters: Parameters, features: Features) -> Tensor:
         """Cross entropy of each answer's tokens given those before, the prompt's two not counted: [R]."""
         tokens, lengths = features["tokens"], features["lengths"]
         replicas, n, width = tokens.shape
-        hidden = self._hidden(parameters, tokens, lengths, None, None, last=False)
+        hidden = self._hidden(parameters, tokens, lengths, 0.0, None, last=False)
         logits = linear(hidden, parameters["lm_head"]).view(replicas, n, width, -1)[:, :, 1:-1]
         counted = torch.arange(2, width) < lengths[..., None]
         loss = F.cross_entropy(logits.flatten(0, 2), tokens[:, :, 2:].flatten(), reduction="none")
@@ -98,7 +97,7 @@ class Llama(Network):
         parameters: Parameters,
         tokens: Tensor,
         lengths: Tensor,
-        groups: Groups | None,
+        shared_weight: float,
         mixture: MixtureFFN | None,
         last: bool,
     ) -> Tensor:
@@ -113,7 +112,7 @@ class Llama(Network):
         for i in range(self.shape.num_layers):
             only_end = last and mixture is None and i == self.shape.num_layers - 1
             normed = rms_norm(x, parameters[f"{i}.norm1"], eps)
-            qkv = linear(normed, parameters[f"{i}.qkv"], groups=groups)
+            qkv = linear(normed, parameters[f"{i}.qkv"])
             q, k, v = qkv.view(replicas * n, width, 3, heads, -1).permute(2, 0, 3, 1, 4)
             q, k = (y * cos + _rotated(y) * sin for y in (q, k))
             if only_end:
@@ -124,9 +123,11 @@ class Llama(Network):
             else:
                 mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             mixed = mixed.transpose(1, 2).reshape(replicas, -1, self.hidden_size)
-            x = x + linear(mixed, parameters[f"{i}.o"], groups=groups)
+            x = x + linear(mixed, parameters[f"{i}.o"])
             normed = rms_norm(x, parameters[f"{i}.norm2"], eps)
-            x = x + (ffn(parameters, self.ffns[i], normed, groups) if mixture is None else mixture(i, normed, live))
+            x = x + (
+                ffn(parameters, self.ffns[i], normed, shared_weight) if mixture is None else mixture(i, normed, live)
+            )
         if last and mixture is not None:
             x = x.gather(1, at_end)
         return rms_norm(x, parameters["norm"], eps)

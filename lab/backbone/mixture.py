@@ -1,4 +1,4 @@
-"""The token mixture of many replicas: every replica's experts stand in one stack, routed and run by the product's operators.
+"""The token mixture of many replicas: all experts stand in one stack, routed and run by the product's operators.
 
 A replica's shared expert is the first of its part of the stack, and one more slot of every live token. Learning merge
 weights and merging are the product's operators too.
@@ -30,14 +30,14 @@ class TokenMixture:
         network: whose FFNs they are.
         config: of experts, router and gate.
         parameters: with those that `token_upcycled` adds.
-        noise: for each layer fp32 [R, N, E], standard normal, for the learned router noise; None outside training.
+        draws: a generator for each replica, of the learned router noise; None outside training.
         losses: of each layer so far, [R].
     """
 
     network: Network
     config: UpcycleConfig
     parameters: Parameters
-    noise: list[Tensor] | None = None
+    draws: list[torch.Generator] | None = None
     losses: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, x: Tensor, live: Tensor) -> Tensor:
@@ -48,9 +48,10 @@ class TokenMixture:
         if config.router == "mlp":
             clean = torch.bmm(clean.tanh(), self.parameters[f"{layer}.router_output"].transpose(1, 2))
         noisy = clean
-        if config.router_noise == "learned" and self.noise is not None:
+        if config.router_noise == "learned" and self.draws is not None:
+            noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in self.draws])
             std = F.softplus(torch.bmm(x, self.parameters[f"{layer}.router_noise"].transpose(1, 2))) + NOISE_FLOOR
-            noisy = clean + self.noise[layer] * std
+            noisy = clean + noise * std
         routes = [
             ops.route(
                 noisy[r],
@@ -158,12 +159,7 @@ def train_token(
 
     def loss(parameters: Parameters, step: int) -> Tensor:
         features = block.train.take(everyone, index[step])
-        rows = features["tokens"].shape[1] * features["tokens"].shape[2]
-        noise = None
-        if config.router_noise == "learned":
-            shape = (rows, config.num_experts)
-            noise = [torch.stack([torch.randn(shape, generator=g) for g in draws]) for _ in block.network.ffns]
-        mixture = TokenMixture(block.network, config, parameters, noise)
+        mixture = TokenMixture(block.network, config, parameters, draws)
         rewards = block.network.rewards(parameters, features, mixture=mixture)
         return pair_losses(rewards) + mixture.auxiliary_loss()
 
@@ -218,5 +214,7 @@ def learn_alpha(
         dense = merged(block, parameters, learned["alpha"], shared_share)
         return pair_losses(block.network.rewards(dense, block.train.take(everyone, index[step])))
 
-    found = optimise({"alpha": alpha}, loss, steps, rates_of(rate, block.seeds), frozenset(["alpha"]), settings, on_step)
+    found = optimise(
+        {"alpha": alpha}, loss, steps, rates_of(rate, block.seeds), frozenset(["alpha"]), settings, on_step
+    )
     return found["alpha"]

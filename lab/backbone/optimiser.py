@@ -118,7 +118,9 @@ def optimise(
         losses = loss(trained, step)
         if not bool(losses.isfinite().all()):
             bad = (~losses.isfinite()).nonzero().flatten().tolist()
-            raise FloatingPointError(f"the loss of replicas {bad} is not finite at step {step}; lower the learning rate.")
+            raise FloatingPointError(
+                f"the loss of replicas {bad} is not finite at step {step}; lower the learning rate."
+            )
         losses.sum().backward()
         optimiser.step(schedule(step, steps, settings.warmup_steps))
         if on_step is not None:

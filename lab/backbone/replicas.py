@@ -45,59 +45,37 @@ class FFN:
         return tuple(n for n in (self.up, self.down, self.up_bias, self.down_bias) if n is not None)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """How each replica's batch is shared out among experts.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiplies each replica's rows by its weight, or each expert's rows by its own: equally many rows of each.
 
-    Attributes:
-        sizes: sequences of each expert, in order, the same for all replicas; empty where there are no experts.
-        shared_weight: weight of an always-on shared expert (`shared_name`), the routed one's being the rest.
-    """
-
-    sizes: tuple[int, ...] = ()
-    shared_weight: float = 0.0
-
-    @property
-    def equal(self) -> bool:
-        """Whether all experts get as many."""
-        return len(set(self.sizes)) <= 1
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: Groups | None = None) -> Tensor:
-    """Multiplies each replica's rows by its weight, or each expert's rows by its own.
-
-    One batched product where all groups are equal, which is faster here than a grouped one (11 against 14 ms forward and
-    backward for 32 replicas of 480 rows); `ummrm.ops.grouped_linear` where they aren't.
+    One batched product, which is faster here than `ummrm.ops.grouped_linear`, made for groups of any size: 7 against 10
+    ms forward and backward for 32 replicas of 480 rows of 32.
 
     Args:
         x: [R, N, D].
-        weight: [R, O, D], or [R, E, O, D] of experts.
+        weight: [R, O, D], or [R, E, O, D] of experts: the first N / E rows are the first expert's, and so on.
         bias: [R, O] or [R, E, O], or None.
-        groups: of experts, how the N rows (a multiple of the sequences) are split; None: equally.
 
     Returns:
         [R, N, O].
     """
-    if weight.dim() == 3:
-        return _product(x, weight, bias)
-    replicas, experts = weight.shape[:2]
-    flat = weight.flatten(0, 1), None if bias is None else bias.flatten(0, 1)
-    if groups is None or groups.equal:
-        return _product(x.reshape(replicas * experts, -1, x.shape[-1]), *flat).view(*x.shape[:2], -1)
-    each = x.shape[1] // sum(groups.sizes)  # rows a sequence
-    sizes = torch.tensor(groups.sizes) * each
-    offsets = torch.cat([sizes.new_zeros(1), sizes.repeat(replicas).cumsum(0)]).int()
-    return ops.grouped_linear(x.reshape(-1, x.shape[-1]), flat[0], offsets, flat[1]).view(*x.shape[:2], -1)
+    if weight.dim() == 4:
+        flat = None if bias is None else bias.flatten(0, 1)
+        rows = x.reshape(weight.shape[0] * weight.shape[1], -1, x.shape[-1])
+        return linear(rows, weight.flatten(0, 1), flat).view(*x.shape[:2], -1)
+    if bias is None:
+        return torch.bmm(x, weight.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
-def ffn(parameters: Mapping[str, Tensor], names: FFN, x: Tensor, groups: Groups | None = None) -> Tensor:
-    """`down(act(up(x)))` of each replica, or of each expert on its own rows, mixed with a shared expert's if there is one.
+def ffn(parameters: Mapping[str, Tensor], names: FFN, x: Tensor, shared_weight: float = 0.0) -> Tensor:
+    """`down(act(up(x)))` of each replica, or of each expert on its own rows; a shared expert's is mixed in.
 
     Args:
         parameters: with those that `names` names.
         names: the FFN.
         x: [R, N, H].
-        groups: as in `linear`.
+        shared_weight: weight of an always-on shared expert (`shared_name`), the routed one's being the rest.
 
     Returns:
         [R, N, H].
@@ -105,14 +83,12 @@ def ffn(parameters: Mapping[str, Tensor], names: FFN, x: Tensor, groups: Groups 
 
     def one(of: Callable[[str], str]) -> Tensor:
         up_bias, down_bias = (None if n is None else parameters[of(n)] for n in (names.up_bias, names.down_bias))
-        pre = linear(x, parameters[of(names.up)], up_bias, groups)
+        pre = linear(x, parameters[of(names.up)], up_bias)
         hidden = ops.activation(pre.view(-1, pre.shape[-1]), names.activation, names.glu).view(*x.shape[:2], -1)
-        return linear(hidden, parameters[of(names.down)], down_bias, groups)
+        return linear(hidden, parameters[of(names.down)], down_bias)
 
     routed = one(str)
-    if groups is None or not groups.shared_weight:
-        return routed
-    return groups.shared_weight * one(shared_name) + (1 - groups.shared_weight) * routed
+    return routed if not shared_weight else shared_weight * one(shared_name) + (1 - shared_weight) * routed
 
 
 def shared_name(name: str) -> str:
@@ -139,9 +115,3 @@ def stack(parts: list[Parameters]) -> Parameters:
 def member(parameters: Mapping[str, Tensor], experts: tuple[str, ...], index: int) -> Parameters:
     """The dense models that expert `index` is of: its tensors beside those that all members share."""
     return {name: value[:, index].clone() if name in experts else value for name, value in parameters.items()}
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))

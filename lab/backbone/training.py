@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ummrm import draw_groups
 from ummrm.nn.losses import preference_loss
 
 from ..seeds import derive
 from .data import Answers, Block, Pairs
 from .llama import Llama
 from .optimiser import Optimisation, optimise
-from .replicas import Groups, Parameters, shared_name
+from .replicas import Parameters, shared_name
 
 OnStep = Callable[[int, int], None]
 
@@ -57,19 +58,6 @@ def order(seed: int, label: object, rows: int, steps: int, batch: int) -> Tensor
 def orders(seeds: Sequence[int], label: object, rows: int, steps: int, batch: int) -> Tensor:
     """`order` of all seeds: [steps, S, batch]."""
     return torch.stack([order(seed, label, rows, steps, batch) for seed in seeds], 1)
-
-
-def draw_groups(seed: int, step: int, pairs: int, experts: int) -> Tensor:
-    """The expert of each pair at a step, int64 [pairs], sizes within one of each other, the larger ones first."""
-    generator = torch.Generator().manual_seed(derive(seed, "groups", step))
-    sizes = torch.tensor(group_sizes(pairs, experts))
-    groups = torch.arange(experts).repeat_interleave(sizes)
-    return groups[torch.randperm(pairs, generator=generator)]
-
-
-def group_sizes(pairs: int, experts: int) -> list[int]:
-    """Pairs of each expert."""
-    return [pairs // experts + (e < pairs % experts) for e in range(experts)]
 
 
 def pretrain(
@@ -123,7 +111,7 @@ def train_dense(
     """
     train = block.train if pairs is None else pairs
     index = orders(block.seeds, run, len(train), steps, batch)
-    loss = _preference(block, train, index, Groups(), weights)
+    loss = _preference(block, train, index, 0.0, weights)
     rates = rates_of(rate, block.seeds)
     return optimise(block.start, loss, steps, rates, block.network.undecayed, settings, on_step)
 
@@ -141,30 +129,34 @@ def train_sequence(
 ) -> Parameters:
     """Experts, each on whole sequences: the pretrained start copied E times, groups drawn anew at each step.
 
+    The product's own draw says which expert each pair goes to; both answers of a pair go to the same.
+
     Returns:
         Expert tensors [S, E, ...] beside those that all members share.
     """
     train, experts = block.train if pairs is None else pairs, sequencing.experts
     if sequencing.whole_batch:
-        index = torch.cat(
-            [orders(block.seeds, f"member {e}", len(train), steps, batch) for e in range(experts)], 2
-        )
-        sizes = [batch] * experts
+        index = torch.cat([orders(block.seeds, f"member {e}", len(train), steps, batch) for e in range(experts)], 2)
     else:
         index = orders(block.seeds, 0, len(train), steps, batch)
-        drawn = torch.stack(
-            [
-                torch.stack([draw_groups(seed, step, batch, experts).argsort(stable=True) for seed in block.seeds])
-                for step in range(steps)
-            ]
-        )
-        index, sizes = index.gather(2, drawn), group_sizes(batch, experts)
-    groups = Groups(tuple(2 * size for size in sizes), sequencing.shared_weight)
-    loss = _preference(block, train, index, groups, weights)
+        drawn = [[by_group(seed, step, batch, experts) for seed in block.seeds] for step in range(steps)]
+        index = index.gather(2, torch.stack([torch.stack(each) for each in drawn]))
+    loss = _preference(block, train, index, sequencing.shared_weight, weights)
     start = upcycled(block, sequencing)
     rates = rates_of(rate, block.seeds)
     shared = frozenset(shared_name(name) for name in block.network.undecayed)
     return optimise(start, loss, steps, rates, block.network.undecayed | shared, settings, on_step)
+
+
+def by_group(seed: int, step: int, pairs: int, experts: int) -> Tensor:
+    """A step's pairs in the order of their experts, int64 [pairs], each expert's equally many.
+
+    Raises:
+        ValueError: they can't be equally many.
+    """
+    if pairs % experts:
+        raise ValueError(f"`batch` must be a multiple of the {experts} experts here, got {pairs} pairs.")
+    return draw_groups(pairs, experts, seed=seed, step=step).argsort(stable=True)
 
 
 def upcycled(block: Block, sequencing: Sequencing) -> Parameters:
@@ -241,11 +233,11 @@ def shortcut_weights(pairs: Pairs) -> Tensor:
     return (weights / weights.mean(1, keepdim=True)).float()
 
 
-def _preference(block: Block, pairs: Pairs, index: Tensor, groups: Groups, weights: Tensor | None):
+def _preference(block: Block, pairs: Pairs, index: Tensor, shared_weight: float, weights: Tensor | None):
     everyone = torch.arange(len(block.seeds))
 
     def loss(parameters: Parameters, step: int) -> Tensor:
-        rewards = block.network.rewards(parameters, pairs.take(everyone, index[step]), groups)
+        rewards = block.network.rewards(parameters, pairs.take(everyone, index[step]), shared_weight)
         return pair_losses(rewards, None if weights is None else weights.gather(1, index[step]))
 
     return loss

@@ -1,4 +1,4 @@
-"""The synthetic task with answers that have a structure to learn: a small language, on which a backbone can be pretrained.
+"""The synthetic task on a small language: answers have a structure that a backbone can be pretrained on.
 
 Content tokens fall into latent classes and an answer is a Markov chain over classes, another one for each topic. The
 gold reward values classes for the most part, single tokens for the rest. Filler, regimes, pairs and policy are those of
@@ -96,7 +96,9 @@ class LanguageReward(GoldReward):
         between = between + of_token * normal(config.content_tokens, config.content_tokens)
         self.bonus = _BONUS * config.bigram_scale * between * pays[member][:, member]
         everywhere, here = _CHAIN
-        self.chain = torch.softmax(everywhere * normal(1, classes, classes) + here * normal(topics, classes, classes), -1)
+        self.chain = torch.softmax(
+            everywhere * normal(1, classes, classes) + here * normal(topics, classes, classes), -1
+        )
 
     def content(self, topic: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         config = self.config
@@ -106,7 +108,9 @@ class LanguageReward(GoldReward):
             state = torch.multinomial(self.chain[topic, state], 1, generator=generator)[:, 0]
             states.append(state)
         each = config.content_tokens // config.classes
-        return torch.stack(states, 1) * each + torch.randint(each, (len(topic), config.max_content), generator=generator)
+        return torch.stack(states, 1) * each + torch.randint(
+            each, (len(topic), config.max_content), generator=generator
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ def with_filler(sequences: Sequences, filler: torch.Tensor, generator: torch.Gen
     own = ((tokens == FILLER) & inside).sum(1)
     new_lengths = lengths - own + filler
     if int(new_lengths.max()) > tokens.shape[1]:
-        raise ValueError(f"`filler` must fit the width {tokens.shape[1]}, got answers of {int(new_lengths.max())} tokens.")
+        raise ValueError(
+            f"`filler` must fit the width {tokens.shape[1]}, got answers of {int(new_lengths.max())} tokens."
+        )
     position = torch.arange(tokens.shape[1])
     body = (position >= 2) & (position < new_lengths[:, None] - 1)
     keys = torch.rand(tokens.shape, generator=generator).masked_fill(~body, 2.0)
