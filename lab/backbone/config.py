@@ -159,8 +159,8 @@ class BackboneStudy:
         model: size of the models.
         pretraining: of the backbones.
         optimisation: of everything else.
-        chosen: the variation of each arm in each regime, in YAML the name of a file beside the study's (`choice.py` writes
-            it); empty: every variation is run.
+        chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
+            `choice.py`. Empty: every variation is run.
         measure: `fixed_kl` alone counts here.
         primaries: the primary comparisons, made in every regime.
         secondary: further ones.
