@@ -161,8 +161,8 @@ class BackboneStudy:
         model: size of the models of `kind: language`.
         pretraining: of their backbones.
         optimisation: of everything else.
-        chosen: the variation of each arm in each regime, in YAML the name of a file beside the study's (`choice.py`
-            writes it); empty: every variation is run.
+        chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
+            `choice.py`. Empty: every variation is run.
         measure: `fixed_kl` alone counts here.
         primaries: the primary comparisons, made in every regime.
         secondary: further ones.

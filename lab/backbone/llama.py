@@ -105,9 +105,9 @@ class Llama(Network):
         replicas, n, width = tokens.shape
         eps, heads = self.shape.eps, self.shape.num_heads
         rows = tokens + self.vocab_size * torch.arange(replicas)[:, None, None]
-        x = F.embedding(rows.view(replicas, -1), parameters["embed"].flatten(0, 1))
+        x = F.embedding(rows.reshape(replicas, -1), parameters["embed"].flatten(0, 1))
         at_end = (torch.arange(n) * width + lengths - 1)[..., None].expand(-1, -1, self.hidden_size)
-        live = (torch.arange(width) < lengths[..., None]).view(replicas, -1)
+        live = (torch.arange(width) < lengths[..., None]).reshape(replicas, -1)
         cos, sin = self._cos[:width], self._sin[:width]
         for i in range(self.shape.num_layers):
             only_end = last and mixture is None and i == self.shape.num_layers - 1
@@ -116,7 +116,7 @@ class Llama(Network):
             q, k, v = qkv.view(replicas * n, width, 3, heads, -1).permute(2, 0, 3, 1, 4)
             q, k = (y * cos + _rotated(y) * sin for y in (q, k))
             if only_end:
-                end = (lengths.view(-1, 1, 1, 1) - 1).expand(-1, heads, 1, q.shape[-1])
+                end = (lengths.reshape(-1, 1, 1, 1) - 1).expand(-1, heads, 1, q.shape[-1])
                 mask = live.view(replicas * n, 1, 1, width)
                 mixed = F.scaled_dot_product_attention(q.gather(2, end), k, v, attn_mask=mask)
                 x = x.gather(1, at_end)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ummrm import UpcycleConfig, ops
 from ummrm.nn.losses import cv_squared_loss, load_balancing_loss
-from ummrm.nn.router import _NOISE_FLOOR as NOISE_FLOOR
+from ummrm.nn.router import NOISE_FLOOR
 
 from .data import Block, Network
 from .optimiser import Optimisation, optimise
@@ -115,9 +115,15 @@ class TokenMixture:
 
 def check_token_config(config: UpcycleConfig) -> None:
     """Raises ValueError for what the laboratory's mixture doesn't do."""
-    for name, allowed in (("num_shared_experts", (1,)), ("layers", ("all",)), ("router_noise", (None, "learned"))):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"`upcycle.{name}` must be {allowed[0]!r} here, got {getattr(config, name)!r}.")
+    allowed = {
+        "assignment": ("token",),
+        "num_shared_experts": (1,),
+        "layers": ("all",),
+        "router_noise": (None, "learned"),
+    }
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"`upcycle.{name}` must be {values[0]!r} here, got {getattr(config, name)!r}.")
     if config.expert_noise:
         raise ValueError(f"`upcycle.expert_noise` must be 0 here, got {config.expert_noise}.")
 

@@ -46,9 +46,9 @@ class RatingsTaskConfig:
     max_tokens: int = 32
     min_raters: int = 10
     train_pairs: int = 400
-    train_texts: int = 2400
-    test_texts: int = 1200
-    test_pairs: int = 2000
+    train_texts: int = 3000
+    test_texts: int = 800
+    test_pairs: int = 500
     least_difference: float = 0.5
     policy_texts: int = 1024
     unlabelled_texts: int = 2048
