@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import BertForSequenceClassification, get_linear_schedule_with
 
 import ummrm
 from lab.backbone.config import BackboneStudy
+from lab.backbone.measures import all_pairs_right
 from lab.backbone.mixture import TokenMixture, token_upcycled, train_token
 from lab.backbone.optimiser import Optimisation
 from lab.backbone.replicas import member
@@ -213,9 +215,7 @@ def test_dense_training_is_that_of_the_stock_model_with_its_lower_layers_frozen(
     assert any(not torch.equal(stock[name][0], block.start[name][1]) for name in stock)
     for name, value in stock.items():
         ours, theirs = trained[name][1], value[0]
-        if name.endswith(
-            "kv_bias"
-        ):  # softmax does not see the keys' bias: its gradient is rounding
+        if name.endswith("kv_bias"):  # softmax does not see the keys' bias: its gradient is rounding
             ours, theirs = ours[16:], theirs[16:]
         torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=1e-4, msg=name)
 
@@ -333,3 +333,17 @@ def test_a_study_of_ratings_runs_whole(config, tmp_path, monkeypatch):
     assert BackboneStudy.from_dict(study.to_dict()) == study
     with pytest.raises(ValueError, match="pretrained: a folder or a package"):
         RatingsTaskConfig(model=ModelConfig(model_type="bert"))
+
+
+def test_accuracy_over_all_pairs_is_a_loop_over_pairs():
+    generator = torch.Generator().manual_seed(0)
+    proxy, gold = (torch.randint(5, (3, 7), generator=generator).double() for _ in range(2))
+    counts = [
+        1.0 if (p[i] - p[j]) * (g[i] - g[j]) > 0 else 0.5 * float(p[i] == p[j])
+        for p, g in zip(proxy, gold, strict=True)
+        for i in range(7)
+        for j in range(i)
+        if g[i] != g[j]
+    ]
+    assert all_pairs_right(proxy, gold) == pytest.approx(sum(counts) / len(counts))
+    assert math.isnan(all_pairs_right(proxy, torch.zeros(3, 7)))
