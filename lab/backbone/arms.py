@@ -35,8 +35,8 @@ class RewardModels:
     Attributes:
         members: rewards of one model each, by its name; several where scores are combined.
         parameters: of each seed's only model, where it is a dense one.
-        stages: floating-point operations of the training of each stage that it needs, by the stage's name.
-        serving_flops: operations a token of one forward.
+        stages: floating-point operations of each stage of training that it needs, fp64 [S], by the stage's name.
+        serving_flops: operations a token of one forward, fp64 [S].
         served: parameters that serving takes.
         rule: how several models' scores combine.
         uncertainty: UWO's weight.
@@ -44,16 +44,16 @@ class RewardModels:
 
     members: dict[str, Rewards]
     parameters: Parameters | None
-    stages: dict[str, float]
-    serving_flops: float
+    stages: dict[str, Tensor]
+    serving_flops: Tensor
     served: int
     rule: str = "mean"
     uncertainty: float = 0.0
 
     @property
-    def training_flops(self) -> float:
-        """Operations of all training after pretraining."""
-        return sum(self.stages.values())
+    def training_flops(self) -> Tensor:
+        """Operations of all training after pretraining, fp64 [S]."""
+        return torch.stack(list(self.stages.values())).sum(0)
 
 
 class BackboneArms:
@@ -115,7 +115,7 @@ class BackboneArms:
 
     # ---- arms --------------------------------------------------------------------------------------------------
 
-    def _dense(self, label: str, parameters: Parameters, stages: dict[str, float]) -> RewardModels:
+    def _dense(self, label: str, parameters: Parameters, stages: dict[str, Tensor]) -> RewardModels:
         network = self.block.network
         return RewardModels(
             members={label: lambda features: network.rewards(parameters, features)},
@@ -156,7 +156,7 @@ class BackboneArms:
     def _rewards(self, parameters: Parameters, shared_weight: float) -> Rewards:
         return lambda features: self.block.network.rewards(parameters, features, shared_weight)
 
-    def _mixture(self, label: str, arm: BackboneArm, parameters: Parameters, stages: dict[str, float]) -> RewardModels:
+    def _mixture(self, label: str, arm: BackboneArm, parameters: Parameters, stages: dict[str, Tensor]) -> RewardModels:
         network, config = self.block.network, arm.upcycle_config
         return RewardModels(
             members={
@@ -171,7 +171,7 @@ class BackboneArms:
         )
 
     def _merged_token(
-        self, name: str, arm: BackboneArm, variation: Variation, parameters: Parameters, stages: dict[str, float]
+        self, name: str, arm: BackboneArm, variation: Variation, parameters: Parameters, stages: dict[str, Tensor]
     ) -> RewardModels:
         config = arm.upcycle_config
 
@@ -201,8 +201,8 @@ class BackboneArms:
         teacher = self.make(arm.of, inner)
         student = self.make(arm.student, inner) if arm.student else self._dense("start", block.start, {})
         assert student.parameters is not None  # the study's check has seen to it
-        length = block.unlabelled.lengths.double().mean().item()
-        scoring = teacher.serving_flops * block.unlabelled.lengths.double().sum(1).mean().item()
+        length = block.unlabelled.lengths.double().mean(1)
+        scoring = teacher.serving_flops * length * len(block.unlabelled)
         forward = block.network.forward_flops(length)
         flops = scoring + (1 + BACKWARD) * forward * arm.steps[0] * study.student_batch * length
         start = student.parameters
@@ -230,7 +230,7 @@ class BackboneArms:
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
-    def _trained(self, name: str, variation: Variation, run: int = 0) -> tuple[Parameters, dict[str, float]]:
+    def _trained(self, name: str, variation: Variation, run: int = 0) -> tuple[Parameters, dict[str, Tensor]]:
         """The parameters of an arm that is trained on pairs, and the operations that took."""
         arm, block, study = self.study.arms[name], self.block, self.study
         label = f"{name}-{variation.steps}-{variation.rate:g}-{run}"
@@ -275,10 +275,10 @@ class BackboneArms:
     def _said(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.on_step(stage, done, total)
 
-    def _sequence_flops(self, shared_weight: float) -> float:
+    def _sequence_flops(self, shared_weight: float) -> Tensor:
         return self.block.network.forward_flops(self.block.length, float(shared_weight > 0))
 
-    def _training_flops(self, steps: int, extra_ffns: float = 0.0) -> float:
+    def _training_flops(self, steps: int, extra_ffns: float = 0.0) -> Tensor:
         tokens = steps * 2 * self.study.batch * self.block.length
         return (1 + BACKWARD) * self.block.network.forward_flops(self.block.length, extra_ffns) * tokens
 

@@ -62,11 +62,11 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def forward_flops(self, length: float, extra_ffns: float = 0.0) -> float:
+    def forward_flops(self, length: Tensor, extra_ffns: float = 0.0) -> Tensor:
         """Operations a token of one forward, counted as `lab.costs` does.
 
         Args:
-            length: mean length of answers.
+            length: mean length of each seed's answers, fp64 [S].
             extra_ffns: FFNs that each token passes beyond the dense model's one a layer, on average.
         """
 
@@ -162,9 +162,9 @@ class Block:
     counterfactual: Pairs | None = None
 
     @property
-    def length(self) -> float:
-        """Mean length of a training answer."""
-        return torch.cat([self.train.chosen.lengths, self.train.rejected.lengths]).double().mean().item()
+    def length(self) -> Tensor:
+        """Mean length of each seed's training answers, fp64 [S]."""
+        return torch.cat([self.train.chosen.lengths, self.train.rejected.lengths], 1).double().mean(1)
 
     def with_counterfactual(self) -> Pairs:
         """The training pairs, and after them those with the shortcut exchanged.

@@ -132,7 +132,7 @@ class Llama(Network):
             x = x.gather(1, at_end)
         return rms_norm(x, parameters["norm"], eps)
 
-    def forward_flops(self, length: float, extra_ffns: float = 0.0) -> float:
+    def forward_flops(self, length: Tensor, extra_ffns: float = 0.0) -> Tensor:
         """`Network.forward_flops`."""
         s = self.shape
         ffn_weights = 3 * s.hidden_size * s.intermediate_size

@@ -63,6 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = None if bias is None else bias.flatten(0, 1)
         rows = x.reshape(weight.shape[0] * weight.shape[1], -1, x.shape[-1])
         return linear(rows, weight.flatten(0, 1), flat).view(*x.shape[:2], -1)
+    if weight.shape[1] == 1:  # a product with a vector is another one for a single replica than for several
+        out = (x * weight).sum(-1, keepdim=True)
+        return out if bias is None else out + bias[:, None]
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))

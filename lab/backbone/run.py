@@ -184,20 +184,21 @@ def unit_rows(
     """Trains and measures one arm over one block: for each seed what `store.write_tables` takes."""
     models = makers.make(arm, variation)
     found = measure(makers.block, makers.scores(models), study.measure.fixed_kl)
-    costs = {
-        "parameters": models.served,
-        "training_flops": models.training_flops,
-        "serving_flops": models.serving_flops,
-    }
+    training, serving = models.training_flops.tolist(), models.serving_flops.tolist()
     return [
         {
             "regime": unit.regime,
             "seed": seed,
             "arm": unit.arm,
             "optimiser": "best_of_n",
-            "values": {**one["values"], **costs},
+            "values": {
+                **one["values"],
+                "parameters": models.served,
+                "training_flops": training[i],
+                "serving_flops": serving[i],
+            },
             "curve": one["curve"],
             "experts": [],
         }
-        for seed, one in zip(makers.block.seeds, found, strict=True)
+        for i, (seed, one) in enumerate(zip(makers.block.seeds, found, strict=True))
     ]

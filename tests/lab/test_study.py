@@ -15,7 +15,7 @@ from tiny_study import tiny_study, two_regimes
 from lab import load_study, run_study, shipped_studies, study_tables, write_report
 from lab.compare import Runs, compare
 from lab.run import StudyError
-from lab.run import _lock as lock
+from lab.run import locked as lock
 from lab.store import COLUMNS, read_table
 
 TABLES = ("runs", "curves", "experts")
