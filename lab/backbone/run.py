@@ -15,6 +15,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import prepare_output, write_atomically
+from ..ratings.regime import ratings_block
+from ..ratings.task import RatingsTaskConfig
 from ..run import StudyError, locked, machine_facts, minutes
 from ..store import COLUMNS, KEY, UnitStore, write_tables
 from .arms import BackboneArms, OnStep
@@ -104,8 +106,11 @@ def make_block(
     study: BackboneStudy, regime: str, seeds: tuple[int, ...], folder: Path | None, on_step: OnStep
 ) -> Block:
     """The data of a block of seeds in a regime: where another kind of regime comes in."""
+    task = study.regimes[regime].task
+    if isinstance(task, RatingsTaskConfig):
+        return ratings_block(task, seeds, on_step=lambda done, total: on_step("frozen layers", done, total))
     return language_block(
-        study.regimes[regime].task,
+        task,
         study.model,
         study.pretraining,
         seeds,
