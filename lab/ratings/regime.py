@@ -1,4 +1,4 @@
-"""The regime of real human ratings: blocks of seeds on one data set and one pretrained BERT.
+"""The regime of real human ratings: blocks of seeds on one data set and one pretrained model.
 
 What the frozen layers give is computed once for all studies and kept in a file whose name depends on texts, model and
 number of layers.
@@ -22,9 +22,11 @@ from ..demo.stages import model_folder
 from ..files import digest, kept
 from ..tasks import Sequences
 from .archive import CACHE, fetched_archive
-from .bert import BertTop, check_bert
+from .bert import BertTop
+from .llama import LlamaTop
 from .task import RatingsTaskConfig, draw
 from .texts import RatedTexts, read_ratings
+from .top import TopNetwork
 
 _AT_ONCE = 256  # texts a forward of the frozen layers
 
@@ -42,8 +44,8 @@ def ratings_block(
     """
     rated = read_ratings(Path(config.archive) if config.archive else fetched_archive(cache), config.source)
     stock, tokens, rated = _prepared(config, rated)
-    hidden = frozen_hidden(stock, config.trained_layers, tokens, rated.digest, cache, on_step)
-    network = BertTop(stock, config.trained_layers, hidden, tokens.lengths)
+    network = network_of(stock, config.trained_layers)
+    network.read(frozen_hidden(network, tokens, rated.digest, cache, on_step), tokens.lengths)
     draws = [draw(config, rated, tokens.lengths, seed) for seed in seeds]
     gold = rated.gold
 
@@ -70,6 +72,18 @@ def ratings_block(
     )
 
 
+def network_of(stock: PreTrainedModel, trained_layers: int) -> TopNetwork:
+    """The network of a reward model's architecture.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds = {"bert": BertTop, "llama": LlamaTop}
+    if stock.config.model_type not in kinds:
+        raise ValueError(f"`model` must be one of {', '.join(kinds)}, got {stock.config.model_type!r}.")
+    return kinds[stock.config.model_type](stock, trained_layers)
+
+
 def _prepared(config: RatingsTaskConfig, rated: RatedTexts) -> tuple[PreTrainedModel, Sequences, RatedTexts]:
     """The model, and the texts that are short and rated enough, as tokens too."""
     folder = model_folder(config.model)
@@ -82,7 +96,6 @@ def _prepared(config: RatingsTaskConfig, rated: RatedTexts) -> tuple[PreTrainedM
             tokenizer = AutoTokenizer.from_pretrained(folder)
     finally:
         transformers.logging.set_verbosity(said)
-    check_bert(stock, config.trained_layers)
     ids = tokenizer(list(rated.texts))["input_ids"]
     kept_texts = [
         i
@@ -99,54 +112,50 @@ def _prepared(config: RatingsTaskConfig, rated: RatedTexts) -> tuple[PreTrainedM
 
 @torch.no_grad()
 def frozen_hidden(
-    stock: PreTrainedModel,
-    trained_layers: int,
-    tokens: Sequences,
-    texts_digest: str,
-    cache: Path,
-    on_step: OnStep | None = None,
+    network: TopNetwork, tokens: Sequences, texts_digest: str, cache: Path, on_step: OnStep | None = None
 ) -> Tensor:
     """What the layers below the trained ones give, live tokens alone, one text after another: fp32 [tokens, H].
 
     Args:
-        stock: the model.
-        trained_layers: its top layers, which are not run.
+        network: whose stock model's lower layers are run.
         tokens: all texts.
         texts_digest: of the texts, for the file's name.
         cache: the file's folder.
         on_step: told of texts done and texts in all.
     """
-    bert = stock.base_model
-    below = stock.config.num_hidden_layers - trained_layers
-    lower = {name: value for name, value in bert.state_dict().items() if not _above(name, below)}
-    name = digest([texts_digest, list(tokens.tokens.shape), tokens.tokens, below, lower])[:16]
+    name = digest([texts_digest, list(tokens.tokens.shape), tokens.tokens, network.below, network.frozen()])[:16]
 
     def make() -> dict:
-        parts = []
-        for first in range(0, len(tokens), _AT_ONCE):
-            some = tokens.select(slice(first, first + _AT_ONCE))
-            inputs = some.inputs()
-            hidden = _lower_layers(bert, below, **inputs)
-            parts.append(hidden[inputs["attention_mask"].bool()])
+        rows: dict[int, Tensor] = {}
+        by_length = tokens.lengths.argsort(stable=True).split(_AT_ONCE)  # so that little is padding
+        for index in by_length:
+            some = tokens.select(index)
+            hidden = _read_by_the_trained(network, some.inputs())
+            for text, length, row in zip(index.tolist(), some.lengths.tolist(), hidden, strict=True):
+                rows[text] = row[:length]
             if on_step is not None:
-                on_step(min(first + _AT_ONCE, len(tokens)), len(tokens))
-        return {"hidden": torch.cat(parts)}
+                on_step(len(rows), len(tokens))
+        return {"hidden": torch.cat([rows[text] for text in range(len(tokens))])}
 
     return kept(cache / f"hidden-{name}.pt", make)["hidden"]
 
 
-def _lower_layers(bert: PreTrainedModel, below: int, **inputs: Tensor) -> Tensor:
-    """The hidden states [n, T, H] that layer `below` reads, the layers from there on left out for the moment."""
-    layers = bert.encoder.layer
-    bert.encoder.layer = layers[:below]
+class _ReachedError(Exception):
+    """The first trained layer was reached."""
+
+
+def _read_by_the_trained(network: TopNetwork, inputs: dict[str, Tensor]) -> Tensor:
+    """The hidden states [n, T, H] that the first trained layer reads; it and those above it are not run."""
+    found: list[Tensor] = []
+
+    def stop(_, args: tuple, given: dict) -> None:
+        found.append(args[0] if args else given["hidden_states"])
+        raise _ReachedError
+
+    hook = network.layers()[network.below].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        return bert(**inputs).last_hidden_state
+        with contextlib.suppress(_ReachedError):
+            network.stock.base_model(**inputs)
     finally:
-        bert.encoder.layer = layers
-
-
-def _above(name: str, below: int) -> bool:
-    """Whether a parameter of a BERT stands above the frozen layers."""
-    with contextlib.suppress(ValueError, IndexError):
-        return int(name.removeprefix("encoder.layer.").split(".")[0]) >= below
-    return name.startswith("pooler.")
+        hook.remove()
+    return found[0]

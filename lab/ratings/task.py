@@ -37,7 +37,7 @@ class RatingsTaskConfig:
         least_difference: least difference in gold of a held-out pair, in points of the rating scale.
         policy_texts: texts among which a policy chooses: best-of-n's answers to one prompt.
         unlabelled_texts: texts for distillation.
-        model: the pretrained BERT.
+        model: the pretrained model, a BERT or a Llama.
         trained_layers: of its top layers; those below are frozen.
     """
 

@@ -1,4 +1,4 @@
-"""Human ratings: fetching, reading, drawing; BERT's top layers against stock model and product; a study of them."""
+"""Human ratings: fetching, reading, drawing; top layers side by side against stock models and product; a study."""
 
 import dataclasses
 import hashlib
@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
-from tiny_ratings import rated_lines, save_bert, write_archive
+from tiny_ratings import rated_lines, save_model, write_archive
 from torch.nn.utils import clip_grad_norm_
-from transformers import BertForSequenceClassification, get_linear_schedule_with_warmup
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    get_linear_schedule_with_warmup,
+)
 
 import ummrm
 from lab.backbone.config import BackboneStudy
@@ -125,7 +129,7 @@ def config(tmp_path_factory):
         least_difference=0.3,
         policy_texts=32,
         unlabelled_texts=32,
-        model=ModelConfig(folder=str(save_bert(folder / "bert"))),
+        model=ModelConfig(folder=str(save_model(folder / "bert"))),
     )
 
 
@@ -300,6 +304,38 @@ def test_the_token_mixture_starts_as_the_dense_model(block):
         dense = block.network.rewards(block.start, features)
     torch.testing.assert_close(found, dense, atol=2e-6, rtol=1e-5)
     assert mixture.auxiliary_loss().shape == (2,)
+
+
+def test_a_replica_of_a_llama_is_a_stock_model_in_rewards_and_gradients(config, cache, tmp_path):
+    config = dataclasses.replace(config, model=ModelConfig(folder=str(save_model(tmp_path / "llama", "llama"))))
+    block, tokens = ratings_block(config, (3, 4), cache), _prepared(config, read_ratings(config.archive, "movies"))[1]
+    parameters = {name: value.clone().requires_grad_() for name, value in block.start.items()}
+    features = block.train.take(torch.arange(2), torch.arange(12).expand(2, -1))
+    found = block.network.rewards(parameters, features)
+    pair_losses(found).sum().backward()
+    model = block.network.to_stock(block.start, 1)
+    assert type(model) is LlamaForSequenceClassification
+    stock = model(**tokens.select(features["text"][1]).inputs()).logits[:, 0]
+    torch.testing.assert_close(found[1], stock, atol=2e-6, rtol=1e-5)
+    preference_loss(stock[::2], stock[1::2]).backward()
+    stock_gradients = dict(model.named_parameters())
+    for name, targets in block.network.stock_names().items():
+        gradient = torch.cat([stock_gradients[t].grad for t in targets])
+        torch.testing.assert_close(parameters[name].grad[1], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    upcycled = token_upcycled(block, ummrm.UpcycleConfig())
+    with torch.no_grad():
+        mixture = TokenMixture(block.network, ummrm.UpcycleConfig(), upcycled)
+        mixed = block.network.rewards(upcycled, features, mixture=mixture)
+    torch.testing.assert_close(mixed, found, atol=2e-6, rtol=1e-5)
+    sequencing = Sequencing(experts_in="linear")
+    trained = train_sequence(block, 2, BATCH, RATE, SETTINGS, sequencing)
+    together = block.network.rewards(trained, {"text": features["text"][:, :16]})
+    names = block.network.expert_names("linear")
+    for e in range(4):
+        alone = block.network.rewards(member(trained, names, e), {"text": features["text"][:, 4 * e : 4 * (e + 1)]})
+        torch.testing.assert_close(together[:, 4 * e : 4 * (e + 1)], alone, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="`trained_layers` must be 1 to 3, got 4"):
+        ratings_block(dataclasses.replace(config, trained_layers=4), (3,), cache)
 
 
 # ---- a study -------------------------------------------------------------------------------------------------------

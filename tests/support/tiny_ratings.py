@@ -1,4 +1,4 @@
-"""Rated texts and a BERT of a size for tests: an archive in the form of the registry's, and a model folder."""
+"""Rated texts and models of a size for tests: an archive in the form of the registry's, and model folders."""
 
 import io
 import random
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"word{i}" for i in range(30)]
 
@@ -40,8 +40,8 @@ def write_archive(path, truths, ratings, stem="movieReviewSnippets"):
     return path
 
 
-def save_bert(folder):
-    """A BERT of three layers, without a head, with a tokenizer of whole words."""
+def save_model(folder, family="bert"):
+    """A BERT or a Llama of three layers, without a head, with a tokenizer of whole words."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
@@ -49,16 +49,20 @@ def save_bert(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(special + WORDS),
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        initializer_range=0.2,
-    )
-    model = BertModel(config)
+    sizes = {
+        "vocab_size": len(special + WORDS),
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "max_position_embeddings": 16,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    if family == "bert":
+        model = BertModel(BertConfig(**sizes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at 0 and norms at 1, which would hide mistakes
             if parameter.dim() == 1:
