@@ -305,14 +305,16 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "upcycle": plain_upcycle(self.upcycle), "merge": plain_merge(self.merge)}
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
 
         Other arms, other regimes, labels and the number of seeds and processes are left out, so that a study can grow.
         """
-        made, stages = dataclasses.asdict(self.arms[arm]), dataclasses.asdict(self.resolve(arm))
+        resolved = self.resolve(arm)
+        made = dataclasses.asdict(self.arms[arm])
+        stages = {**dataclasses.asdict(resolved), "upcycle": plain_upcycle(resolved.upcycle)}
         for name in ("rloo", "grpo", "dense"):  # `dense` is among the stages
             del made[name]
         measure = dataclasses.asdict(self.measure)
@@ -325,7 +327,9 @@ class StudyConfig:
             "arm": {**made, "label": "", "ppo": False},
             "dense": stages.pop("dense"),
             "stages": stages,
-            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "upcycle", "moe", "merge", "alpha")},
+            "upcycle": plain_upcycle(self.upcycle),
+            "merge": plain_merge(self.merge),
+            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "moe", "alpha")},
             "measure": measure,
             "members": self.members,
             "device": self.device,
@@ -359,6 +363,24 @@ def _with_kinds(data: Any) -> Any:
     return {**data, "regimes": regimes}
 
 
+def plain_upcycle(config: UpcycleConfig) -> dict[str, Any]:
+    """A configuration as plain data, without the fields that have no meaning in its assignment.
+
+    By token without the assignment too: studies from before there was another one say the same.
+    """
+    has_value = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    if config.assignment == "token":
+        del has_value["assignment"]
+        has_value["router_noise"] = config.router_noise  # where None is a value
+    return has_value
+
+
+def plain_merge(config: MergeConfig) -> dict[str, Any]:
+    """A configuration as plain data, lambda as it is where nothing is said; an arm's own replaces it."""
+    return {**dataclasses.asdict(config), "shared_share": 0.5 if config.shared_share is None else config.shared_share}
+
+
 def _changed(stage, changes: Mapping[str, Any], where: str):
     """A copy of a stage's configuration with some fields changed."""
-    return build(type(stage), {**dataclasses.asdict(stage), **changes}, where)
+    plain = plain_upcycle(stage) if isinstance(stage, UpcycleConfig) else dataclasses.asdict(stage)
+    return build(type(stage), {**plain, **changes}, where)
