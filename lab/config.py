@@ -18,7 +18,7 @@ from pydantic import Field
 from ummrm import MergeConfig, UpcycleConfig
 
 from .checkpoint_config import CheckpointTaskConfig
-from .demo.config import ModelConfig, TrainConfig
+from .demo.config import ModelConfig, TrainConfig, plain_upcycle
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
@@ -203,6 +203,8 @@ class StudyConfig:
     processes: int = 2
 
     def __post_init__(self) -> None:
+        if self.merge.shared_share is None:  # said, so that a study's plain data is whole; an arm's own replaces it
+            object.__setattr__(self, "merge", dataclasses.replace(self.merge, shared_share=0.5))
         require(self, "seeds", self.seeds >= 1, "at least 1")
         require(self, "first_seed", self.first_seed >= 0, "at least 0")
         require(self, "members", self.members >= 2, "at least 2")
@@ -305,7 +307,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "upcycle": plain_upcycle(self.upcycle), "merge": plain_merge(self.merge)}
+        return {**dataclasses.asdict(self), "upcycle": plain_upcycle(self.upcycle)}
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
@@ -328,8 +330,7 @@ class StudyConfig:
             "dense": stages.pop("dense"),
             "stages": stages,
             "upcycle": plain_upcycle(self.upcycle),
-            "merge": plain_merge(self.merge),
-            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "moe", "alpha")},
+            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "moe", "merge", "alpha")},
             "measure": measure,
             "members": self.members,
             "device": self.device,
@@ -361,23 +362,6 @@ def _with_kinds(data: Any) -> Any:
         if isinstance(regime, Mapping) and isinstance(regime.get("task"), Mapping):
             regimes[name] = {**regime, "task": {"kind": SyntheticTaskConfig.kind, **regime["task"]}}
     return {**data, "regimes": regimes}
-
-
-def plain_upcycle(config: UpcycleConfig) -> dict[str, Any]:
-    """A configuration as plain data, without the fields that have no meaning in its assignment.
-
-    By token without the assignment too: studies from before there was another one say the same.
-    """
-    has_value = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    if config.assignment == "token":
-        del has_value["assignment"]
-        has_value["router_noise"] = config.router_noise  # where None is a value
-    return has_value
-
-
-def plain_merge(config: MergeConfig) -> dict[str, Any]:
-    """A configuration as plain data, lambda as it is where nothing is said; an arm's own replaces it."""
-    return {**dataclasses.asdict(config), "shared_share": 0.5 if config.shared_share is None else config.shared_share}
 
 
 def _changed(stage, changes: Mapping[str, Any], where: str):
