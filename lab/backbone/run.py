@@ -89,7 +89,8 @@ def run_backbone_study(
         facts = {"study": study.to_dict(), "machine": machine_facts()}
         write_atomically(output / "study.json", json.dumps(facts, indent=1) + "\n")
         _run(study, output, store, pending, len(works), progress)
-        shutil.rmtree(output / "stages", ignore_errors=True)
+        if not arms:  # others may be asked for next, which share stages
+            shutil.rmtree(output / "stages", ignore_errors=True)
         rows = []
         for work in works:
             found = store.read(work.unit, study.fingerprint(work.unit.regime, work.arm))

@@ -219,7 +219,7 @@ def test_a_failing_worker_names_what_it_was_doing(tmp_path):
 def test_shipped_studies_load_and_are_their_plain_data(name):
     study = load_study(name)
     assert type(study).from_dict(study.to_dict()) == study
-    assert study.primary.arm in study.arms and study.seeds >= 1
+    assert all(c.arm in study.arms for c in study.primaries) and study.seeds >= 1
 
 
 @pytest.mark.parametrize(
