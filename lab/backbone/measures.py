@@ -85,9 +85,12 @@ def combined(members: list[Scores], rule: str, uncertainty: float) -> Scores:
         return members[0]
     scales = [(m.sets["reference"].mean(1, keepdim=True), m.sets["reference"].std(1, keepdim=True)) for m in members]
     unit = torch.stack([std for _, std in scales]).mean(0)
-    return Scores(
-        {name: unit * combine([m.sets[name] for m in members], scales, rule, uncertainty) for name in members[0].sets}
-    )
+    done = [(0.0, 1.0)] * len(members)  # each seed has scales of its own, applied here
+    sets = {}
+    for name in members[0].sets:
+        normal = [(m.sets[name] - mean) / std for m, (mean, std) in zip(members, scales, strict=True)]
+        sets[name] = unit * combine(normal, done, rule, uncertainty)
+    return Scores(sets)
 
 
 def measure(block: Block, scores: Scores, fixed_kl: float) -> list[dict]:

@@ -79,19 +79,20 @@ class TokenMixture:
         )
         up, down = (self.parameters[name].flatten(0, 1) for name in (names.up, names.down))
         biases = [None if n is None else self.parameters[n].flatten(0, 1) for n in (names.up_bias, names.down_bias)]
-        none = [None if t is None else t.new_empty(0, *t.shape[1:]) for t in (up, down, *biases)]
+        no_up, no_down = (t.new_empty(0, *t.shape[1:]) for t in (up, down))  # the shared ones are among the stack
+        no_biases = [None if t is None else t.new_empty(0, *t.shape[1:]) for t in biases]
         out = ops.moe_ffn(
             x.reshape(-1, hidden),
             x.new_zeros(replicas * rows),
             weights.flatten(0, 1),
             indices.flatten(0, 1),
-            none[0],
+            no_up,
             up,
-            none[1],
+            no_down,
             down,
-            none[2],
+            no_biases[0],
             biases[0],
-            none[3],
+            no_biases[1],
             biases[1],
             activation=names.activation,
             glu=names.glu,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..compare import Comparison, Runs, compare, write_comparisons
 from ..config import ComparisonConfig, MeasureConfig
@@ -139,8 +140,9 @@ def backbone_lines(folder: Path, study: BackboneStudy) -> list[str]:
     return primary_lines(shown, comparisons)
 
 
-def _read(folder: Path, study: BackboneStudy) -> tuple[Shown, Runs, list[Comparison]]:
-    shown, runs = Shown.of(study), Runs(read_table(folder, "runs"))
+def _read(folder: Path, study: BackboneStudy) -> tuple[Any, Runs, list[Comparison]]:
+    shown: Any = Shown.of(study)  # what tables and plots read of a StudyConfig, it has
+    runs = Runs(read_table(folder, "runs"))
     return shown, runs, compare(shown, runs)
 
 
