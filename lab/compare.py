@@ -17,6 +17,7 @@ OUTCOMES = {
     "gold_end": "gold at the end",
     "accuracy": "accuracy",
     "accuracy_shifted": "accuracy, shortcut reversed",
+    "accuracy_policy": "accuracy on the policy's answers",
     "accuracy_tail": "accuracy on the policy's tail",
     "drop_from_peak": "drop from the peak",
     "proxy_gold_gap": "proxy-gold gap",
@@ -85,7 +86,7 @@ class Runs:
 
 def compare(study: StudyConfig, runs: Runs) -> list[Comparison]:
     """The study's comparisons, the primary ones first. Those whose arms were not run at all are left out."""
-    primary = [_compare(regime, study.primary, True, runs) for regime in study.regimes]
+    primary = [_compare(regime, c, True, runs) for c in study.primaries for regime in study.regimes]
     secondary = [_compare(regime, c, False, runs) for c in study.secondary for regime in study.regimes]
     return _adjust([c for c in primary if c is not None]) + _adjust([c for c in secondary if c is not None])
 

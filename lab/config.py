@@ -18,7 +18,7 @@ from pydantic import Field
 from ummrm import MergeConfig, UpcycleConfig
 
 from .checkpoint_config import CheckpointTaskConfig
-from .demo.config import ModelConfig, TrainConfig
+from .demo.config import ModelConfig, TrainConfig, plain_upcycle
 from .online import OnlineConfig
 from .policy import PolicyConfig
 from .ppo import PPOConfig
@@ -203,6 +203,8 @@ class StudyConfig:
     processes: int = 2
 
     def __post_init__(self) -> None:
+        if self.merge.shared_share is None:  # said, so that a study's plain data is whole; an arm's own replaces it
+            object.__setattr__(self, "merge", dataclasses.replace(self.merge, shared_share=0.5))
         require(self, "seeds", self.seeds >= 1, "at least 1")
         require(self, "first_seed", self.first_seed >= 0, "at least 0")
         require(self, "members", self.members >= 2, "at least 2")
@@ -259,6 +261,11 @@ class StudyConfig:
         )
 
     @property
+    def primaries(self) -> tuple[ComparisonConfig, ...]:
+        """The primary comparisons: here one."""
+        return (self.primary,)
+
+    @property
     def mixture(self) -> str | None:
         """The arm that is the primary comparison's arm before merging; None where the study has none."""
         wanted = self.resolve(self.primary.arm)
@@ -300,14 +307,16 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "upcycle": plain_upcycle(self.upcycle)}
 
     def fingerprint(self, regime: str, arm: str, optimiser: str) -> str:
         """What one unit's result depends on beside its seed, in 16 hexadecimal digits.
 
         Other arms, other regimes, labels and the number of seeds and processes are left out, so that a study can grow.
         """
-        made, stages = dataclasses.asdict(self.arms[arm]), dataclasses.asdict(self.resolve(arm))
+        resolved = self.resolve(arm)
+        made = dataclasses.asdict(self.arms[arm])
+        stages = {**dataclasses.asdict(resolved), "upcycle": plain_upcycle(resolved.upcycle)}
         for name in ("rloo", "grpo", "dense"):  # `dense` is among the stages
             del made[name]
         measure = dataclasses.asdict(self.measure)
@@ -320,7 +329,8 @@ class StudyConfig:
             "arm": {**made, "label": "", "ppo": False},
             "dense": stages.pop("dense"),
             "stages": stages,
-            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "upcycle", "moe", "merge", "alpha")},
+            "upcycle": plain_upcycle(self.upcycle),
+            **{name: dataclasses.asdict(getattr(self, name)) for name in ("model", "moe", "merge", "alpha")},
             "measure": measure,
             "members": self.members,
             "device": self.device,
@@ -356,4 +366,5 @@ def _with_kinds(data: Any) -> Any:
 
 def _changed(stage, changes: Mapping[str, Any], where: str):
     """A copy of a stage's configuration with some fields changed."""
-    return build(type(stage), {**dataclasses.asdict(stage), **changes}, where)
+    plain = plain_upcycle(stage) if isinstance(stage, UpcycleConfig) else dataclasses.asdict(stage)
+    return build(type(stage), {**plain, **changes}, where)

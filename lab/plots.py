@@ -353,5 +353,6 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _shown(study: StudyConfig, present: set[str]) -> dict[str, tuple]:
     """At most seven arms, so that a plot can be read, each with its look."""
     names = [name for name in study.arms if name in present]
-    chosen = [name for name in _SHOWN if name in names] or names[: len(_LOOKS)]
-    return {name: _LOOKS[_SHOWN.index(name) if name in _SHOWN else i] for i, name in enumerate(chosen)}
+    wanted = getattr(study, "shown", _SHOWN)
+    chosen = [name for name in wanted if name in names][: len(_LOOKS)] or names[: len(_LOOKS)]
+    return {name: _LOOKS[wanted.index(name) if name in wanted[: len(_LOOKS)] else i] for i, name in enumerate(chosen)}

@@ -80,7 +80,7 @@ def run_study(
     files = (".lock", "study.json", *tables, "tables.md", "report.html")
     output = prepare_output(output, ("units", "stages"), files)
     chosen = tuple(name for name in study.arms if not arms or name in arms)
-    with _lock(output):
+    with locked(output):
         store = UnitStore(output)
         if any({"rloo", "grpo"} & set(study.optimisers(name)) & set(optimisers) for name in chosen):
             require_trl()  # before anything is trained
@@ -108,14 +108,16 @@ def run_study(
 
 def study_facts(study: StudyConfig) -> dict:
     """The study and what it ran on, as JSON-ready data."""
+    return {"study": study.to_dict(), "machine": machine_facts()}
+
+
+def machine_facts() -> dict[str, str]:
+    """What a study runs on."""
     return {
-        "study": study.to_dict(),
-        "machine": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": platform.machine(),
-        },
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
     }
 
 
@@ -172,7 +174,7 @@ def _run_groups(study: StudyConfig, output: Path, groups: list[Group], total: in
             elif kind == "done":
                 done += 1
                 seconds = (time.monotonic() - start) / done * (left - done)
-                bars.update(overall, advance=1, note=f"about {_minutes(seconds)} left")
+                bars.update(overall, advance=1, note=f"about {minutes(seconds)} left")
 
         if workers == 1:
             _here(study, output, groups, show)
@@ -242,7 +244,12 @@ def _work(worker: int, study: StudyConfig, output: Path, tasks, events) -> None:
 
 
 @contextlib.contextmanager
-def _lock(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
+    """Keeps an output folder for one process.
+
+    Raises:
+        StudyError: another one is at work in it.
+    """
     with open(output / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,5 +258,6 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A time in words."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

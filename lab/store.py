@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .files import digest, warn_damaged, write_atomically
-from .units import VALUES, Unit
+from .units import VALUES
 
 KEY = ("regime", "seed", "arm", "optimiser")
 COLUMNS = {
@@ -37,21 +38,21 @@ COLUMNS = {
 
 
 class UnitStore:
-    """Finished units in a folder."""
+    """Finished units in a folder: dataclasses of plain fields, each named by its `str`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "units"
 
-    def path(self, unit: Unit) -> Path:
+    def path(self, unit: Any) -> Path:
         """A unit's file."""
         return self.folder / f"{unit}.json"
 
-    def write(self, unit: Unit, fingerprint: str, found: dict) -> None:
+    def write(self, unit: Any, fingerprint: str, found: dict) -> None:
         """Keeps a finished unit, atomically."""
         made = {**asdict(unit), "fingerprint": fingerprint, **found}
         write_atomically(self.path(unit), json.dumps({**made, "digest": digest(made)}))
 
-    def read(self, unit: Unit, fingerprint: str) -> dict | None:
+    def read(self, unit: Any, fingerprint: str) -> dict | None:
         """A finished unit, or None; a file that is cut off, altered or another unit's is named, and is none.
 
         Raises:
@@ -77,9 +78,9 @@ class UnitStore:
         return found
 
 
-def write_tables(folder: Path, found: Iterable[dict]) -> list[Path]:
+def write_tables(folder: Path, found: Iterable[dict], columns: Mapping[str, tuple[str, ...]] = COLUMNS) -> list[Path]:
     """The CSV files of all units, in the order given; numbers as Python writes them, so that they read back exactly."""
-    rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
+    rows: dict[str, list[dict]] = {name: [] for name in columns}
     for unit in found:
         key = {name: unit[name] for name in KEY}
         rows["runs"].append({**key, **unit["values"]})
@@ -90,7 +91,7 @@ def write_tables(folder: Path, found: Iterable[dict]) -> list[Path]:
     paths = []
     for name, table in rows.items():
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS[name], restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, columns[name], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
         paths.append(folder / f"{name}.csv")

@@ -7,11 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .backbone.config import BackboneStudy, with_choice
 from .config import StudyConfig
 from .reading import read_yaml
 
 
-def load_study(source: str | Path) -> StudyConfig:
+def load_study(source: str | Path) -> StudyConfig | BackboneStudy:
     """Reads a study from a YAML file, or from those that this package brings, by name (`shipped_studies`).
 
     A file may say `extends: NAME`, another study by file or name, and then gives only the sections that differ.
@@ -21,7 +22,14 @@ def load_study(source: str | Path) -> StudyConfig:
         ValueError: it is not YAML, or not a study; says where.
     """
     path = _study_file(source)
-    return read_yaml(path, lambda data: StudyConfig.from_dict(_extended(data, (path,))))
+
+    def made(data: Any) -> StudyConfig | BackboneStudy:
+        data = _extended(data, (path,))
+        if isinstance(data, Mapping) and data.get("kind") == BackboneStudy.kind:
+            return BackboneStudy.from_dict(with_choice(data, path.parent))
+        return StudyConfig.from_dict(data)
+
+    return read_yaml(path, made)
 
 
 def shipped_studies() -> dict[str, Path]:

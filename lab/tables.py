@@ -72,19 +72,19 @@ def arm_table(study: StudyConfig, regime: str, runs: Runs, timings: Runs) -> Tab
     """Every arm that was run in a regime: mean and half the 95% t interval over seeds of what was measured."""
     dense = next((name for name, arm in study.arms.items() if arm.kind == "dense"), None)
     columns: dict[str, Callable[[str], str]] = {
-        f"gold at KL {study.measure.fixed_kl:g}, best-of-n": _interval(runs, regime, "best_of_n", "gold_at_kl"),
-        "drop from the peak": _interval(runs, regime, "best_of_n", "drop_from_peak"),
-        "proxy-gold gap": _interval(runs, regime, "best_of_n", "proxy_gold_gap"),
+        f"gold at KL {study.measure.fixed_kl:g}, best-of-n": interval_cell(runs, regime, "best_of_n", "gold_at_kl"),
+        "drop from the peak": interval_cell(runs, regime, "best_of_n", "drop_from_peak"),
+        "proxy-gold gap": interval_cell(runs, regime, "best_of_n", "proxy_gold_gap"),
         **{
-            f"gold at the end of {words_for(name)}": _interval(runs, regime, name, "gold_end")
+            f"gold at the end of {words_for(name)}": interval_cell(runs, regime, name, "gold_end")
             for name in OPTIMISERS[1:]
             if name == "ppo" or any(name in study.optimisers(arm) for arm in study.arms)
         },
-        "accuracy": _interval(runs, regime, "best_of_n", "accuracy", 3),
-        "shortcut reversed": _interval(runs, regime, "best_of_n", "accuracy_shifted", 3),
-        "policy's tail": _interval(runs, regime, "best_of_n", "accuracy_tail", 3),
-        "parameters": lambda arm: _mean(runs, regime, arm, "parameters", "{:,.0f}"),
-        "training FLOPs ÷ dense": lambda arm: _ratio(runs, regime, arm, dense, "training_flops"),
+        "accuracy": interval_cell(runs, regime, "best_of_n", "accuracy", 3),
+        "shortcut reversed": interval_cell(runs, regime, "best_of_n", "accuracy_shifted", 3),
+        "policy's tail": interval_cell(runs, regime, "best_of_n", "accuracy_tail", 3),
+        "parameters": lambda arm: mean_cell(runs, regime, arm, "parameters", "{:,.0f}"),
+        "training FLOPs ÷ dense": lambda arm: ratio_cell(runs, regime, arm, dense, "training_flops"),
         "forward time ÷ dense": lambda arm: _time_ratio(timings, regime, arm),
     }
     arms = (arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy"))
@@ -106,7 +106,7 @@ def path_table(study: StudyConfig, runs: Runs) -> Table:
     for regime in study.regimes:
         for optimiser in OPTIMISERS[1:]:
             for arm in (arm for arm in study.arms if runs.values(regime, arm, optimiser, "gold_end")):
-                cells = [_interval(runs, regime, optimiser, column)(arm) for column in outcomes.values()]
+                cells = [interval_cell(runs, regime, optimiser, column)(arm) for column in outcomes.values()]
                 rows.append((study.label(arm), study.title(regime), words_for(optimiser), *cells))
     return Table("", ("arm", "regime", "optimiser", *outcomes), tuple(rows))
 
@@ -215,6 +215,24 @@ def mixture_table(study: StudyConfig, experts: Sequence[dict]) -> Table:
     return Table("", ("arm", "regime", *measures), tuple(rows))
 
 
+def primary_lines(study: StudyConfig, comparisons: Sequence[Comparison]) -> list[str]:
+    """The primary comparison in words, one line a regime."""
+    lines = []
+    for c in (c for c in comparisons if c.primary):
+        title = study.title(c.regime)
+        names = f"{study.label(c.config.arm)} against {study.label(c.config.against)}"
+        if c.paired is None:
+            lines.append(f"{title}: {names}: too few seeds.")
+            continue
+        p = c.paired
+        lines.append(
+            f"{title}: {names}, {OUTCOMES.get(c.config.outcome, c.config.outcome)} under "
+            f"{words_for(c.config.optimiser)}: {p.mean:+.3f} (95% {p.low:+.3f} to {p.high:+.3f}), better in "
+            f"{c.better_in:g} of {p.seeds} seeds, p = {c.adjusted:.2g} after Holm: {c.verdict}."
+        )
+    return lines
+
+
 def words_for(optimiser: str) -> str:
     """An optimiser in words."""
     return "best-of-n" if optimiser == "best_of_n" else optimiser.upper()
@@ -224,7 +242,7 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _interval(runs: Runs, regime: str, optimiser: str, column: str, digits: int = 2) -> Callable[[str], str]:
+def interval_cell(runs: Runs, regime: str, optimiser: str, column: str, digits: int = 2) -> Callable[[str], str]:
     return lambda arm: _spread(runs.values(regime, arm, optimiser, column).values(), digits)
 
 
@@ -237,12 +255,12 @@ def _spread(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f}{half}"
 
 
-def _mean(runs: Runs, regime: str, arm: str, column: str, form: str) -> str:
+def mean_cell(runs: Runs, regime: str, arm: str, column: str, form: str) -> str:
     found = runs.interval(regime, arm, "best_of_n", column)
     return "" if found is None else form.format(found[0])
 
 
-def _ratio(runs: Runs, regime: str, arm: str, base: str | None, column: str) -> str:
+def ratio_cell(runs: Runs, regime: str, arm: str, base: str | None, column: str) -> str:
     one = runs.interval(regime, arm, "best_of_n", column)
     other = None if base is None else runs.interval(regime, base, "best_of_n", column)
     return "" if one is None or other is None else f"{one[0] / other[0]:.2f}"

@@ -215,7 +215,7 @@ class RecipeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "upcycle": plain_upcycle(self.upcycle)}
 
 
 def load_recipe(source: str | Path) -> RecipeConfig:
@@ -237,3 +237,15 @@ def load_recipe(source: str | Path) -> RecipeConfig:
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the laboratory, by name."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def plain_upcycle(config: UpcycleConfig) -> dict[str, Any]:
+    """A configuration as plain data, without the fields that have no meaning in its assignment.
+
+    By token without the assignment too: studies from before there was another one say the same.
+    """
+    has_value = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    if config.assignment == "token":
+        del has_value["assignment"]
+        has_value["router_noise"] = config.router_noise  # where None is a value
+    return has_value

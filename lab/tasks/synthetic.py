@@ -76,6 +76,11 @@ class SyntheticTaskConfig:
     policy_filler_rate: float = 0.6
     kind: Literal["synthetic"] = "synthetic"
 
+    @property
+    def most_filler(self) -> int:
+        """No answer of the policy has more filler."""
+        return 4 * self.max_content
+
     def __post_init__(self) -> None:
         for name in ("train_pairs", "test_pairs", "topics", "min_content", "max_train_filler", "prompts", "samples"):
             if getattr(self, name) < 1:
@@ -120,6 +125,11 @@ class GoldReward:
         bonus = torch.randn(n, n, generator=generator, dtype=torch.float64) * config.bigram_scale
         self.bonus = bonus * (torch.rand(n, n, generator=generator) < config.bigram_share)
         self.weights = torch.tensor(list(REGIMES.values())[: config.instruction_regimes], dtype=torch.float64)
+
+    def content(self, topic: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Content of answers with these topics, int64 [N, max_content], below `content_tokens`: here uniform."""
+        shape = (len(topic), self.config.max_content)
+        return torch.randint(self.config.content_tokens, shape, generator=generator)
 
     def __call__(self, topic: torch.Tensor, content: torch.Tensor, live: torch.Tensor, filler: torch.Tensor):
         """Scores answers.
@@ -204,16 +214,21 @@ def make_synthetic_task(config: SyntheticTaskConfig, seed: int) -> Task:
         The task; its vocabulary is padding, separator, end, filler, topics, content tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    reward = GoldReward(config, generator)
+    return task_of(GoldReward(config, generator), generator)
+
+
+def task_of(reward: GoldReward, generator: torch.Generator) -> Task:
+    """The task of a gold reward: pairs and policy samples are drawn, in this order."""
+    config = reward.config
     train = _pairs(reward, config.train_pairs, config.shortcut_share, config.label_noise, generator)
     test = _pairs(reward, config.test_pairs, config.shortcut_share, 0.0, generator)
     shifted = _pairs(reward, config.test_pairs, 1 - config.shortcut_share, 0.0, generator)
     return Task(
-        name="synthetic",
+        name=config.kind,
         train=train,
         test=test,
         shifted=shifted,
-        policy=_policy_samples(reward, generator),
+        policy=policy_samples(reward, config.prompts, config.samples, generator),
         vocab_size=_FIRST_TOPIC + config.topics + config.content_tokens,
         pad_token_id=PAD,
         shortcut_name="filler tokens",
@@ -233,7 +248,7 @@ def _answers(
     """Random answers with the given topics and amounts of filler, strewn in at random places; tokens [N, width]."""
     config, count = reward.config, len(topic)
     sizes = torch.randint(config.min_content, config.max_content + 1, (count,), generator=generator)
-    content = torch.randint(config.content_tokens, (count, config.max_content), generator=generator)
+    content = reward.content(topic, generator)
     live = torch.arange(config.max_content) < sizes[:, None]
 
     body_lengths = sizes + filler
@@ -288,16 +303,17 @@ def _where(condition: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torc
     return torch.where(condition.view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
-def _policy_samples(reward: GoldReward, generator: torch.Generator) -> PolicySamples:
+def policy_samples(reward: GoldReward, prompts: int, samples: int, generator: torch.Generator) -> PolicySamples:
+    """Answers of the policy, whose filler has a geometric tail."""
     config = reward.config
-    shape = (config.prompts, config.samples)
-    topic = (torch.arange(config.prompts) % config.topics)[:, None].expand(shape).reshape(-1)
+    shape = (prompts, samples)
+    topic = (torch.arange(prompts) % config.topics)[:, None].expand(shape).reshape(-1)
     uniform = torch.rand(topic.shape, generator=generator, dtype=torch.float64)
     if config.policy_filler_rate > 0:
         filler = (uniform.log() / torch.tensor(config.policy_filler_rate).double().log()).floor().long()
     else:
         filler = torch.zeros_like(topic)
-    filler = filler.clamp_max(4 * config.max_content)
+    filler = filler.clamp_max(config.most_filler)
     width = config.max_content + int(filler.max()) + _FRAME
     answers = _answers(reward, topic, filler, generator, width)
     return PolicySamples(

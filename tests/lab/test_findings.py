@@ -8,6 +8,9 @@ import pytest
 from checkout import ROOT
 
 from lab import StudyConfig, load_study, study_tables
+from lab.backbone.config import BackboneStudy
+from lab.backbone.report import Shown
+from lab.backbone.run import TABLES as BACKBONE_TABLES
 from lab.compare import Runs, compare, write_comparisons
 from lab.findings import RESULTS, filled, made, prose
 from lab.store import COLUMNS, read_table
@@ -18,8 +21,20 @@ NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)")
 
 
 def kept(name):
-    facts = json.loads((RESULTS / name / "study.json").read_text())
-    return StudyConfig.from_dict(facts["study"]), RESULTS / name
+    data = json.loads((RESULTS / name / "study.json").read_text())["study"]
+    return (BackboneStudy if data.get("kind") == "backbone" else StudyConfig).from_dict(data), RESULTS / name
+
+
+def wanted_runs(study):
+    """Regime, arm and optimiser of every row that a study has for each seed."""
+    if isinstance(study, BackboneStudy):
+        return {
+            (regime, study.run_name(arm, variation), "best_of_n")
+            for regime in study.regimes
+            for arm in study.arms_of(regime)
+            for variation in study.variations(regime, arm)
+        }
+    return {(regime, arm, o) for regime in study.regimes for arm in study.arms for o in study.optimisers(arm)}
 
 
 def numbers(data):
@@ -63,9 +78,8 @@ def test_every_number_in_the_text_stands_in_a_table_or_a_configuration():
 def test_a_kept_study_is_whole_and_its_command_gives_it(name):
     study, folder = kept(name)
     rows = read_table(folder, "runs")
-    wanted = {
-        (r, s, a, o) for r in study.regimes for s in study.seed_range for a in study.arms for o in study.optimisers(a)
-    }
+    seeds = range(study.first_seed, study.first_seed + study.seeds)
+    wanted = {(regime, seed, arm, o) for regime, arm, o in wanted_runs(study) for seed in seeds}
     assert {(row["regime"], row["seed"], row["arm"], row["optimiser"]) for row in rows} == wanted
     assert len(rows) == len(wanted)
     shipped = load_study(study.name if study.name != "lab" else "cpu").to_dict()
@@ -81,14 +95,17 @@ def test_a_kept_study_is_whole_and_its_command_gives_it(name):
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_comparisons_are_those_of_the_kept_runs(name, tmp_path):
     study, folder = kept(name)
-    write_comparisons(tmp_path / "comparisons.csv", compare(study, Runs(read_table(folder, "runs"))))
+    backbone = isinstance(study, BackboneStudy)
+    compared = compare(Shown.of(study) if backbone else study, Runs(read_table(folder, "runs")))
+    write_comparisons(tmp_path / "comparisons.csv", compared)
     again, before = cells(tmp_path / "comparisons.csv"), cells(folder / "comparisons.csv")
-    assert len(again) == len(before) > len(study.regimes)
+    assert len(again) == len(before)
+    assert len(before) > len(study.regimes) or (backbone and not study.primaries)
     for row, old in zip(again, before, strict=True):
         for one, other in zip(row, old, strict=True):
             # another processor's last digits may differ
             assert one == (pytest.approx(other, rel=1e-9, abs=1e-12) if isinstance(other, float) else other)
-    for table, columns in COLUMNS.items():
+    for table, columns in (BACKBONE_TABLES if backbone else COLUMNS).items():
         with open(folder / f"{table}.csv", newline="") as file:
             assert tuple(next(csv.reader(file))) == columns
 

@@ -15,7 +15,7 @@ from tiny_study import tiny_study, two_regimes
 from lab import load_study, run_study, shipped_studies, study_tables, write_report
 from lab.compare import Runs, compare
 from lab.run import StudyError
-from lab.run import _lock as lock
+from lab.run import locked as lock
 from lab.store import COLUMNS, read_table
 
 TABLES = ("runs", "curves", "experts")
@@ -219,7 +219,7 @@ def test_a_failing_worker_names_what_it_was_doing(tmp_path):
 def test_shipped_studies_load_and_are_their_plain_data(name):
     study = load_study(name)
     assert type(study).from_dict(study.to_dict()) == study
-    assert study.primary.arm in study.arms and study.seeds >= 1
+    assert all(c.arm in study.arms for c in study.primaries) and study.seeds >= 1
 
 
 @pytest.mark.parametrize(

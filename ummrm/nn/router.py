@@ -11,7 +11,7 @@ from torch import nn
 from .. import ops
 from ..config import UpcycleConfig
 
-_NOISE_FLOOR = 0.01  # XFT (arXiv 2404.15247): smallest standard deviation of the learned router noise
+NOISE_FLOOR = 0.01  # XFT (arXiv 2404.15247): smallest standard deviation of the learned router noise
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Router(nn.Module):
                 eps, x_wide = self.config.jitter_eps, x.to(clean.dtype)  # bf16 would quantise the noise away
                 noisy = self.logits(x_wide * torch.empty_like(x_wide).uniform_(1 - eps, 1 + eps))
             elif self.training and kind == "learned":
-                std = F.softplus(F.linear(x.to(clean.dtype), self.noise_weight.to(clean.dtype))) + _NOISE_FLOOR
+                std = F.softplus(F.linear(x.to(clean.dtype), self.noise_weight.to(clean.dtype))) + NOISE_FLOOR
                 noisy = clean + torch.randn_like(clean) * std
             return ops.route(
                 noisy,

@@ -1,0 +1,1 @@
+"""Studies from a pretrained backbone: many small reward models trained side by side, one entry a seed."""

@@ -1,0 +1,180 @@
+"""Studies from a pretrained backbone end to end: tables, resuming, what arms cost, the choice of rates, errors."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from tiny_backbone import tiny_backbone
+
+from lab import load_study, study_tables, write_report
+from lab.backbone.arms import BackboneArms, in_scale_of
+from lab.backbone.choice import candidates, chosen_yaml
+from lab.backbone.config import Variation
+from lab.backbone.measures import Scores, calibration_error, combined
+from lab.backbone.run import TABLES, make_block, run_backbone_study
+from lab.compare import Runs
+from lab.store import read_table
+
+SAME = ("runs", "curves")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    run_backbone_study(tiny_backbone(), folder, progress=False)
+    return folder
+
+
+def tables(folder):
+    return {name: (folder / f"{name}.csv").read_bytes() for name in SAME}
+
+
+def test_every_arm_variation_and_seed_is_a_row(finished):
+    study, rows = tiny_backbone(), read_table(finished, "runs")
+    wanted = {
+        (regime, seed, study.run_name(arm, variation))
+        for regime in study.regimes
+        for arm in study.arms_of(regime)
+        for variation in study.variations(regime, arm)
+        for seed in range(3)
+    }
+    assert {(row["regime"], row["seed"], row["arm"]) for row in rows} == wanted and len(rows) == len(wanted) == 90
+    assert "dense_s5_r1000" in {row["arm"] for row in rows} and "runs_s3_r100" in {row["arm"] for row in rows}
+    assert "weighted_s3_r100" not in {row["arm"] for row in rows if row["regime"] == "idiosyncratic"}
+    for name, columns in TABLES.items():
+        with open(finished / f"{name}.csv") as file:
+            assert tuple(next(csv.reader(file))) == columns
+    missing = {name for row in rows for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
+    assert missing <= {"accuracy_tail"} and not (finished / "stages").exists()
+
+
+def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
+    study = tiny_backbone()
+    units = sorted((finished / "units").iterdir())
+    for unit in units[::3]:
+        target = tmp_path / "units" / unit.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(unit.read_bytes())
+    damaged = tmp_path / "units" / units[0].name
+    damaged.write_text(damaged.read_text().replace('"gold_peak": ', '"gold_peak": 1'))
+    with pytest.warns(UserWarning, match="is damaged"):
+        run_backbone_study(study, tmp_path, progress=False)
+    assert tables(tmp_path) == tables(finished)
+    alone = tmp_path / "alone"
+    run_backbone_study(dataclasses.replace(study, block=3), alone, ("dense", "sequence"), progress=False)
+    kept = {(r["regime"], r["seed"], r["arm"]): r for r in read_table(finished, "runs")}
+    for row in read_table(alone, "runs"):
+        assert repr(row) == repr(kept[row["regime"], row["seed"], row["arm"]])
+
+
+def test_another_configuration_is_refused(finished):
+    with pytest.raises(ValueError, match="was made with another configuration"):
+        run_backbone_study(tiny_backbone(batch=8), finished, progress=False)
+    with pytest.raises(ValueError, match="`arms` must be among dense, .*, got luck"):
+        run_backbone_study(tiny_backbone(), finished, ("luck",))
+
+
+def test_the_report_shows_arms_and_choice(finished):
+    files = write_report(finished)
+    assert {path.name for path in files} >= {"choice.csv", "comparisons.csv", "best_of_n.png", "report.html"}
+    made = study_tables(finished)
+    assert len(made["idiosyncratic"].rows) == 14 and len(made["planted"].rows) == 16
+    assert made["planted"].rows[0][0] == "dense model; 3 steps, rate 0.001"
+    assert len(made["choice"].rows) == 11 + 13
+    assert "Chosen on these seeds" in (finished / "report.html").read_text()
+
+
+def test_the_choice_is_the_best_of_each_arm_and_a_claim_reads_it(finished, tmp_path):
+    study, runs = tiny_backbone(), Runs(read_table(finished, "runs"))
+    found = candidates(study, runs)
+    dense = [c for c in found if (c.regime, c.arm) == ("planted", "dense")]
+    assert len(dense) == 4 and sum(c.chosen for c in dense) == 1
+    best = next(c for c in dense if c.chosen)
+    assert all(c.score <= best.score == 0 for c in dense)
+    (tmp_path / "rates.yaml").write_text(chosen_yaml(study, runs))
+    data = {**study.to_dict(), "name": "claim", "chosen": "rates.yaml", "first_seed": 7, "seeds": 2}
+    data["primaries"] = [{"arm": "distilled", "against": "dense", "outcome": "accuracy_policy"}]
+    (tmp_path / "claim.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False))
+    claim = load_study(tmp_path / "claim.yaml")
+    assert claim.variations("planted", "dense") == (best.variation,)
+    run_backbone_study(claim, tmp_path / "out", ("dense", "distilled"), progress=False)
+    write_report(tmp_path / "out")
+    rows = read_table(tmp_path / "out", "runs")
+    assert {row["arm"] for row in rows} == {"dense", "distilled"} and len(rows) == 8
+    with open(tmp_path / "out/comparisons.csv") as file:
+        assert [row["primary"] for row in csv.DictReader(file)] == ["True", "True"]
+    (tmp_path / "rates.yaml").unlink()
+    with pytest.raises(ValueError, match="`chosen` must name a file beside the study's, got 'rates.yaml'"):
+        load_study(tmp_path / "claim.yaml")
+
+
+def test_costs_are_those_of_what_an_arm_is_made_of():
+    study = tiny_backbone(seeds=1, block=1)
+    block = make_block(study, "planted", (0,), None, lambda stage, done, total: None)
+    makers = BackboneArms(study, "planted", block)
+    dense = makers.make("dense", Variation(3, 1e-3))
+    forward = block.network.forward_flops(block.length)
+    assert dense.training_flops == pytest.approx((3 * forward * 3 * 2 * 4 * block.length).item())
+    runs, warm = (makers.make(name, Variation(3, 1e-3)) for name in ("runs", "warm"))
+    assert runs.training_flops == warm.training_flops == pytest.approx(2 * dense.training_flops)
+    assert runs.serving_flops == 2 * dense.serving_flops and runs.served == 2 * dense.served
+    sequence, members = (makers.make(name, Variation(4, 1e-2)) for name in ("sequence", "members"))
+    assert sequence.training_flops == members.training_flops == pytest.approx(4 / 3 * dense.training_flops)
+    assert sequence.serving_flops == dense.serving_flops and sequence.served == dense.served < members.served
+    distilled = makers.make("distilled", Variation(4, 1e-2, 1e-3))
+    assert distilled.training_flops > sequence.training_flops and distilled.served == dense.served
+    token, mixture = (makers.make(name, Variation(5, 1e-2)) for name in ("token", "mixture"))
+    assert token.serving_flops == dense.serving_flops < mixture.serving_flops
+    assert token.training_flops > 5 / 3 * dense.training_flops
+
+
+def test_a_target_has_the_students_scale():
+    generator = torch.Generator().manual_seed(0)
+    targets, own = (torch.randn(2, 50, generator=generator).double() for _ in range(2))
+    moved = in_scale_of(targets, 3 * own + 7)
+    torch.testing.assert_close(moved.mean(1), (3 * own + 7).mean(1))
+    torch.testing.assert_close(moved.std(1), 3 * own.std(1))
+    torch.testing.assert_close(in_scale_of(5 * targets + 1, None), in_scale_of(targets, None))
+
+
+def test_members_are_normalised_before_they_combine():
+    one = torch.tensor([[0.0, 1.0, 2.0]]).double()
+    first, second = (Scores({"policy": s, "reference": s}) for s in (one, 10 * one.flip(1)))
+    mean, worst = (combined([first, second], rule, 0.5).sets["policy"] for rule in ("mean", "worst"))
+    torch.testing.assert_close(mean, torch.zeros_like(mean))
+    torch.testing.assert_close(worst, 5.5 * torch.tensor([[-1.0, 0.0, -1.0]]).double())
+    assert combined([first], "mean", 0.0) is first
+
+
+def test_calibration_knows_the_noise_of_labels():
+    """Probabilities of 0.8, all right, are calibrated where a fifth of training labels were wrong."""
+    sure = torch.full((100,), math.log(4), dtype=torch.float64)
+    assert calibration_error(sure, 0.2) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(sure, 0.0) == pytest.approx(0.2)
+    half = torch.cat([sure, -sure])
+    assert calibration_error(half, 0.0) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"a": {"kind": "luck"}}, "`kind` must be one of dense"),
+        ({"a": {"kind": "dense", "rates": [1e-3]}}, "`steps` must be numbers of steps"),
+        ({"a": {"kind": "ensemble", "of": "b"}}, "must name arms that stand before it, got 'b'"),
+        (
+            {"a": {"kind": "dense", "rates": [1e-3], "steps": [2]}, "b": {"kind": "mixture", "of": "a"}},
+            "`of` must be an arm of kind token, got 'a'",
+        ),
+        (
+            {"a": {"kind": "token", "rates": [1e-3], "steps": [50], "upcycle": {"num_shared_experts": 2}}},
+            "`upcycle.num_shared_experts` must be 1 here, got 2",
+        ),
+    ],
+)
+def test_impossible_arms_are_refused(arms, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_backbone(arms=arms)
