@@ -3,8 +3,8 @@
     python -m lab choose FOLDER lab/configs/backbone-chosen.yaml
 
 The variation with the highest mean over seeds of the outcomes that the arm is chosen by, by default both primary ones
-together, each in units of its own spread: the standard deviation over seeds of what a variation differs by from the arm's
-mean over variations.
+together, each in units of its own spread: the standard deviation over seeds of what a variation differs by from the
+arm's mean over variations.
 """
 
 from __future__ import annotations
