@@ -11,7 +11,7 @@ from pathlib import Path
 from .config import ComparisonConfig, StudyConfig
 from .statistics import Paired, holm, mean_interval, paired
 
-LESS_IS_BETTER = ("drop_from_peak", "proxy_gold_gap")
+LESS_IS_BETTER = ("drop_from_peak", "proxy_gold_gap", "calibration_error")
 OUTCOMES = {
     "gold_at_kl": "gold at fixed KL",
     "gold_end": "gold at the end",
@@ -21,6 +21,7 @@ OUTCOMES = {
     "accuracy_tail": "accuracy on the policy's tail",
     "drop_from_peak": "drop from the peak",
     "proxy_gold_gap": "proxy-gold gap",
+    "calibration_error": "calibration error",
 }
 """Outcomes that are shown, and their names."""
 

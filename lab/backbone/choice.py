@@ -2,8 +2,9 @@
 
     python -m lab choose FOLDER lab/configs/backbone-chosen.yaml
 
-The variation with the highest mean over seeds of both primary outcomes together, each in units of its own spread: the
-standard deviation over seeds of what a variation differs by from the arm's mean over variations.
+The variation with the highest mean over seeds of the outcomes that the arm is chosen by, by default both primary ones
+together, each in units of its own spread: the standard deviation over seeds of what a variation differs by from the
+arm's mean over variations.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ def candidates(study: BackboneStudy, runs: Runs) -> list[Candidate]:
                 each = [runs.values(regime, name, "best_of_n", outcome) for outcome in OUTCOMES]
                 if all(each):
                     values[variation] = each
-            found += _scored(regime, arm, values)
+            found += _scored(regime, arm, study.arms[arm].chosen_by, values)
     return found
 
 
-def _scored(regime: str, arm: str, values: dict[Variation, list[dict[int, float]]]) -> list[Candidate]:
+def _scored(
+    regime: str, arm: str, chosen_by: tuple[str, ...], values: dict[Variation, list[dict[int, float]]]
+) -> list[Candidate]:
     if not values:
         return []
     spreads, means = [], {}
@@ -72,7 +75,8 @@ def _scored(regime: str, arm: str, values: dict[Variation, list[dict[int, float]
         spreads.append((sum(d * d for d in differences) / len(differences)) ** 0.5 or 1.0)
     for variation, each in values.items():
         means[variation] = tuple(statistics.fmean(one.values()) for one in each)
-    scores = {v: sum(m / spread for m, spread in zip(means[v], spreads, strict=True)) for v in values}
+    counted = [i for i, outcome in enumerate(OUTCOMES) if outcome in chosen_by]
+    scores = {v: sum(means[v][i] / spreads[i] for i in counted) for v in values}
     best = max(scores, key=scores.__getitem__)
     return [Candidate(regime, arm, v, means[v], scores[v] - scores[best], v == best) for v in values]
 

@@ -74,6 +74,7 @@ class BackboneArm:
         clip: whether gradients are clipped.
         rule: how an ensemble's scores combine: `mean`, `worst` or `uwo`.
         uncertainty: UWO's weight of the variance.
+        chosen_by: outcomes by which its variation is chosen (`choice.py`).
     """
 
     kind: str
@@ -94,12 +95,17 @@ class BackboneArm:
     clip: bool = True
     rule: str = "mean"
     uncertainty: float = 0.5
+    chosen_by: tuple[str, ...] = ("accuracy_policy", "gold_at_kl")
 
     def __post_init__(self) -> None:
         require(self, "kind", self.kind in KINDS, "one of " + ", ".join(KINDS))
         require(self, "pairs", self.pairs in PAIRS, "one of " + ", ".join(PAIRS))
         require(self, "rule", self.rule in ("mean", "worst", "uwo"), "one of mean, worst, uwo")
         require(self, "runs", self.runs >= 2, "at least 2")
+        known = {"accuracy_policy", "gold_at_kl"}
+        require(
+            self, "chosen_by", len(self.chosen_by) > 0 and set(self.chosen_by) <= known, "accuracy_policy, gold_at_kl"
+        )
         if self.kind in TRAINED:
             require(self, "of", self.of == "", f"empty for an arm of kind {self.kind}")
         else:
@@ -273,7 +279,7 @@ class BackboneStudy:
 
         def with_others(name: str) -> dict:
             made = dataclasses.asdict(self.arms[name])
-            for unimportant in ("label", "rates", "of_rates", "of_steps"):
+            for unimportant in ("label", "rates", "of_rates", "of_steps", "chosen_by"):
                 del made[unimportant]
             if made["kind"] != "distilled":
                 del made["steps"]

@@ -143,7 +143,13 @@ def backbone_lines(folder: Path, study: BackboneStudy) -> list[str]:
 def _read(folder: Path, study: BackboneStudy) -> tuple[Any, Runs, list[Comparison]]:
     shown: Any = Shown.of(study)  # what tables and plots read of a StudyConfig, it has
     runs = Runs(read_table(folder, "runs"))
-    return shown, runs, compare(shown, runs)
+    return shown, runs, backbone_comparisons(study, runs)
+
+
+def backbone_comparisons(study: BackboneStudy, runs: Runs) -> list[Comparison]:
+    """The study's comparisons in the regimes that have both arms."""
+    shown: Any = Shown.of(study)
+    return [c for c in compare(shown, runs) if {c.config.arm, c.config.against} <= set(study.arms_of(c.regime))]
 
 
 def _arm_table(study: Shown, regime: str, runs: Runs) -> Table:

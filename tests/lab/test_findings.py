@@ -9,7 +9,7 @@ from checkout import ROOT
 
 from lab import StudyConfig, load_study, study_tables
 from lab.backbone.config import BackboneStudy
-from lab.backbone.report import Shown
+from lab.backbone.report import backbone_comparisons
 from lab.backbone.run import TABLES as BACKBONE_TABLES
 from lab.compare import Runs, compare, write_comparisons
 from lab.findings import RESULTS, filled, made, prose
@@ -96,8 +96,8 @@ def test_a_kept_study_is_whole_and_its_command_gives_it(name):
 def test_kept_comparisons_are_those_of_the_kept_runs(name, tmp_path):
     study, folder = kept(name)
     backbone = isinstance(study, BackboneStudy)
-    compared = compare(Shown.of(study) if backbone else study, Runs(read_table(folder, "runs")))
-    write_comparisons(tmp_path / "comparisons.csv", compared)
+    made = (backbone_comparisons if backbone else compare)(study, Runs(read_table(folder, "runs")))
+    write_comparisons(tmp_path / "comparisons.csv", made)
     again, before = cells(tmp_path / "comparisons.csv"), cells(folder / "comparisons.csv")
     assert len(again) == len(before)
     assert len(before) > len(study.regimes) or (backbone and not study.primaries)
