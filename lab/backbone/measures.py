@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arms import combine
+from ummrm import combine_scores
+
 from ..best_of_n import best_of_n, standardised
 from ..fits import fit_best_of_n
 from ..tasks import PolicySamples, Sequences
@@ -85,11 +86,12 @@ def combined(members: list[Scores], rule: str, uncertainty: float) -> Scores:
         return members[0]
     scales = [(m.sets["reference"].mean(1, keepdim=True), m.sets["reference"].std(1, keepdim=True)) for m in members]
     unit = torch.stack([std for _, std in scales]).mean(0)
-    done = [(0.0, 1.0)] * len(members)  # each seed has scales of its own, applied here
     sets = {}
-    for name in members[0].sets:
+    for name, first in members[0].sets.items():
+        # each seed has scales of its own
         normal = [(m.sets[name] - mean) / std for m, (mean, std) in zip(members, scales, strict=True)]
-        sets[name] = unit * combine(normal, done, rule, uncertainty)
+        scores = combine_scores(torch.stack([n.flatten() for n in normal], 1), rule, uncertainty=uncertainty)
+        sets[name] = unit * scores.view_as(first)
     return Scores(sets)
 
 
