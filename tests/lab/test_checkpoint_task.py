@@ -18,6 +18,7 @@ from trl_inputs import make_tokenizer
 from lab import CheckpointTaskConfig, StudyConfig, load_study, run_study, write_report
 from lab.arms import Arms
 from lab.online import OnlineConfig, run_online
+from lab.ratings.task import RatingsTaskConfig
 from lab.store import COLUMNS, read_table
 from lab.units import Unit, UnitRunner
 
@@ -355,8 +356,9 @@ def test_a_study_on_checkpoints_is_its_plain_data(root):
 
 def test_the_regime_of_the_documentation_is_one(root):
     page = (ROOT / "lab" / "README.md").read_text()
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
-    study = study_on(root, **yaml.safe_load(block))
+    ratings, mine = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    assert RatingsTaskConfig(**ratings["regimes"]["ratings"]["task"]).train_pairs == 400
+    study = study_on(root, **mine)
     assert isinstance(study.regimes["mine"].task, CheckpointTaskConfig) and study.model.folder
 
 
