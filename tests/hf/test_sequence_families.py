@@ -114,10 +114,11 @@ def test_every_sequence_is_scored_by_the_member_that_its_group_names(model_type,
 
     perturb_experts(moe)
     members = [dense_member(dense, moe, member) for member in range(3)]
+    apart = 0.0  # over all batches: two members may agree on one sequence by chance
     for batch in batches(moe):
         truth = torch.stack([rows_of(model, batch) for model in members])
         count = truth.shape[1]
-        assert (truth[0] - truth[1]).abs().max() > 1e-3
+        apart = max(apart, (truth[0] - truth[1]).abs().max().item())
         groups = torch.randint(3, (count,))
         close(rows_of(moe, batch, groups=groups), truth[groups, torch.arange(count)])
         if rewards:
@@ -127,6 +128,7 @@ def test_every_sequence_is_scored_by_the_member_that_its_group_names(model_type,
         ummrm.set_evaluation(moe, 2)
         close(rows_of(moe, batch), truth[2])
         ummrm.set_evaluation(moe, "mean")
+    assert apart > 1e-3
 
 
 def perturbed(model_type, config, task=None, **overrides):
