@@ -133,7 +133,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         if isinstance(part, MergingLinear):
             tensors = part.merged_tensors()
             _check_finite(name, part, tensors)
-            Projection(dense.get_submodule(name)).write(tensors["weight"], tensors.get("bias"))
+            Projection(dense.get_submodule(name)).write(**tensors)
     transplant(moe, dense, clone=True)
     text = card.merged_card(
         type(dense).__name__,
@@ -173,8 +173,10 @@ def _merging(
     share = MergeShare(config, next(next(iter(parts.values())).parameters()).device)
     merged: dict[str, MergingFFN | MergingLinear] = {}
     for name, part in parts.items():
-        kind: Any = MergingFFN if isinstance(part, UpcycledFFN) else MergingLinear
-        merged[name] = kind.from_upcycled(part, config, share)
+        if isinstance(part, UpcycledFFN):
+            merged[name] = MergingFFN.from_upcycled(part, config, share)
+        else:
+            merged[name] = MergingLinear(part, config, share)
     return share, merged
 
 

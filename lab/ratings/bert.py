@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
+from ummrm.hf.families import HF_ACTIVATIONS
+
 from ..backbone.data import Features, MixtureFFN
 from ..backbone.replicas import FFN, Parameters
 from .top import Rows, TopNetwork, attend
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}  # theirs: ours
 
 
 class BertTop(TopNetwork):
@@ -27,13 +27,13 @@ class BertTop(TopNetwork):
     def __init__(self, stock: PreTrainedModel, trained_layers: int) -> None:
         super().__init__(stock, trained_layers)
         config = stock.config
-        if not isinstance(stock, BertForSequenceClassification) or config.hidden_act not in _ACTIVATIONS:
+        if not isinstance(stock, BertForSequenceClassification) or config.hidden_act not in HF_ACTIVATIONS:
             raise ValueError(
-                f"`model` must be a BERT with an activation among {', '.join(_ACTIVATIONS)}, got a "
+                f"`model` must be a BERT with an activation among {', '.join(HF_ACTIVATIONS)}, got a "
                 f"{type(stock).__name__} with {config.hidden_act!r}."
             )
         self.heads, self.eps = config.num_attention_heads, config.layer_norm_eps
-        layers, activation = range(trained_layers), _ACTIVATIONS[config.hidden_act]
+        layers, activation = range(trained_layers), HF_ACTIVATIONS[config.hidden_act]
         self.ffns = tuple(
             FFN(f"{i}.up", f"{i}.down", f"{i}.up_bias", f"{i}.down_bias", activation, glu=False) for i in layers
         )

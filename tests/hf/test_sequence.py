@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import padded_batch, tiny_model
+from tiny_models import padded_batch, perturb_experts, tiny_model
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -23,12 +23,7 @@ GROUPS = torch.tensor([2, 0, 3, 2, 0])
 
 def mixture(model_type="llama", setting="ffn", task=None, **overrides):
     """A mixture whose members differ."""
-    moe = ummrm.upcycle(tiny_model(model_type, task, **overrides), SETTINGS[setting])
-    with torch.no_grad():
-        for name, parameter in moe.named_parameters():
-            if "expert" in name:
-                parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
-    return moe
+    return perturb_experts(ummrm.upcycle(tiny_model(model_type, task, **overrides), SETTINGS[setting]))
 
 
 def batch_of(**kwargs):

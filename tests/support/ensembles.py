@@ -1,7 +1,7 @@
 """What tests of ensembles and distillation share: mixtures that score several members at once."""
 
 import torch
-from tiny_models import tiny_model
+from tiny_models import perturb_experts, tiny_model
 
 import ummrm
 
@@ -11,9 +11,4 @@ CONFIG = ummrm.UpcycleConfig(assignment="sequence", num_experts=4)
 def mixture(seed=0):
     """A tiny mixture assigned by sequence whose members differ."""
     torch.manual_seed(seed)
-    moe = ummrm.upcycle(tiny_model("llama"), CONFIG)
-    with torch.no_grad():
-        for name, parameter in moe.named_parameters():
-            if "experts." in name:
-                parameter.add_(0.6 * parameter.std() * torch.randn_like(parameter))
-    return moe
+    return perturb_experts(ummrm.upcycle(tiny_model("llama"), CONFIG), scale=0.6)

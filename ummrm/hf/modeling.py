@@ -241,7 +241,7 @@ def _exchange_linears(
     for name, linear in found:
         new: Any = UpcycledLinear.like(linear, config)
         if merge_config is not None:
-            new = MergingLinear.from_upcycled(new, merge_config, getattr(backbone, SHARE_NAME))
+            new = MergingLinear(new, merge_config, getattr(backbone, SHARE_NAME))
         layer.set_submodule(name, new)
 
 

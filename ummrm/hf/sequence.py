@@ -43,6 +43,12 @@ def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _tokens(bound: Mapping[str, Any]) -> Any:
+    """What a call has a row of for each sequence, or None."""
+    tokens = bound.get("input_ids")
+    return bound.get("inputs_embeds") if tokens is None else tokens
+
+
 def check_no_groups(groups: object) -> None:
     """Raises ValueError if a model that is no mixture assigned by sequence was called with groups."""
     if groups is not None:
@@ -117,8 +123,7 @@ def run_by_sequence(module: Any, stock_forward: Callable, args: tuple, kwargs: d
     bound.pop("token_mask", None)
     given = bound.pop("groups", None)
     groups = module.umm_groups if given is None else given
-    tokens = bound.get("input_ids")
-    tokens = bound.get("inputs_embeds") if tokens is None else tokens
+    tokens = _tokens(bound)
     if tokens is None:
         return stock_forward(module, **bound)  # which says what is missing
     rows = row_groups(module, groups, tokens.shape[0], tokens.device)
@@ -200,8 +205,7 @@ def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any])
             f"`{asked[0]}` must be False where all members run, since each has its own; name one with "
             "ummrm.set_evaluation(model, number), or pass groups=[rows]."
         )
-    tokens = bound.get("input_ids")
-    tokens = bound.get("inputs_embeds") if tokens is None else tokens
+    tokens = _tokens(bound)
     if not isinstance(tokens, Tensor):
         raise ValueError("`input_ids` or `inputs_embeds` must be given to score, got neither.")
     count, num_experts = tokens.shape[0], model.config.upcycle_config.num_experts

@@ -113,7 +113,7 @@ class Projection:
         return F.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
-    def write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def write(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Replaces the parameters of a whole module by `weight` [out, in] and `bias` [out], bit for bit."""
         assert self.half is None
         _put(self.module, "weight", weight)
