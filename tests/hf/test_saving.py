@@ -65,8 +65,10 @@ def test_files_that_others_write_during_a_save_stay(tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
-    for _ in range(3):
+    saves = 0
+    while writer.is_alive() and (saves < 3 or len(written) <= 20):
         ummrm.save_pretrained(MODELS[NEW, False], folder, max_shard_size=SHARDS[NEW, False])
+        saves += 1
     done.set()
     writer.join()
     assert len(written) > 20 and all(path.read_text() == "log" for path in written)
