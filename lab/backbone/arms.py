@@ -251,7 +251,7 @@ class BackboneArms:
                 return {"parameters": train_token(*common, arm.upcycle_config, said)}
             if arm.kind == "sequence":
                 return {"parameters": train_sequence(*common, arm.sequencing, pairs, weights, said)}
-            return {"parameters": train_dense(*common, run, pairs, weights, said)}
+            return {"parameters": train_dense(*common, run, pairs, weights, said, arm.own_heads)}
 
         times = arm.sequencing.experts if arm.kind == "sequence" and arm.sequencing.whole_batch else 1
         flops = times * self._training_flops(steps, extra)

@@ -66,6 +66,7 @@ class BackboneArm:
         pairs: `all`; `weighted` so that the shortcut says nothing (`training.shortcut_weights`); `counterfactual`: and
             besides them the same pairs with the shortcut exchanged.
         runs: runs of a dense arm that ensembles and weight averages take.
+        own_heads: whether each of those starts from a fresh head of its own; a weight average needs a common one.
         sequencing: of `sequence`.
         upcycle: of `token`; fields of `ummrm.UpcycleConfig`.
         shared_share: lambda of `token`.
@@ -87,6 +88,7 @@ class BackboneArm:
     of_steps: tuple[int, ...] = ()
     pairs: str = "all"
     runs: int = 4
+    own_heads: bool = False
     sequencing: Sequencing = Sequencing()
     upcycle: dict[str, Any] = field(default_factory=dict)
     shared_share: float = 0.5
@@ -223,6 +225,11 @@ class BackboneStudy:
         if arm.kind in wanted and self.arms[arm.of].kind not in wanted[arm.kind]:
             kinds = " or ".join(wanted[arm.kind])
             raise ValueError(f"arms.{name}: `of` must be an arm of kind {kinds}, got {arm.of!r}.")
+        if arm.kind == "weight_average" and self.arms[arm.of].own_heads:
+            raise ValueError(
+                f"arms.{name}: `of` must be runs from a common head to average their weights, got {arm.of!r} with "
+                "`own_heads`."
+            )
         if arm.student and self.arms[arm.student].kind in ("mixture", "ensemble"):
             raise ValueError(f"arms.{name}: `student` must be one dense model, got the arm {arm.student!r}.")
         if arm.kind == "distilled" and self.base(arm.of) != self.base(arm.student or arm.of):
@@ -283,6 +290,8 @@ class BackboneStudy:
                 del made[unimportant]
             if made["kind"] != "distilled":
                 del made["steps"]
+            if not made["own_heads"]:  # so that what was run before there was a choice still counts
+                del made["own_heads"]
             return {**made, **{part: with_others(made[part]) for part in ("of", "student") if made[part]}}
 
         parts = {

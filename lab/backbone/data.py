@@ -70,6 +70,10 @@ class Network(ABC):
             extra_ffns: FFNs that each token passes beyond the dense model's one a layer, on average.
         """
 
+    @abstractmethod
+    def fresh_head(self, generators: list[torch.Generator]) -> Parameters:
+        """A fresh reward head from each generator: those of the parameters that the head has."""
+
     def expert_names(self, experts_in: str) -> tuple[str, ...]:
         """Parameters that become experts: `"ffn"` or `"linear"`."""
         return self.linears if experts_in == "linear" else tuple(n for one in self.ffns for n in one.names)

@@ -158,11 +158,14 @@ class Llama(Network):
         }
         return made | {name: torch.ones(len(generators), s.hidden_size) for name in sorted(self.undecayed)}
 
-    def with_head(self, backbone: Parameters, generators: list[torch.Generator], std: float = 0.05) -> Parameters:
+    def fresh_head(self, generators: list[torch.Generator]) -> Parameters:
+        """`Network.fresh_head`."""
+        return {"score": torch.stack([torch.randn(1, self.hidden_size, generator=g) * 0.05 for g in generators])}
+
+    def with_head(self, backbone: Parameters, generators: list[torch.Generator]) -> Parameters:
         """Reward models from language models: the language head dropped, a fresh reward head from each generator."""
         body = {name: value for name, value in backbone.items() if name != "lm_head"}
-        head = [torch.randn(1, self.hidden_size, generator=g) * std for g in generators]
-        return body | {"score": torch.stack(head)}
+        return body | self.fresh_head(generators)
 
     def to_stock(self, parameters: Parameters, replica: int) -> PreTrainedModel:
         """One replica as LlamaForSequenceClassification, or LlamaForCausalLM where it has a language head."""

@@ -95,8 +95,9 @@ def train_dense(
     pairs: Pairs | None = None,
     weights: Tensor | None = None,
     on_step: OnStep | None = None,
+    own_head: bool = False,
 ) -> Parameters:
-    """Dense reward models from the pretrained start; runs differ in the order of their data.
+    """Dense reward models from the pretrained start; runs differ in the order of their data, and in their heads if so.
 
     Args:
         block: the seeds.
@@ -108,12 +109,16 @@ def train_dense(
         pairs: in the training pairs' place.
         weights: [S, pairs], of each pair's loss, mean 1; None: all 1.
         on_step: told of steps.
+        own_head: a run after the first starts from a fresh head of its own, not from the block's.
     """
     train = block.train if pairs is None else pairs
     index = orders(block.seeds, run, len(train), steps, batch)
     loss = _preference(block, train, index, 0.0, weights)
     rates = rates_of(rate, block.seeds)
-    return optimise(block.start, loss, steps, rates, block.network.undecayed, settings, on_step)
+    start = block.start
+    if own_head and run:
+        start = start | block.network.fresh_head(generators(block.seeds, "head", run))
+    return optimise(start, loss, steps, rates, block.network.undecayed, settings, on_step)
 
 
 def train_sequence(

@@ -73,15 +73,17 @@ class TopNetwork(Network):
         trained = {target for targets in self.stock_names().values() for target in targets}
         return {name: value for name, value in self.stock.state_dict().items() if name not in trained}
 
+    def fresh_head(self, generators: list[torch.Generator]) -> Parameters:
+        """`Network.fresh_head`."""
+        std = self.stock.config.initializer_range
+        made = {"score": torch.stack([torch.randn(1, self.hidden_size, generator=g) * std for g in generators])}
+        return made | ({"score_bias": torch.zeros(len(generators), 1)} if "score_bias" in self.stock_names() else {})
+
     def with_head(self, generators: list[torch.Generator]) -> Parameters:
         """The pretrained layers, once for each generator, and a fresh head from it."""
         pretrained = self.from_stock(self.stock).items()
         made = {name: value.repeat(len(generators), *[1] * (value.dim() - 1)) for name, value in pretrained}
-        std = self.stock.config.initializer_range
-        made["score"] = torch.stack([torch.randn(1, self.hidden_size, generator=g) * std for g in generators])
-        if "score_bias" in made:
-            made["score_bias"] = torch.zeros(len(generators), 1)
-        return made
+        return made | self.fresh_head(generators)
 
     def to_stock(self, parameters: Parameters, replica: int) -> PreTrainedModel:
         """One replica as a stock reward model, its frozen layers included."""

@@ -122,6 +122,18 @@ def test_a_seeds_result_does_not_depend_on_the_others(block, train):
         assert torch.equal(value[1], alone[name][0]), name
 
 
+def test_runs_may_start_from_heads_of_their_own(block):
+    def run(number, own_head, steps=1, rate=0.0):
+        return train_dense(block, steps, BATCH, rate, SETTINGS, run=number, own_head=own_head)
+
+    first, common, own = run(0, True), run(1, False), run(1, True)
+    for name, value in block.start.items():
+        assert torch.equal(first[name], value) and torch.equal(common[name], value), name
+        assert torch.equal(own[name], value) == (name != "score"), name
+    spread = own["score"].std(2), block.start["score"].std(2)
+    assert torch.allclose(*spread, rtol=0.5) and not torch.equal(own["score"], run(2, True)["score"])
+
+
 # ---- by sequence -------------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,13 @@ def test_calibration_knows_the_noise_of_labels():
             "`of` must be an arm of kind token, got 'a'",
         ),
         (
+            {
+                "a": {"kind": "dense", "rates": [1e-3], "steps": [5], "own_heads": True},
+                "b": {"kind": "weight_average", "of": "a"},
+            },
+            "`of` must be runs from a common head to average their weights, got 'a'",
+        ),
+        (
             {"a": {"kind": "token", "rates": [1e-3], "steps": [50], "upcycle": {"num_shared_experts": 2}}},
             "`upcycle.num_shared_experts` must be 1 here, got 2",
         ),
