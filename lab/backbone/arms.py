@@ -52,7 +52,7 @@ class RewardModels:
 
     @property
     def training_flops(self) -> Tensor:
-        """Operations of all training after pretraining, fp64 [S]."""
+        """Operations of all training after the regime's start, fp64 [S]."""
         return torch.stack(list(self.stages.values())).sum(0)
 
 
@@ -209,7 +209,8 @@ class BackboneArms:
         start = student.parameters
 
         def make() -> dict:
-            own = score(block, block.unlabelled, next(iter(student.members.values()))) if arm.student else None
+            afresh = not arm.student and study.regimes[self.regime].trained is None
+            own = None if afresh else score(block, block.unlabelled, next(iter(student.members.values())))
             targets = in_scale_of(self._teaching(teacher), own)
             settings, said = self._settings(arm), self._said("distillation")
             rate, batch = variation.student_rate, study.student_batch

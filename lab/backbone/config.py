@@ -34,6 +34,23 @@ PAIRS = ("all", "weighted", "counterfactual")
 
 
 @dataclass(frozen=True)
+class TrainedStart:
+    """Dense training on the regime's pairs that comes before every arm, which then starts from a trained reward model.
+
+    Attributes:
+        steps: how many.
+        rate: its learning rate.
+    """
+
+    steps: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        require(self, "steps", self.steps >= 1, "at least 1")
+        require(self, "rate", self.rate > 0, "above 0")
+
+
+@dataclass(frozen=True)
 class BackboneRegime:
     """A regime.
 
@@ -41,11 +58,13 @@ class BackboneRegime:
         task: its data, `kind: language` or `kind: ratings`.
         title: in words.
         without: arms that are left out of it.
+        trained: what every arm starts from; None: the pretrained backbone with a fresh head.
     """
 
     task: Annotated[LanguageTaskConfig | RatingsTaskConfig, Field(discriminator="kind")]
     title: str = ""
     without: tuple[str, ...] = ()
+    trained: TrainedStart | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class BackboneArm:
             `weight_average`: of a dense arm's runs (WARM); `distilled`: a student of another arm's scores.
         label: in tables.
         of: the arm that a mixture, ensemble, weight average or teacher is.
-        student: the arm whose model a distilled one starts from; empty: the pretrained start.
+        student: the arm whose model a distilled one starts from; empty: the regime's start.
         rates: learning rates to try; of a distilled arm the student's.
         steps: numbers of steps to try; of a distilled arm one, the student's.
         of_rates: which rates of the arm `of` are tried; empty: all.
@@ -114,7 +133,9 @@ class BackboneArm:
             require(self, "of", self.of != "", f"the name of an arm for one of kind {self.kind}")
         if self.kind in (*TRAINED, "distilled"):
             require(self, "rates", len(self.rates) > 0 and min(self.rates) > 0, "learning rates above 0")
-            require(self, "steps", len(self.steps) > 0 and min(self.steps) >= 1, "numbers of steps, at least 1")
+            least = 0 if self.kind == "dense" else 1  # no step at all: the start itself
+            expected = f"numbers of steps, at least {least}"
+            require(self, "steps", len(self.steps) > 0 and min(self.steps) >= least, expected)
         if self.kind == "distilled":
             require(self, "steps", len(self.steps) == 1, "one number for a distilled arm")
         if self.kind == "token":
@@ -297,6 +318,7 @@ class BackboneStudy:
         parts = {
             "task": dataclasses.asdict(self.regimes[regime].task),
             "arm": with_others(arm),
+            **({"trained": dataclasses.asdict(start)} if (start := self.regimes[regime].trained) else {}),
             "measure": self.measure.fixed_kl,
             **{n: getattr(self, n) for n in ("batch", "student_batch")},
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},

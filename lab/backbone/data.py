@@ -141,7 +141,7 @@ class Block:
     Attributes:
         seeds: the seeds, S of them.
         network: the forward.
-        start: the pretrained backbone of each seed with a fresh head, [S, ...].
+        start: where every arm starts, [S, ...]: each seed's pretrained backbone with a fresh head, or a trained model.
         train: training pairs, labels as noisy as the regime has them.
         test: held-out pairs of the same kind, labelled by gold.
         shifted: held-out pairs with the shortcut reversed, labelled by gold.

@@ -5,16 +5,18 @@ A unit is a regime, an arm in a variation and a block of seeds; each finished on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files import prepare_output, write_atomically
+from ..files import kept, prepare_output, write_atomically
 from ..ratings.regime import ratings_block
 from ..ratings.task import RatingsTaskConfig
 from ..run import StudyError, locked, machine_facts, minutes
@@ -25,6 +27,7 @@ from .data import Block
 from .measures import COLUMNS as VALUES
 from .measures import measure
 from .regimes import language_block
+from .training import train_dense
 
 TABLES = {**COLUMNS, "runs": (*KEY, *VALUES), "timings": (*KEY, "seconds")}
 
@@ -107,17 +110,25 @@ def make_block(
     study: BackboneStudy, regime: str, seeds: tuple[int, ...], folder: Path | None, on_step: OnStep
 ) -> Block:
     """The data of a block of seeds in a regime: where another kind of regime comes in."""
-    task = study.regimes[regime].task
+    task, trained = study.regimes[regime].task, study.regimes[regime].trained
+
+    def said(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_step(stage, done, total)
+
     if isinstance(task, RatingsTaskConfig):
-        return ratings_block(task, seeds, on_step=lambda done, total: on_step("frozen layers", done, total))
-    return language_block(
-        task,
-        study.model,
-        study.pretraining,
-        seeds,
-        folder,
-        lambda done, total: on_step("pretraining", done, total),
-    )
+        block = ratings_block(task, seeds, on_step=said("frozen layers"))
+    else:
+        block = language_block(task, study.model, study.pretraining, seeds, folder, said("pretraining"))
+    if trained is None:
+        return block
+    settings, run = study.optimisation, "start"  # of data in an order of its own
+    common = (block, trained.steps, study.batch, trained.rate, settings, run)
+
+    def make() -> dict:
+        return {"parameters": train_dense(*common, on_step=said("start"))}
+
+    start = make() if folder is None else kept(folder / f"start-{trained.steps}-{trained.rate:g}.pt", make)
+    return dataclasses.replace(block, start=start["parameters"])
 
 
 def _works(study: BackboneStudy, arms: tuple[str, ...]) -> list[_Work]:

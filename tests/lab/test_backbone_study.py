@@ -16,6 +16,7 @@ from lab.backbone.choice import candidates, chosen_yaml
 from lab.backbone.config import Variation
 from lab.backbone.measures import Scores, calibration_error, combined
 from lab.backbone.run import TABLES, make_block, run_backbone_study
+from lab.backbone.training import train_dense
 from lab.compare import Runs
 from lab.store import read_table
 
@@ -69,6 +70,32 @@ def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
     kept = {(r["regime"], r["seed"], r["arm"]): r for r in read_table(finished, "runs")}
     for row in read_table(alone, "runs"):
         assert repr(row) == repr(kept[row["regime"], row["seed"], row["arm"]])
+
+
+def test_a_regime_may_start_from_a_trained_model(tmp_path):
+    regimes = tiny_backbone().to_dict()["regimes"]
+    study = tiny_backbone(
+        regimes={**regimes, "trained": {**regimes["idiosyncratic"], "trained": {"steps": 3, "rate": 1e-2}}},
+        arms={
+            "start": {"kind": "dense", "rates": [1.0], "steps": [0]},
+            "continued": {"kind": "dense", "rates": [1e-3], "steps": [2]},
+            "student": {"kind": "distilled", "of": "continued", "rates": [1e-9], "steps": [1]},
+        },
+    )
+    assert study.fingerprint("idiosyncratic", "start") != study.fingerprint("trained", "start")
+    seeds = (0, 1, 2)
+    block = make_block(study, "idiosyncratic", seeds, None, lambda *_: None)
+    trained = make_block(study, "trained", seeds, tmp_path, lambda *_: None)
+    wanted = train_dense(block, 3, study.batch, 1e-2, study.optimisation, "start")
+    again = make_block(study, "trained", seeds, tmp_path, lambda *_: None)
+    for name, value in wanted.items():
+        assert torch.equal(trained.start[name], value) and torch.equal(again.start[name], value), name
+        assert not torch.equal(value, block.start[name]), name
+    arms = BackboneArms(study, "trained", trained)
+    start, student = (arms.make(name, study.variations("trained", name)[0]) for name in ("start", "student"))
+    for name, value in wanted.items():
+        assert torch.equal(start.parameters[name], value), name
+        torch.testing.assert_close(student.parameters[name], value, atol=1e-7, rtol=1e-6)
 
 
 def test_another_configuration_is_refused(finished):
