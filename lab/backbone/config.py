@@ -94,6 +94,7 @@ class BackboneArm:
         clip: whether gradients are clipped.
         rule: how an ensemble's scores combine: `mean`, `worst` or `uwo`.
         uncertainty: UWO's weight of the variance.
+        most_seeds: it is run on the study's first so many seeds, a multiple of the block; 0: all.
         chosen_by: outcomes by which its variation is chosen (`choice.py`).
     """
 
@@ -116,6 +117,7 @@ class BackboneArm:
     clip: bool = True
     rule: str = "mean"
     uncertainty: float = 0.5
+    most_seeds: int = 0
     chosen_by: tuple[str, ...] = ("accuracy_policy", "gold_at_kl")
 
     def __post_init__(self) -> None:
@@ -230,6 +232,11 @@ class BackboneStudy:
                         f"arms.{name}: `of` and `student` must name arms that stand before it, got {other!r}."
                     )
             self._check_kinds(name, arm)
+            if arm.most_seeds < 0 or arm.most_seeds % self.block:
+                raise ValueError(
+                    f"arms.{name}: `most_seeds` must be a multiple of the block of {self.block} seeds, got "
+                    f"{arm.most_seeds}."
+                )
         for comparison in (*self.primaries, *self.secondary):
             for name in (comparison.arm, comparison.against):
                 if name not in self.arms:
@@ -307,7 +314,7 @@ class BackboneStudy:
 
         def with_others(name: str) -> dict:
             made = dataclasses.asdict(self.arms[name])
-            for unimportant in ("label", "rates", "of_rates", "of_steps", "chosen_by"):
+            for unimportant in ("label", "rates", "of_rates", "of_steps", "chosen_by", "most_seeds"):
                 del made[unimportant]
             if made["kind"] != "distilled":
                 del made["steps"]

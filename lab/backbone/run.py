@@ -137,7 +137,7 @@ def _works(study: BackboneStudy, arms: tuple[str, ...]) -> list[_Work]:
         for regime in study.regimes
         for block in study.blocks
         for arm in study.arms_of(regime)
-        if not arms or arm in arms
+        if (not arms or arm in arms) and block[0] - study.first_seed < (study.arms[arm].most_seeds or study.seeds)
         for variation in study.variations(regime, arm)
     ]
 

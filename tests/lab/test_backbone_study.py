@@ -12,12 +12,14 @@ from tiny_backbone import tiny_backbone
 
 from lab import load_study, study_tables, write_report
 from lab.backbone.arms import BackboneArms, in_scale_of
-from lab.backbone.choice import candidates, chosen_yaml
+from lab.backbone.choice import Search, candidates, chosen_yaml
 from lab.backbone.config import Variation
 from lab.backbone.measures import Scores, calibration_error, combined
+from lab.backbone.report import Shown
 from lab.backbone.run import TABLES, make_block, run_backbone_study
 from lab.backbone.training import train_dense
-from lab.compare import Runs
+from lab.compare import Runs, compare
+from lab.config import ComparisonConfig
 from lab.store import read_table
 
 SAME = ("runs", "curves")
@@ -72,6 +74,41 @@ def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
         assert repr(row) == repr(kept[row["regime"], row["seed"], row["arm"]])
 
 
+def test_an_arm_may_have_fewer_seeds(finished, tmp_path):
+    arms = {**tiny_backbone().to_dict()["arms"]}
+    arms = {name: {**arms[name], "steps": [3], "rates": [1e-3]} for name in ("dense", "counterfactual")}
+    arms["counterfactual"]["most_seeds"] = 2
+    comparison = {"arm": "counterfactual_s3_r100", "against": "dense_s3_r100", "outcome": "accuracy"}
+    study = tiny_backbone(arms=arms)
+    run_backbone_study(study, tmp_path, progress=False)
+    rows = read_table(tmp_path, "runs")
+    assert sorted({r["seed"] for r in rows if r["arm"] == "counterfactual_s3_r100"}) == [0, 1]
+    assert sorted({r["seed"] for r in rows if r["arm"] == "dense_s3_r100"}) == [0, 1, 2]
+    shown = dataclasses.replace(Shown.of(study), secondary=(ComparisonConfig(**comparison),))
+    (found,) = (c for c in compare(shown, Runs(rows)) if c.regime == "planted")
+    assert found.paired.seeds == 2 and found.missing == 0
+
+
+def test_searches_are_chosen_from_together(finished):
+    rows = read_table(finished, "runs")
+    first = tiny_backbone()
+    second = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "steps": [5], "rates": [1e-2]}})
+    third = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "steps": [3], "rates": [1e-3, 1e-2]}})
+    alone = candidates(Search(second, Runs(rows)))
+    assert all(c.chosen for c in alone) and len(alone) == 2
+    whole = [c for c in candidates(Search(first, Runs(rows))) if c.arm == "dense"]
+    pooled = candidates(Search(second, Runs(rows)), Search(third, Runs(rows)))
+    assert {(c.regime, c.variation, c.means) for c in pooled} < {(c.regime, c.variation, c.means) for c in whole}
+    assert len(pooled) == 6 and sum(c.chosen for c in pooled) == 2
+    head = chosen_yaml(Search(second, Runs(rows)), Search(third, Runs(rows))).splitlines()[0]
+    assert head.endswith("from tiny and tiny, seeds 0 to 2.")
+    other = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "pairs": "counterfactual"}})
+    with pytest.raises(ValueError, match="the arm dense must be the same in all search studies"):
+        candidates(Search(first, Runs(rows)), Search(other, Runs(rows)))
+    with pytest.raises(ValueError, match="must have the same seeds"):
+        candidates(Search(first, Runs(rows)), Search(first, Runs([r for r in rows if r["seed"]])))
+
+
 def test_a_regime_may_start_from_a_trained_model(tmp_path):
     regimes = tiny_backbone().to_dict()["regimes"]
     study = tiny_backbone(
@@ -117,12 +154,12 @@ def test_the_report_shows_arms_and_choice(finished):
 
 def test_the_choice_is_the_best_of_each_arm_and_a_claim_reads_it(finished, tmp_path):
     study, runs = tiny_backbone(), Runs(read_table(finished, "runs"))
-    found = candidates(study, runs)
+    found = candidates(Search(study, runs))
     dense = [c for c in found if (c.regime, c.arm) == ("planted", "dense")]
     assert len(dense) == 4 and sum(c.chosen for c in dense) == 1
     best = next(c for c in dense if c.chosen)
     assert all(c.score <= best.score == 0 for c in dense)
-    (tmp_path / "rates.yaml").write_text(chosen_yaml(study, runs))
+    (tmp_path / "rates.yaml").write_text(chosen_yaml(Search(study, runs)))
     data = {**study.to_dict(), "name": "claim", "chosen": "rates.yaml", "first_seed": 7, "seeds": 2}
     data["primaries"] = [{"arm": "distilled", "against": "dense", "outcome": "accuracy_policy"}]
     (tmp_path / "claim.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False))
