@@ -92,6 +92,8 @@ class BackboneArm:
         alpha_steps: of `token`: steps, of those that it has, that learn the merge weights.
         alpha_rate: of `token`: their learning rate.
         clip: whether gradients are clipped.
+        texts: of `distilled`: on which answers, the `policy`'s or those of the training `pairs`.
+        answers: of `distilled`: on only so many of them; 0: all.
         rule: how an ensemble's scores combine: `mean`, `worst` or `uwo`.
         uncertainty: UWO's weight of the variance.
         most_seeds: it is run on the study's first so many seeds, a multiple of the block; 0: all.
@@ -115,6 +117,8 @@ class BackboneArm:
     alpha_steps: int = 40
     alpha_rate: float = 5e-2
     clip: bool = True
+    texts: str = "policy"
+    answers: int = 0
     rule: str = "mean"
     uncertainty: float = 0.5
     most_seeds: int = 0
@@ -124,6 +128,8 @@ class BackboneArm:
         require(self, "kind", self.kind in KINDS, "one of " + ", ".join(KINDS))
         require(self, "pairs", self.pairs in PAIRS, "one of " + ", ".join(PAIRS))
         require(self, "rule", self.rule in ("mean", "worst", "uwo"), "one of mean, worst, uwo")
+        require(self, "texts", self.texts in ("policy", "pairs"), "one of policy, pairs")
+        require(self, "answers", self.answers >= 0, "at least 0")
         require(self, "runs", self.runs >= 2, "at least 2")
         known = {"accuracy_policy", "gold_at_kl"}
         require(
@@ -318,8 +324,9 @@ class BackboneStudy:
                 del made[unimportant]
             if made["kind"] != "distilled":
                 del made["steps"]
-            if not made["own_heads"]:  # so that what was run before there was a choice still counts
-                del made["own_heads"]
+            for later in ("own_heads", "texts", "answers"):  # what was run before there was a choice still counts
+                if made[later] == getattr(BackboneArm, later):
+                    del made[later]
             return {**made, **{part: with_others(made[part]) for part in ("of", "student") if made[part]}}
 
         parts = {

@@ -190,6 +190,7 @@ def merged_by_mean(block: Block, parameters: Parameters, sequencing: Sequencing)
 
 def distil(
     block: Block,
+    answers: Answers,
     student: Parameters,
     targets: Tensor,
     steps: int,
@@ -198,12 +199,13 @@ def distil(
     settings: Optimisation,
     on_step: OnStep | None = None,
 ) -> Parameters:
-    """Regresses a student on a teacher's scores of the answers without labels.
+    """Regresses a student on a teacher's scores of answers without labels.
 
     Args:
         block: the seeds.
+        answers: n of each seed.
         student: where it starts.
-        targets: [S, answers], in the student's own scale.
+        targets: [S, n], in the student's own scale.
         steps: how many.
         batch: answers a step.
         rate: learning rate.
@@ -211,12 +213,12 @@ def distil(
         on_step: told of steps.
     """
     everyone = torch.arange(len(block.seeds))
-    index = orders(block.seeds, "distillation", len(block.unlabelled), steps, batch)
+    index = orders(block.seeds, "distillation", len(answers), steps, batch)
     wanted = targets.float()
     scale = wanted.std(1, keepdim=True).square()
 
     def loss(parameters: Parameters, step: int) -> Tensor:
-        rewards = block.network.rewards(parameters, block.unlabelled.take(everyone, index[step]))
+        rewards = block.network.rewards(parameters, answers.take(everyone, index[step]))
         return ((rewards - wanted.gather(1, index[step])).square() / scale).mean(1)
 
     rates = rates_of(rate, block.seeds)

@@ -52,7 +52,7 @@ def test_every_arm_variation_and_seed_is_a_row(finished):
         with open(finished / f"{name}.csv") as file:
             assert tuple(next(csv.reader(file))) == columns
     missing = {name for row in rows for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
-    assert missing <= {"accuracy_tail"} and not (finished / "stages").exists()
+    assert missing <= {"accuracy_tail", "member_correlation"} and not (finished / "stages").exists()
 
 
 def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
@@ -212,6 +212,34 @@ def test_members_are_normalised_before_they_combine():
     torch.testing.assert_close(mean, torch.zeros_like(mean))
     torch.testing.assert_close(worst, 5.5 * torch.tensor([[-1.0, 0.0, -1.0]]).double())
     assert combined([first], "mean", 0.0) is first
+
+
+def test_members_that_agree_correlate(finished):
+    rows = {(r["regime"], r["seed"], r["arm"]): r["member_correlation"] for r in read_table(finished, "runs")}
+    ensembles = {arm: value for (_, _, arm), value in rows.items() if arm.startswith(("runs", "members_"))}
+    assert ensembles and all(-1 <= value <= 1 for value in ensembles.values())
+    assert all(math.isnan(value) for (_, _, arm), value in rows.items() if arm.startswith("dense"))
+
+
+def test_a_student_may_learn_on_few_answers_or_on_those_of_the_pairs():
+    arms = tiny_backbone().to_dict()["arms"]
+    few = {**arms["fresh"], "answers": 16}
+    study = tiny_backbone(arms={**arms, "few": few, "on_pairs": {**arms["fresh"], "texts": "pairs"}})
+    block = make_block(study, "planted", (0, 1), None, lambda *_: None)
+    made = BackboneArms(study, "planted", block)
+    whole, sixteen, pairs = (
+        made.make(name, study.variations("planted", name)[0]) for name in ("fresh", "few", "on_pairs")
+    )
+    assert len(block.without_labels("pairs")) == 96 and len(block.without_labels("policy", 16)) == 16
+    for other in (sixteen, pairs):
+        assert not torch.equal(whole.parameters["score"], other.parameters["score"])
+    # the teacher scores 16 answers instead of 64, the student's own training is the same
+    saved = (whole.training_flops - sixteen.training_flops) / whole.serving_flops
+    assert bool((saved > 0).all())
+    only = dataclasses.replace(block, unlabelled=block.unlabelled.first(16))
+    again = BackboneArms(study, "planted", only).make("fresh", study.variations("planted", "fresh")[0])
+    for name, value in again.parameters.items():
+        assert torch.equal(value, sixteen.parameters[name]), name
 
 
 def test_calibration_knows_the_noise_of_labels():
