@@ -31,12 +31,14 @@ class Network(ABC):
         ffns: the FFNs, from first to last.
         linears: names of the parameters of all linear layers of the body, FFNs included: what become experts under
             `experts_in: linear`.
+        head: names of the reward head's parameters.
         undecayed: names of the parameters that AdamW does not decay: norms and biases, as transformers' Trainer has it.
         hidden_size: H.
     """
 
     ffns: tuple[FFN, ...]
     linears: tuple[str, ...]
+    head: tuple[str, ...]
     undecayed: frozenset[str]
     hidden_size: int
 
@@ -75,8 +77,10 @@ class Network(ABC):
         """A fresh reward head from each generator: those of the parameters that the head has."""
 
     def expert_names(self, experts_in: str) -> tuple[str, ...]:
-        """Parameters that become experts: `"ffn"` or `"linear"`."""
-        return self.linears if experts_in == "linear" else tuple(n for one in self.ffns for n in one.names)
+        """Parameters that become experts: of `"ffn"`, `"linear"` or `"head"`, as `training.Sequencing` has them."""
+        if experts_in == "ffn":
+            return tuple(n for one in self.ffns for n in one.names)
+        return self.linears + (self.head if experts_in == "head" else ())
 
     def parameter_count(self, parameters: Parameters) -> int:
         """Parameters of one replica."""

@@ -63,6 +63,7 @@ class Llama(Network):
         layers = range(shape.num_layers)
         self.ffns = tuple(FFN(f"{i}.up", f"{i}.down") for i in layers)
         self.linears = tuple(f"{i}.{name}" for i in layers for name in ("qkv", "o", "up", "down"))
+        self.head = ("score",)
         self.undecayed = frozenset(["norm", *(f"{i}.{name}" for i in layers for name in ("norm1", "norm2"))])
         half = shape.hidden_size // shape.num_heads // 2
         frequencies = 1.0 / shape.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)

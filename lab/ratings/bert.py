@@ -38,6 +38,7 @@ class BertTop(TopNetwork):
             FFN(f"{i}.up", f"{i}.down", f"{i}.up_bias", f"{i}.down_bias", activation, glu=False) for i in layers
         )
         names = ("q", "kv", "o", "up", "down")
+        self.head = ("score", "score_bias")
         self.linears = tuple(f"{i}.{name}{kind}" for i in layers for name in names for kind in ("", "_bias"))
         self.undecayed = frozenset(name for name in self.stock_names() if name.endswith("bias") or ".norm" in name)
 

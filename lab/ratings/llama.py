@@ -37,6 +37,7 @@ class LlamaTop(TopNetwork):
         self.head_dim = config.head_dim
         layers = range(trained_layers)
         self.ffns = tuple(FFN(f"{i}.up", f"{i}.down") for i in layers)
+        self.head = ("score",)
         self.linears = tuple(f"{i}.{name}" for i in layers for name in ("q", "kv", "o", "up", "down"))
         self.undecayed = frozenset(name for name in self.stock_names() if "norm" in name)
 
