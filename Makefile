@@ -79,21 +79,29 @@ demo-real: $(VENV)/.real
 lab: $(VENV)/.ummrm
 	$(LAB) run cpu --output build/lab
 
-# Studies whose tables are kept, which docs/findings.md stands on. An interrupted one goes on when the command is given again.
+# Studies whose tables are kept, which the pages of findings stand on. An interrupted one goes on when the command is given again.
 claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
 followup := followup
 backbone-search := backbone-search
+backbone-lengths := backbone-lengths
+backbone-heads := backbone-heads
+backbone-questions := backbone-questions
+backbone-claim := backbone-claim
+trained-search := trained-search
+trained-claim := trained-claim
+FIRST := claim ablations followup sweep
+FROM_BACKBONE := backbone-search backbone-lengths backbone-heads backbone-questions backbone-claim trained-search trained-claim
 
-lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search: lab-%: $(VENV)/.ummrm
+$(FIRST:%=lab-%) $(FROM_BACKBONE:%=lab-%): lab-%: $(VENV)/.ummrm
 	$(LAB) run $($*) --output build/lab-$*
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
 
-lab-findings: lab-claim lab-ablations lab-followup lab-sweep
+lab-findings: $(FIRST:%=lab-%) $(FROM_BACKBONE:%=lab-%)
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
-	$(LAB) findings docs/findings.md
+	$(LAB) findings docs/findings.md docs/first-findings.md
 
 # kept with its hash, never committed; a file of its own, so that a study finds it without network
 build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real

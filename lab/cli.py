@@ -151,12 +151,11 @@ def list_studies() -> None:
 
 @app.command()
 def findings(
-    page: Annotated[Path, typer.Argument(help="Markdown file with `<!-- table STUDY TABLE -->` marks.")] = Path(
-        "docs/findings.md"
-    ),
+    pages: Annotated[list[Path], typer.Argument(help="Markdown files with `<!-- table STUDY TABLE -->` marks.")],
 ) -> None:
-    """Fills the tables of a page from the studies kept in lab/results."""
-    page.write_text(filled(page.read_text()))
+    """Fills the tables of pages from the studies kept in lab/results."""
+    for page in pages:
+        page.write_text(filled(page.read_text()))
 
 
 def main() -> None:
