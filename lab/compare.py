@@ -35,7 +35,7 @@ class Comparison:
         config: what is compared.
         primary: whether it is the primary one.
         paired: the outcome; None if fewer than two seeds have both values.
-        missing: seeds in which one of the values is missing (PPO never got to the fixed KL).
+        missing: seeds in which both arms were run and one of the values is missing (PPO never got to the fixed KL).
         adjusted: p of the sign-flip test after Holm's correction within its family (primary, or secondary).
     """
 
@@ -79,6 +79,10 @@ class Runs:
         }
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
+    def ran(self, regime: str, arm: str, optimiser: str) -> set[int]:
+        """The seeds in which an arm was run under an optimiser, whatever came of it."""
+        return {seed for seed in self.seeds if (regime, seed, arm, optimiser) in self._rows}
+
     def interval(self, regime: str, arm: str, optimiser: str, column: str) -> tuple[float, float, float] | None:
         """Mean over seeds and its 95% t interval; None without a value."""
         values = list(self.values(regime, arm, optimiser, column).values())
@@ -112,7 +116,8 @@ def write_comparisons(path: Path, comparisons: Sequence[Comparison]) -> None:
 def _compare(regime: str, config: ComparisonConfig, primary: bool, runs: Runs) -> Comparison | None:
     first, second = (runs.values(regime, arm, config.optimiser, config.outcome) for arm in (config.arm, config.against))
     both = sorted(set(first) & set(second))
-    missing = len(runs.seeds) - len(both)
+    ran = runs.ran(regime, config.arm, config.optimiser) & runs.ran(regime, config.against, config.optimiser)
+    missing = len(ran) - len(both)
     if not first and not second:
         return None
     found = paired([first[s] for s in both], [second[s] for s in both]) if len(both) >= 2 else None
