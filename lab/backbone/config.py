@@ -19,6 +19,7 @@ from pydantic import Field
 from ummrm import UpcycleConfig
 
 from ..config import ComparisonConfig, MeasureConfig
+from ..ppo import PPOConfig
 from ..ratings.task import RatingsTaskConfig
 from ..reading import build, require
 from ..tasks.language import LanguageTaskConfig
@@ -30,6 +31,7 @@ from .training import Sequencing
 
 KINDS = ("dense", "token", "mixture", "sequence", "ensemble", "weight_average", "distilled")
 TRAINED = ("dense", "token", "sequence")  # those that are trained on pairs; others are made of them
+OPTIMISERS = ("best_of_n", "ppo")
 PAIRS = ("all", "weighted", "counterfactual")
 
 
@@ -154,6 +156,29 @@ class Variation:
 
 
 @dataclass(frozen=True)
+class PolicyTraining:
+    """PPO as a second optimiser, which costs more than best-of-n: for some arms and some seeds.
+
+    Every policy starts as its seed's pretrained backbone, which is a language model of the policy's answers.
+
+    Attributes:
+        arms: arms against which policies are trained.
+        seeds: how many of the study's seeds, the first ones.
+        answer_tokens: longest answer, its end token included.
+        settings: of PPO.
+    """
+
+    arms: tuple[str, ...]
+    seeds: int
+    answer_tokens: int = 24
+    settings: PPOConfig = PPOConfig()
+
+    def __post_init__(self) -> None:
+        require(self, "seeds", self.seeds >= 1, "at least 1")
+        require(self, "answer_tokens", self.answer_tokens >= 2, "at least 2 (a token and the end)")
+
+
+@dataclass(frozen=True)
 class BackboneStudy:
     """A study: every arm in every regime over blocks of seeds that are trained side by side.
 
@@ -171,7 +196,8 @@ class BackboneStudy:
         optimisation: of everything else.
         chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
             `choice.py`. Empty: every variation is run.
-        measure: `fixed_kl` alone counts here.
+        ppo: PPO, where it is run.
+        measure: `fixed_kl` counts here, and with PPO `ppo_fixed_kl` and `ppo_window`.
         primaries: the primary comparisons, made in every regime.
         secondary: further ones.
         kind: tells kinds of studies apart.
@@ -189,6 +215,7 @@ class BackboneStudy:
     pretraining: PretrainingConfig = PretrainingConfig()
     optimisation: Optimisation = Optimisation()
     chosen: dict[str, dict[str, Variation]] = field(default_factory=dict)
+    ppo: PolicyTraining | None = None
     measure: MeasureConfig = MeasureConfig()
     primaries: tuple[ComparisonConfig, ...] = ()
     secondary: tuple[ComparisonConfig, ...] = ()
@@ -209,16 +236,44 @@ class BackboneStudy:
                         f"arms.{name}: `of` and `student` must name arms that stand before it, got {other!r}."
                     )
             self._check_kinds(name, arm)
+        if self.ppo is not None:
+            self._check_ppo(self.ppo)
         for comparison in (*self.primaries, *self.secondary):
             for name in (comparison.arm, comparison.against):
                 if name not in self.arms:
                     raise ValueError(f"a comparison must be of arms, {', '.join(self.arms)}, got {name!r}.")
+                if comparison.optimiser not in self.optimisers(name):
+                    raise ValueError(
+                        f"a comparison under {comparison.optimiser} needs {name!r} to be run under it; all arms are "
+                        "under best_of_n, and those in `ppo.arms` under ppo."
+                    )
         for regime, arms in self.chosen.items():
             if regime not in self.regimes:
                 raise ValueError(f"`chosen` must be of regimes, {', '.join(self.regimes)}, got {regime!r}.")
             missing = [name for name in self.arms_of(regime) if name not in arms]
             if missing:
                 raise ValueError(f"`chosen` must have every arm of the regime {regime}; {', '.join(missing)} missing.")
+
+    def _check_ppo(self, ppo: PolicyTraining) -> None:
+        for name in ppo.arms:
+            if name not in self.arms:
+                raise ValueError(f"`ppo.arms` must be of arms, {', '.join(self.arms)}, got {name!r}.")
+        for name, regime in self.regimes.items():
+            if not isinstance(regime.task, LanguageTaskConfig):
+                raise ValueError(
+                    f"`ppo` needs regimes of kind language, whose gold reward is known for whatever a policy says; got "
+                    f"the regime {name!r} of kind {regime.task.kind}. Run it as a study of its own."
+                )
+        if ppo.answer_tokens + 2 > self.model.longest:
+            raise ValueError(
+                f"`ppo.answer_tokens` must be at most model.longest - 2 = {self.model.longest - 2}, the positions that "
+                f"a prompt leaves, got {ppo.answer_tokens}."
+            )
+        if self.measure.ppo_window > ppo.settings.steps + 1:
+            raise ValueError(
+                f"`measure.ppo_window` must be at most the {ppo.settings.steps + 1} points of a path, got "
+                f"{self.measure.ppo_window}."
+            )
 
     def _check_kinds(self, name: str, arm: BackboneArm) -> None:
         wanted = {"mixture": ("token",), "weight_average": ("dense",), "ensemble": ("dense", "sequence")}
@@ -240,6 +295,16 @@ class BackboneStudy:
     def arms_of(self, regime: str) -> tuple[str, ...]:
         """The arms of a regime."""
         return tuple(name for name in self.arms if name not in self.regimes[regime].without)
+
+    def optimisers(self, arm: str) -> tuple[str, ...]:
+        """What is run against an arm."""
+        return OPTIMISERS if self.ppo is not None and arm in self.ppo.arms else OPTIMISERS[:1]
+
+    def seeds_of(self, block: tuple[int, ...], optimiser: str) -> int:
+        """How many seeds of a block are run under an optimiser, the first ones."""
+        if optimiser == "ppo" and self.ppo is not None:
+            return sum(seed < self.first_seed + self.ppo.seeds for seed in block)
+        return len(block)
 
     def base(self, arm: str) -> str:
         """The arm, trained on pairs, that an arm is made of."""
@@ -281,7 +346,7 @@ class BackboneStudy:
         """Plain data; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
-    def fingerprint(self, regime: str, arm: str) -> str:
+    def fingerprint(self, regime: str, arm: str, optimiser: str = "best_of_n") -> str:
         """What an arm's results depend on beside variation and seeds, in 16 hexadecimal digits."""
 
         def with_others(name: str) -> dict:
@@ -301,6 +366,12 @@ class BackboneStudy:
             **{n: getattr(self, n) for n in ("batch", "student_batch")},
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},
         }
+        if optimiser == "ppo":
+            assert self.ppo is not None
+            parts |= {
+                "measure": [self.measure.ppo_fixed_kl, self.measure.ppo_window],
+                "ppo": {**dataclasses.asdict(self.ppo.settings), "answer_tokens": self.ppo.answer_tokens},
+            }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 

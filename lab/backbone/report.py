@@ -16,7 +16,7 @@ from ..files import write_atomically
 from ..page import page, seeds_in_words
 from ..plots import write_plots
 from ..store import read_table
-from ..tables import Table, comparison_table, interval_cell, mean_cell, primary_lines, ratio_cell
+from ..tables import Table, comparison_table, interval_cell, mean_cell, path_table, primary_lines, ratio_cell
 from .choice import choice_table, write_choice
 from .config import BackboneArm, BackboneRegime, BackboneStudy
 
@@ -34,6 +34,7 @@ class Shown:
         primaries: the primary comparisons.
         secondary: further ones.
         shown: arms whose curves are drawn.
+        optimised: of those arms, the optimisers.
         device: where models ran.
         mixture: none: experts aren't reported.
     """
@@ -46,6 +47,7 @@ class Shown:
     primaries: tuple[ComparisonConfig, ...]
     secondary: tuple[ComparisonConfig, ...]
     shown: tuple[str, ...]
+    optimised: dict[str, tuple[str, ...]]
     device: str = "cpu"
     mixture: str | None = None
 
@@ -72,6 +74,7 @@ class Shown:
             primaries=study.primaries,
             secondary=study.secondary,
             shown=tuple(dict.fromkeys(compared)) or tuple(names),
+            optimised={name: study.optimisers(arm) for name, (arm, _) in names.items()},
         )
 
     @property
@@ -89,7 +92,7 @@ class Shown:
 
     def optimisers(self, arm: str) -> tuple[str, ...]:
         """What is run against an arm."""
-        return ("best_of_n",)
+        return self.optimised[arm]
 
 
 def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
@@ -117,7 +120,7 @@ def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
         start="the pretrained backbone",
         primary=primary_lines(shown, comparisons),
         arms=[*(tables[regime] for regime in study.regimes), *([] if study.chosen else [tables["choice"]])],
-        paths=None,
+        paths=tables["paths"],
         comparisons=tables["comparisons"],
     )
     write_atomically(folder / "report.html", html)
@@ -125,10 +128,13 @@ def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
 
 
 def backbone_tables(folder: Path, study: BackboneStudy) -> dict[str, Table]:
-    """The tables of the study in `folder`: its arms by the name of each regime, `comparisons`, `choice`."""
+    """The tables of the study in `folder`: its arms by the name of each regime, `paths` of PPO, `comparisons`,
+    `choice`.
+    """
     shown, runs, comparisons = _read(folder, study)
     return {
         **{regime: _arm_table(shown, regime, runs) for regime in study.regimes},
+        "paths": path_table(shown, runs),
         "comparisons": comparison_table(shown, comparisons),
         "choice": choice_table(study, runs),
     }
