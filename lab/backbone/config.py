@@ -174,6 +174,7 @@ class PolicyTraining:
     settings: PPOConfig = PPOConfig()
 
     def __post_init__(self) -> None:
+        require(self, "arms", len(self.arms) > 0, "at least one arm")
         require(self, "seeds", self.seeds >= 1, "at least 1")
         require(self, "answer_tokens", self.answer_tokens >= 2, "at least 2 (a token and the end)")
 
@@ -268,6 +269,10 @@ class BackboneStudy:
             raise ValueError(
                 f"`ppo.answer_tokens` must be at most model.longest - 2 = {self.model.longest - 2}, the positions that "
                 f"a prompt leaves, got {ppo.answer_tokens}."
+            )
+        if ppo.settings.steps < 2:
+            raise ValueError(
+                f"`ppo.settings.steps` must be at least 2 for a curve to be fitted, got {ppo.settings.steps}."
             )
         if self.measure.ppo_window > ppo.settings.steps + 1:
             raise ValueError(

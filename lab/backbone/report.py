@@ -34,7 +34,6 @@ class Shown:
         primaries: the primary comparisons.
         secondary: further ones.
         shown: arms whose curves are drawn.
-        optimised: of those arms, the optimisers.
         device: where models ran.
         mixture: none: experts aren't reported.
     """
@@ -47,7 +46,6 @@ class Shown:
     primaries: tuple[ComparisonConfig, ...]
     secondary: tuple[ComparisonConfig, ...]
     shown: tuple[str, ...]
-    optimised: dict[str, tuple[str, ...]]
     device: str = "cpu"
     mixture: str | None = None
 
@@ -74,7 +72,6 @@ class Shown:
             primaries=study.primaries,
             secondary=study.secondary,
             shown=tuple(dict.fromkeys(compared)) or tuple(names),
-            optimised={name: study.optimisers(arm) for name, (arm, _) in names.items()},
         )
 
     @property
@@ -89,10 +86,6 @@ class Shown:
     def title(self, regime: str) -> str:
         """A regime in words."""
         return self.regimes[regime].title or regime
-
-    def optimisers(self, arm: str) -> tuple[str, ...]:
-        """What is run against an arm."""
-        return self.optimised[arm]
 
 
 def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
