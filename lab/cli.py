@@ -13,7 +13,7 @@ from rich.console import Console
 
 from . import StudyError, load_study, report_lines, run_study, shipped_studies
 from . import write_report as write_lab_report
-from .backbone.choice import chosen_yaml
+from .backbone.choice import Search, chosen_yaml
 from .backbone.config import BackboneStudy
 from .backbone.run import run_backbone_study
 from .compare import Runs
@@ -108,12 +108,18 @@ def report(
 
 @app.command()
 def choose(
-    folder: Annotated[Path, typer.Argument(help="Folder of a search study from a pretrained backbone.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of search studies from a pretrained backbone.")],
     target: Annotated[Path, typer.Argument(help="YAML file to write, which a study's `chosen` names.")],
 ) -> None:
-    """Writes the steps and rates that a search study chooses for each arm and regime."""
-    study = BackboneStudy.from_dict(json.loads((folder / "study.json").read_text())["study"])
-    target.write_text(chosen_yaml(study, Runs(read_table(folder, "runs"))))
+    """Writes the steps and rates that search studies on the same seeds choose for each arm and regime."""
+    searches = [
+        Search(
+            BackboneStudy.from_dict(json.loads((folder / "study.json").read_text())["study"]),
+            Runs(read_table(folder, "runs")),
+        )
+        for folder in folders
+    ]
+    target.write_text(chosen_yaml(*searches))
     _say(f"written: {target}")
 
 

@@ -73,15 +73,13 @@ class Runs:
     def values(self, regime: str, arm: str, optimiser: str, column: str) -> dict[int, float]:
         """Seed to value, missing ones left out."""
         found = {
-            seed: self._rows[regime, seed, arm, optimiser][column]
-            for seed in self.seeds
-            if (regime, seed, arm, optimiser) in self._rows
+            seed: self._rows[regime, seed, arm, optimiser][column] for seed in self.seeds_of(regime, arm, optimiser)
         }
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
-    def ran(self, regime: str, arm: str, optimiser: str) -> set[int]:
-        """The seeds in which an arm was run under an optimiser, whatever came of it."""
-        return {seed for seed in self.seeds if (regime, seed, arm, optimiser) in self._rows}
+    def seeds_of(self, regime: str, arm: str, optimiser: str, *others: str) -> list[int]:
+        """Seeds on which an arm was run, and `others` too."""
+        return [s for s in self.seeds if all((regime, s, one, optimiser) in self._rows for one in (arm, *others))]
 
     def interval(self, regime: str, arm: str, optimiser: str, column: str) -> tuple[float, float, float] | None:
         """Mean over seeds and its 95% t interval; None without a value."""
@@ -116,8 +114,7 @@ def write_comparisons(path: Path, comparisons: Sequence[Comparison]) -> None:
 def _compare(regime: str, config: ComparisonConfig, primary: bool, runs: Runs) -> Comparison | None:
     first, second = (runs.values(regime, arm, config.optimiser, config.outcome) for arm in (config.arm, config.against))
     both = sorted(set(first) & set(second))
-    ran = runs.ran(regime, config.arm, config.optimiser) & runs.ran(regime, config.against, config.optimiser)
-    missing = len(ran) - len(both)
+    missing = len(runs.seeds_of(regime, config.arm, config.optimiser, config.against)) - len(both)
     if not first and not second:
         return None
     found = paired([first[s] for s in both], [second[s] for s in both]) if len(both) >= 2 else None

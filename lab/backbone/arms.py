@@ -79,7 +79,7 @@ class RewardModels:
 
     @property
     def training_flops(self) -> Tensor:
-        """Operations of all training after pretraining, fp64 [S]."""
+        """Operations of all training after the regime's start, fp64 [S]."""
         return torch.stack(list(self.stages.values())).sum(0)
 
 
@@ -226,29 +226,32 @@ class BackboneArms:
         teacher = self.make(arm.of, inner)
         student = self.make(arm.student, inner) if arm.student else self._dense("start", block.start, {})
         assert student.parameters is not None  # the study's check has seen to it
-        length = block.unlabelled.lengths.double().mean(1)
-        scoring = teacher.serving_flops * length * len(block.unlabelled)
+        answers = block.without_labels(arm.texts, arm.answers)
+        length = answers.lengths.double().mean(1)
+        scoring = teacher.serving_flops * length * len(answers)
         forward = block.network.forward_flops(length)
         flops = scoring + (1 + BACKWARD) * forward * arm.steps[0] * study.student_batch * length
         start = student.parameters
 
         def make() -> dict:
-            own = score(block, block.unlabelled, next(iter(student.members.values()))) if arm.student else None
-            targets = in_scale_of(self._teaching(teacher), own)
+            afresh = not arm.student and study.regimes[self.regime].trained is None
+            own = None if afresh else score(block, answers, next(iter(student.members.values())))
+            targets = in_scale_of(self._teaching(teacher, arm), own)
             settings, said = self._settings(arm), self._said("distillation")
             rate, batch = variation.student_rate, study.student_batch
-            return {"parameters": distil(block, start, targets, arm.steps[0], batch, rate, settings, said)}
+            return {"parameters": distil(block, answers, start, targets, arm.steps[0], batch, rate, settings, said)}
 
         label = f"{name}-{variation}"
         taught = self._stage(label, name, make)["parameters"]
         return self._dense(label, taught, {**teacher.stages, **student.stages, label: flops})
 
-    def _teaching(self, teacher: RewardModels) -> Tensor:
-        """The teacher's scores of the answers without labels, normalised: fp64 [S, n]."""
+    def _teaching(self, teacher: RewardModels, arm: BackboneArm) -> Tensor:
+        """The teacher's scores of the answers that `arm` distils on, normalised: fp64 [S, n]."""
         sets = []
-        for label, one in teacher.members.items():
+        for name, one in teacher.members.items():
+            label = f"{name} on {arm.answers} {arm.texts}"
             if label not in self._teachers:
-                self._teachers[label] = score(self.block, self.block.unlabelled, one)
+                self._teachers[label] = score(self.block, self.block.without_labels(arm.texts, arm.answers), one)
             found = self._teachers[label]
             sets.append(Scores({"unlabelled": found, "reference": found}))
         return combined(sets, teacher.rule, teacher.uncertainty).sets["unlabelled"]

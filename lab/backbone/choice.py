@@ -1,10 +1,10 @@
 """Which variation of each arm a search study chooses, for the claim study to run on other seeds.
 
-    python -m lab choose FOLDER lab/configs/backbone-chosen.yaml
+    python -m lab choose FOLDER... lab/configs/chosen/backbone.yaml
 
 The variation with the highest mean over seeds of the outcomes that the arm is chosen by, by default both primary ones
 together, each in units of its own spread: the standard deviation over seeds of what a variation differs by from the
-arm's mean over variations.
+arm's mean over variations. An arm that several search studies tried is chosen among the variations of all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import io
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -46,26 +47,49 @@ class Candidate:
     chosen: bool = False
 
 
-def candidates(study: BackboneStudy, runs: Runs) -> list[Candidate]:
-    """Every variation that was run in full, with its score."""
-    found = []
-    for regime in study.regimes:
-        for arm in study.arms_of(regime):
-            values: dict[Variation, list[dict[int, float]]] = {}
-            for variation in study.variations(regime, arm):
-                name = study.run_name(arm, variation)
-                each = [runs.values(regime, name, "best_of_n", outcome) for outcome in OUTCOMES]
-                if all(each):
-                    values[variation] = each
-            found += _scored(regime, arm, study.arms[arm].chosen_by, values)
-    return found
+class Search(NamedTuple):
+    """A search study and what was run of it.
+
+    Attributes:
+        study: the study.
+        runs: its rows.
+    """
+
+    study: BackboneStudy
+    runs: Runs
+
+
+def candidates(*searches: Search) -> list[Candidate]:
+    """Every variation that was run in full, with its score.
+
+    Args:
+        searches: on the same seeds.
+
+    Raises:
+        ValueError: they are not, or an arm of one is another arm in another.
+    """
+    if len({tuple(search.runs.seeds) for search in searches}) > 1:
+        listed = "; ".join(f"{s.study.name}: {s.runs.seeds}" for s in searches)
+        raise ValueError(f"search studies must have the same seeds to be chosen from together, got {listed}.")
+    values: dict[tuple[str, str], dict[Variation, list[dict[int, float]]]] = {}
+    made_as: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
+    for study, runs in searches:
+        for regime in study.regimes:
+            for arm in study.arms_of(regime):
+                here = (study.fingerprint(regime, arm), study.arms[arm].chosen_by)
+                if made_as.setdefault((regime, arm), here) != here:
+                    raise ValueError(f"the arm {arm} must be the same in all search studies; {study.name} has another.")
+                for variation in study.variations(regime, arm):
+                    name = study.run_name(arm, variation)
+                    each = [runs.values(regime, name, "best_of_n", outcome) for outcome in OUTCOMES]
+                    if all(each):
+                        values.setdefault((regime, arm), {})[variation] = each
+    return [c for key, found in values.items() for c in _scored(*key, made_as[key][1], found)]
 
 
 def _scored(
     regime: str, arm: str, chosen_by: tuple[str, ...], values: dict[Variation, list[dict[int, float]]]
 ) -> list[Candidate]:
-    if not values:
-        return []
     spreads, means = [], {}
     for i in range(len(OUTCOMES)):
         of_seed = {
@@ -86,7 +110,7 @@ def write_choice(path: Path, study: BackboneStudy, runs: Runs) -> Path:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["regime", "arm", "steps", "rate", "student_rate", *OUTCOMES, "score", "chosen"])
-    for c in candidates(study, runs):
+    for c in candidates(Search(study, runs)):
         v = c.variation
         writer.writerow([c.regime, c.arm, v.steps, v.rate, v.student_rate, *c.means, c.score, c.chosen])
     write_atomically(path, text.getvalue())
@@ -107,7 +131,7 @@ def choice_table(study: BackboneStudy, runs: Runs) -> Table:
     if study.chosen:
         return Table("", head, ())
     rows = []
-    for c in (c for c in candidates(study, runs) if c.chosen):
+    for c in (c for c in candidates(Search(study, runs)) if c.chosen):
         v, regime = c.variation, study.regimes[c.regime]
         numbers = (f"{c.means[0]:.3f}", f"{c.means[1]:.2f}")
         student = f"{v.student_rate:g}" if v.student_rate else ""
@@ -117,11 +141,12 @@ def choice_table(study: BackboneStudy, runs: Runs) -> Table:
     return Table("Chosen on these seeds, for others", head, tuple(rows))
 
 
-def chosen_yaml(study: BackboneStudy, runs: Runs) -> str:
-    """The choice as the claim study reads it."""
+def chosen_yaml(*searches: Search) -> str:
+    """The choice as the claim study reads it; as `candidates`."""
     made: dict[str, dict[str, dict]] = {}
-    for c in candidates(study, runs):
+    for c in candidates(*searches):
         if c.chosen:
             made.setdefault(c.regime, {})[c.arm] = dataclasses.asdict(c.variation)
-    head = f"# Chosen by `python -m lab choose` from the study {study.name}, seeds {study.first_seed} to "
-    return head + f"{study.first_seed + study.seeds - 1}.\n" + yaml.safe_dump(made, sort_keys=False)
+    names, seeds = " and ".join(s.study.name for s in searches), searches[0].runs.seeds
+    head = f"# Chosen by `python -m lab choose` from {names}, seeds {seeds[0]} to {seeds[-1]}.\n"
+    return head + yaml.safe_dump(made, sort_keys=False)

@@ -19,13 +19,13 @@ from pydantic import Field
 from ummrm import UpcycleConfig
 
 from ..config import ComparisonConfig, MeasureConfig
-from ..ppo import PPOConfig
 from ..ratings.task import RatingsTaskConfig
 from ..reading import build, require
 from ..tasks.language import LanguageTaskConfig
 from .llama import LlamaShape
 from .mixture import check_token_config
 from .optimiser import Optimisation
+from .ppo_config import PolicyTraining
 from .regimes import PretrainingConfig
 from .training import Sequencing
 
@@ -36,6 +36,23 @@ PAIRS = ("all", "weighted", "counterfactual")
 
 
 @dataclass(frozen=True)
+class TrainedStart:
+    """Dense training on the regime's pairs that comes before every arm, which then starts from a trained reward model.
+
+    Attributes:
+        steps: how many.
+        rate: its learning rate.
+    """
+
+    steps: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        require(self, "steps", self.steps >= 1, "at least 1")
+        require(self, "rate", self.rate > 0, "above 0")
+
+
+@dataclass(frozen=True)
 class BackboneRegime:
     """A regime.
 
@@ -43,11 +60,13 @@ class BackboneRegime:
         task: its data, `kind: language` or `kind: ratings`.
         title: in words.
         without: arms that are left out of it.
+        trained: what every arm starts from; None: the pretrained backbone with a fresh head.
     """
 
     task: Annotated[LanguageTaskConfig | RatingsTaskConfig, Field(discriminator="kind")]
     title: str = ""
     without: tuple[str, ...] = ()
+    trained: TrainedStart | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class BackboneArm:
             `weight_average`: of a dense arm's runs (WARM); `distilled`: a student of another arm's scores.
         label: in tables.
         of: the arm that a mixture, ensemble, weight average or teacher is.
-        student: the arm whose model a distilled one starts from; empty: the pretrained start.
+        student: the arm whose model a distilled one starts from; empty: the regime's start.
         rates: learning rates to try; of a distilled arm the student's.
         steps: numbers of steps to try; of a distilled arm one, the student's.
         of_rates: which rates of the arm `of` are tried; empty: all.
@@ -75,8 +94,11 @@ class BackboneArm:
         alpha_steps: of `token`: steps, of those that it has, that learn the merge weights.
         alpha_rate: of `token`: their learning rate.
         clip: whether gradients are clipped.
+        texts: of `distilled`: on which answers, the `policy`'s or those of the training `pairs`.
+        answers: of `distilled`: on only so many of them; 0: all.
         rule: how an ensemble's scores combine: `mean`, `worst` or `uwo`.
         uncertainty: UWO's weight of the variance.
+        most_seeds: it is run on the study's first so many seeds, a multiple of the block; 0: all.
         chosen_by: outcomes by which its variation is chosen (`choice.py`).
     """
 
@@ -97,14 +119,19 @@ class BackboneArm:
     alpha_steps: int = 40
     alpha_rate: float = 5e-2
     clip: bool = True
+    texts: str = "policy"
+    answers: int = 0
     rule: str = "mean"
     uncertainty: float = 0.5
+    most_seeds: int = 0
     chosen_by: tuple[str, ...] = ("accuracy_policy", "gold_at_kl")
 
     def __post_init__(self) -> None:
         require(self, "kind", self.kind in KINDS, "one of " + ", ".join(KINDS))
         require(self, "pairs", self.pairs in PAIRS, "one of " + ", ".join(PAIRS))
         require(self, "rule", self.rule in ("mean", "worst", "uwo"), "one of mean, worst, uwo")
+        require(self, "texts", self.texts in ("policy", "pairs"), "one of policy, pairs")
+        require(self, "answers", self.answers >= 0, "at least 0")
         require(self, "runs", self.runs >= 2, "at least 2")
         known = {"accuracy_policy", "gold_at_kl"}
         require(
@@ -116,7 +143,9 @@ class BackboneArm:
             require(self, "of", self.of != "", f"the name of an arm for one of kind {self.kind}")
         if self.kind in (*TRAINED, "distilled"):
             require(self, "rates", len(self.rates) > 0 and min(self.rates) > 0, "learning rates above 0")
-            require(self, "steps", len(self.steps) > 0 and min(self.steps) >= 1, "numbers of steps, at least 1")
+            least = 0 if self.kind == "dense" else 1  # no step at all: the start itself
+            expected = f"numbers of steps, at least {least}"
+            require(self, "steps", len(self.steps) > 0 and min(self.steps) >= least, expected)
         if self.kind == "distilled":
             require(self, "steps", len(self.steps) == 1, "one number for a distilled arm")
         if self.kind == "token":
@@ -153,30 +182,6 @@ class Variation:
         return f"{self.steps} steps, rate {self.rate:g}" + (
             f", student's {self.student_rate:g}" * bool(self.student_rate)
         )
-
-
-@dataclass(frozen=True)
-class PolicyTraining:
-    """PPO as a second optimiser, which costs more than best-of-n: for some arms and some seeds.
-
-    Every policy starts as its seed's pretrained backbone, which is a language model of the policy's answers.
-
-    Attributes:
-        arms: arms against which policies are trained.
-        seeds: how many of the study's seeds, the first ones.
-        answer_tokens: longest answer, its end token included.
-        settings: of PPO.
-    """
-
-    arms: tuple[str, ...]
-    seeds: int
-    answer_tokens: int = 24
-    settings: PPOConfig = PPOConfig()
-
-    def __post_init__(self) -> None:
-        require(self, "arms", len(self.arms) > 0, "at least one arm")
-        require(self, "seeds", self.seeds >= 1, "at least 1")
-        require(self, "answer_tokens", self.answer_tokens >= 2, "at least 2 (a token and the end)")
 
 
 @dataclass(frozen=True)
@@ -237,8 +242,13 @@ class BackboneStudy:
                         f"arms.{name}: `of` and `student` must name arms that stand before it, got {other!r}."
                     )
             self._check_kinds(name, arm)
+            if arm.most_seeds < 0 or arm.most_seeds % self.block:
+                raise ValueError(
+                    f"arms.{name}: `most_seeds` must be a multiple of the block of {self.block} seeds, got "
+                    f"{arm.most_seeds}."
+                )
         if self.ppo is not None:
-            self._check_ppo(self.ppo)
+            self.ppo.check(self.arms, {n: r.task for n, r in self.regimes.items()}, self.model, self.measure)
         for comparison in (*self.primaries, *self.secondary):
             for name in (comparison.arm, comparison.against):
                 if name not in self.arms:
@@ -254,31 +264,6 @@ class BackboneStudy:
             missing = [name for name in self.arms_of(regime) if name not in arms]
             if missing:
                 raise ValueError(f"`chosen` must have every arm of the regime {regime}; {', '.join(missing)} missing.")
-
-    def _check_ppo(self, ppo: PolicyTraining) -> None:
-        for name in ppo.arms:
-            if name not in self.arms:
-                raise ValueError(f"`ppo.arms` must be of arms, {', '.join(self.arms)}, got {name!r}.")
-        for name, regime in self.regimes.items():
-            if not isinstance(regime.task, LanguageTaskConfig):
-                raise ValueError(
-                    f"`ppo` needs regimes of kind language, whose gold reward is known for whatever a policy says; got "
-                    f"the regime {name!r} of kind {regime.task.kind}. Run it as a study of its own."
-                )
-        if ppo.answer_tokens + 2 > self.model.longest:
-            raise ValueError(
-                f"`ppo.answer_tokens` must be at most model.longest - 2 = {self.model.longest - 2}, the positions that "
-                f"a prompt leaves, got {ppo.answer_tokens}."
-            )
-        if ppo.settings.steps < 2:
-            raise ValueError(
-                f"`ppo.settings.steps` must be at least 2 for a curve to be fitted, got {ppo.settings.steps}."
-            )
-        if self.measure.ppo_window > ppo.settings.steps + 1:
-            raise ValueError(
-                f"`measure.ppo_window` must be at most the {ppo.settings.steps + 1} points of a path, got "
-                f"{self.measure.ppo_window}."
-            )
 
     def _check_kinds(self, name: str, arm: BackboneArm) -> None:
         wanted = {"mixture": ("token",), "weight_average": ("dense",), "ensemble": ("dense", "sequence")}
@@ -305,11 +290,12 @@ class BackboneStudy:
         """What is run against an arm."""
         return OPTIMISERS if self.ppo is not None and arm in self.ppo.arms else OPTIMISERS[:1]
 
-    def seeds_of(self, block: tuple[int, ...], optimiser: str) -> int:
-        """How many seeds of a block are run under an optimiser, the first ones."""
+    def seeds_of(self, arm: str, block: tuple[int, ...], optimiser: str) -> int:
+        """How many seeds of a block an arm is run on under an optimiser, the first ones."""
+        most = self.arms[arm].most_seeds or self.seeds
         if optimiser == "ppo" and self.ppo is not None:
-            return sum(seed < self.first_seed + self.ppo.seeds for seed in block)
-        return len(block)
+            most = min(most, self.ppo.seeds)
+        return sum(seed < self.first_seed + most for seed in block)
 
     def base(self, arm: str) -> str:
         """The arm, trained on pairs, that an arm is made of."""
@@ -356,17 +342,19 @@ class BackboneStudy:
 
         def with_others(name: str) -> dict:
             made = dataclasses.asdict(self.arms[name])
-            for unimportant in ("label", "rates", "of_rates", "of_steps", "chosen_by"):
+            for unimportant in ("label", "rates", "of_rates", "of_steps", "chosen_by", "most_seeds"):
                 del made[unimportant]
             if made["kind"] != "distilled":
                 del made["steps"]
-            if not made["own_heads"]:  # so that what was run before there was a choice still counts
-                del made["own_heads"]
+            for later in ("own_heads", "texts", "answers"):  # what was run before there was a choice still counts
+                if made[later] == getattr(BackboneArm, later):
+                    del made[later]
             return {**made, **{part: with_others(made[part]) for part in ("of", "student") if made[part]}}
 
         parts = {
             "task": dataclasses.asdict(self.regimes[regime].task),
             "arm": with_others(arm),
+            **({"trained": dataclasses.asdict(start)} if (start := self.regimes[regime].trained) else {}),
             "measure": self.measure.fixed_kl,
             **{n: getattr(self, n) for n in ("batch", "student_batch")},
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},

@@ -101,6 +101,14 @@ class Answers:
     def __len__(self) -> int:
         return self.lengths.shape[1]
 
+    def first(self, count: int) -> Answers:
+        """The first answers of each seed."""
+        return Answers(
+            {name: value[:, :count] for name, value in self.features.items()},
+            self.lengths[:, :count],
+            self.shortcut[:, :count],
+        )
+
     def take(self, seeds: Tensor, index: Tensor) -> Features:
         """Features of chosen answers.
 
@@ -142,7 +150,7 @@ class Block:
     Attributes:
         seeds: the seeds, S of them.
         network: the forward.
-        start: the pretrained backbone of each seed with a fresh head, [S, ...].
+        start: where every arm starts, [S, ...]: each seed's pretrained backbone with a fresh head, or a trained model.
         train: training pairs, labels as noisy as the regime has them.
         test: held-out pairs of the same kind, labelled by gold.
         shifted: held-out pairs with the shortcut reversed, labelled by gold.
@@ -170,6 +178,16 @@ class Block:
     tasks: tuple[Task, ...] | None = None
     language_models: Parameters | None = None
 
+    def without_labels(self, texts: str, count: int = 0) -> Answers:
+        """Answers that distillation scores.
+
+        Args:
+            texts: `"policy"`, the policy's answers to no one's pairs; `"pairs"`, the answers of the training pairs.
+            count: only the first so many; 0: all.
+        """
+        found = self.unlabelled if texts == "policy" else joined(self.train.chosen, self.train.rejected)
+        return found if not count else found.first(count)
+
     @property
     def length(self) -> Tensor:
         """Mean length of each seed's training answers, fp64 [S]."""
@@ -184,12 +202,13 @@ class Block:
         if self.counterfactual is None:
             raise ValueError("this regime has no counterfactual edits of its shortcut; leave the arm out of it.")
         return Pairs(
-            _joined(self.train.chosen, self.counterfactual.chosen),
-            _joined(self.train.rejected, self.counterfactual.rejected),
+            joined(self.train.chosen, self.counterfactual.chosen),
+            joined(self.train.rejected, self.counterfactual.rejected),
         )
 
 
-def _joined(first: Answers, second: Answers) -> Answers:
+def joined(first: Answers, second: Answers) -> Answers:
+    """Both, one after the other."""
     return dataclasses.replace(
         first,
         features={name: torch.cat([value, second.features[name]], 1) for name, value in first.features.items()},

@@ -5,7 +5,9 @@ Best-of-n, curves and accuracies are the laboratory's; calibration is this modul
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from ..tasks import PolicySamples, Sequences
 from ..units import VALUES, curve_values, policy_accuracies, share_right
 from .data import Answers, Block, Features
 
-COLUMNS = (*VALUES, "calibration_error", "preference_loss", "correlation")
+COLUMNS = (*VALUES, "calibration_error", "preference_loss", "correlation", "member_correlation")
 """Columns of runs.csv after regime, seed, arm and optimiser."""
 
 _AT_ONCE = 128  # answers a seed, so that activations stay in the cache: a third faster here than 512
@@ -37,9 +39,11 @@ class Scores:
 
     Attributes:
         sets: rewards by the name of the set of answers (`answer_sets`).
+        members: of an ensemble: each member's rewards of the policy's answers.
     """
 
     sets: dict[str, Tensor]
+    members: tuple[Tensor, ...] = ()
 
 
 def answer_sets(block: Block) -> dict[str, Answers]:
@@ -92,7 +96,7 @@ def combined(members: list[Scores], rule: str, uncertainty: float) -> Scores:
         normal = [(m.sets[name] - mean) / std for m, (mean, std) in zip(members, scales, strict=True)]
         scores = combine_scores(torch.stack([n.flatten() for n in normal], 1), rule, uncertainty=uncertainty)
         sets[name] = unit * scores.view_as(first)
-    return Scores(sets)
+    return Scores(sets, tuple(m.sets["policy"] for m in members if "policy" in m.sets))
 
 
 def measure(block: Block, scores: Scores, fixed_kl: float) -> list[dict]:
@@ -128,6 +132,10 @@ def _of_seed(block: Block, scores: Scores, seed: int, fixed_kl: float) -> dict:
         "preference_loss": -torch.nn.functional.logsigmoid(chosen - rejected).mean().item(),
         "correlation": _correlation(proxy, gold),
     }
+    if scores.members:
+        each = [member[seed].view_as(gold) for member in scores.members]
+        pairs = [_correlation(a, b) for a, b in itertools.combinations(each, 2)]
+        values["member_correlation"] = statistics.fmean(pairs)
     return {"values": values, "curve": curve}
 
 

@@ -130,7 +130,7 @@ def check_token_config(config: UpcycleConfig) -> None:
 
 
 def token_upcycled(block: Block, config: UpcycleConfig) -> Parameters:
-    """The pretrained start with E + 1 copies of every FFN, the shared one first, and fresh routers."""
+    """The start with E + 1 copies of every FFN, the shared one first, and fresh routers."""
     network = block.network
     names = network.expert_names("ffn")
     made = {

@@ -18,10 +18,10 @@ from ..seeds import derive
 from ..tasks import Sequences
 from ..units import path_row, path_values
 from .arms import OnStep, RewardModels
-from .config import PolicyTraining
 from .data import Block
 from .llama import Llama
 from .measures import Scores, combined
+from .ppo_config import PolicyTraining
 
 
 def policy_path(

@@ -6,16 +6,18 @@ one thread.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files import prepare_output, write_atomically
+from ..files import kept, prepare_output, write_atomically
 from ..ratings.regime import ratings_block
 from ..ratings.task import RatingsTaskConfig
 from ..run import StudyError, locked, machine_facts, minutes
@@ -27,6 +29,7 @@ from .measures import COLUMNS as VALUES
 from .measures import measure
 from .ppo import policy_path, reward_of
 from .regimes import language_block
+from .training import train_dense
 
 TABLES = {**COLUMNS, "runs": (*KEY, *VALUES), "timings": (*KEY, "seconds")}
 
@@ -127,17 +130,25 @@ def make_block(
     study: BackboneStudy, regime: str, seeds: tuple[int, ...], folder: Path | None, on_step: OnStep
 ) -> Block:
     """The data of a block of seeds in a regime: where another kind of regime comes in."""
-    task = study.regimes[regime].task
+    task, trained = study.regimes[regime].task, study.regimes[regime].trained
+
+    def said(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_step(stage, done, total)
+
     if isinstance(task, RatingsTaskConfig):
-        return ratings_block(task, seeds, on_step=lambda done, total: on_step("frozen layers", done, total))
-    return language_block(
-        task,
-        study.model,
-        study.pretraining,
-        seeds,
-        folder,
-        lambda done, total: on_step("pretraining", done, total),
-    )
+        block = ratings_block(task, seeds, on_step=said("frozen layers"))
+    else:
+        block = language_block(task, study.model, study.pretraining, seeds, folder, said("pretraining"))
+    if trained is None:
+        return block
+    settings, run = study.optimisation, "start"  # of data in an order of its own
+    common = (block, trained.steps, study.batch, trained.rate, settings, run)
+
+    def make() -> dict:
+        return {"parameters": train_dense(*common, on_step=said("start"))}
+
+    start = make() if folder is None else kept(folder / f"start-{trained.steps}-{trained.rate:g}.pt", make)
+    return dataclasses.replace(block, start=start["parameters"])
 
 
 def _works(study: BackboneStudy, arms: tuple[str, ...], optimisers: tuple[str, ...]) -> list[_Work]:
@@ -148,7 +159,7 @@ def _works(study: BackboneStudy, arms: tuple[str, ...], optimisers: tuple[str, .
                 for variation in study.variations(regime, arm):
                     name = study.run_name(arm, variation)
                     for optimiser in (o for o in study.optimisers(arm) if not optimisers or o in optimisers):
-                        seeds = study.seeds_of(block, optimiser)
+                        seeds = study.seeds_of(arm, block, optimiser)
                         if seeds:
                             kind = PolicyUnit if optimiser == "ppo" else BlockUnit
                             unit = kind(regime, name, block[0], seeds)

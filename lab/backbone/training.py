@@ -50,7 +50,7 @@ def generators(seeds: Sequence[int], *labels: object) -> list[torch.Generator]:
 def order(seed: int, label: object, rows: int, steps: int, batch: int) -> Tensor:
     """Which rows each step sees, epoch by epoch: int64 [steps, batch]."""
     generator = torch.Generator().manual_seed(derive(seed, "order", label))
-    epochs = -(-steps * batch // rows)
+    epochs = max(1, -(-steps * batch // rows))
     drawn = torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
     return drawn[: steps * batch].view(steps, batch)
 
@@ -91,13 +91,13 @@ def train_dense(
     batch: int,
     rate: float,
     settings: Optimisation,
-    run: int = 0,
+    run: int | str = 0,
     pairs: Pairs | None = None,
     weights: Tensor | None = None,
     on_step: OnStep | None = None,
     own_head: bool = False,
 ) -> Parameters:
-    """Dense reward models from the pretrained start; runs differ in the order of their data, and in their heads if so.
+    """Dense reward models from the start; runs differ in the order of their data, and in their heads if so.
 
     Args:
         block: the seeds.
@@ -105,7 +105,7 @@ def train_dense(
         batch: pairs a step.
         rate: learning rate.
         settings: of the optimiser.
-        run: number of the run.
+        run: number of the run, or another name for it.
         pairs: in the training pairs' place.
         weights: [S, pairs], of each pair's loss, mean 1; None: all 1.
         on_step: told of steps.
@@ -132,7 +132,7 @@ def train_sequence(
     weights: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Parameters:
-    """Experts, each on whole sequences: the pretrained start copied E times, groups drawn anew at each step.
+    """Experts, each on whole sequences: the start copied E times, groups drawn anew at each step.
 
     The product's own draw says which expert each pair goes to; both answers of a pair go to the same.
 
@@ -165,7 +165,7 @@ def by_group(seed: int, step: int, pairs: int, experts: int) -> Tensor:
 
 
 def upcycled(block: Block, sequencing: Sequencing) -> Parameters:
-    """The pretrained start with E copies of what becomes experts, and a shared one where it has a weight."""
+    """The start with E copies of what becomes experts, and a shared one where it has a weight."""
     names = block.network.expert_names(sequencing.experts_in)
     made = {
         name: value[:, None].repeat(1, sequencing.experts, *[1] * (value.dim() - 1)) if name in names else value
@@ -190,6 +190,7 @@ def merged_by_mean(block: Block, parameters: Parameters, sequencing: Sequencing)
 
 def distil(
     block: Block,
+    answers: Answers,
     student: Parameters,
     targets: Tensor,
     steps: int,
@@ -198,12 +199,13 @@ def distil(
     settings: Optimisation,
     on_step: OnStep | None = None,
 ) -> Parameters:
-    """Regresses a student on a teacher's scores of the answers without labels.
+    """Regresses a student on a teacher's scores of answers without labels.
 
     Args:
         block: the seeds.
+        answers: n of each seed.
         student: where it starts.
-        targets: [S, answers], in the student's own scale.
+        targets: [S, n], in the student's own scale.
         steps: how many.
         batch: answers a step.
         rate: learning rate.
@@ -211,12 +213,12 @@ def distil(
         on_step: told of steps.
     """
     everyone = torch.arange(len(block.seeds))
-    index = orders(block.seeds, "distillation", len(block.unlabelled), steps, batch)
+    index = orders(block.seeds, "distillation", len(answers), steps, batch)
     wanted = targets.float()
     scale = wanted.std(1, keepdim=True).square()
 
     def loss(parameters: Parameters, step: int) -> Tensor:
-        rewards = block.network.rewards(parameters, block.unlabelled.take(everyone, index[step]))
+        rewards = block.network.rewards(parameters, answers.take(everyone, index[step]))
         return ((rewards - wanted.gather(1, index[step])).square() / scale).mean(1)
 
     rates = rates_of(rate, block.seeds)

@@ -311,7 +311,7 @@ def test_merge_weights_are_learned_and_merged_as_the_product_does(block):
 
 def test_a_student_comes_nearer_to_its_teacher(block):
     targets = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).double()
-    student = distil(block, block.start, targets, 60, 16, 1e-2, SETTINGS)
+    student = distil(block, block.unlabelled, block.start, targets, 60, 16, 1e-2, SETTINGS)
     everything = block.unlabelled.take(torch.arange(2), torch.arange(32).expand(2, -1))
 
     def gap(parameters):

@@ -26,6 +26,8 @@ ARMS = {
     "runs": {"kind": "ensemble", "of": "dense"},
     "sequence": {"kind": "sequence", "rates": [1e-2], "steps": [3], "sequencing": {"experts": 2, "shared_weight": 0.5}},
     "members": {"kind": "ensemble", "of": "sequence", "rule": "uwo"},
+    "token": {"kind": "token", "rates": [1e-2], "steps": [3], "alpha_steps": 1, "upcycle": {"num_experts_per_tok": 2}},
+    "mixture": {"kind": "mixture", "of": "token"},
 }
 PPO = {
     "arms": ["dense", "members"],
@@ -36,7 +38,7 @@ PPO = {
 
 
 def study(**changes):
-    """Two arms of four under PPO, in the first two of three seeds."""
+    """Two of the arms under PPO, in the first two of three seeds."""
     plain = tiny_backbone()
     planted = dataclasses.asdict(plain.regimes["planted"])
     variation = {"steps": 3, "rate": 1e-2, "student_rate": 0.0}
@@ -151,7 +153,7 @@ def test_an_unmoved_policy_answers_as_its_backbone_and_is_judged_by_the_task(mak
 
 def test_a_combined_reward_is_the_combination_by_hand(makers):
     block = makers.block
-    runs, uwo = (makers.make(arm, Variation(3, 1e-2)) for arm in ("runs", "members"))
+    runs, *others = (makers.make(arm, Variation(3, 1e-2)) for arm in ("runs", "members", "mixture"))
     new, known = (answers_of(answers, 1) for answers in (block.test.chosen, reference(block.unlabelled)))
     parts = []
     for model in runs.members.values():
@@ -162,9 +164,9 @@ def test_a_combined_reward_is_the_combination_by_hand(makers):
     found = reward_of(runs, makers.member_scores(runs), 1)(new)
     torch.testing.assert_close(found, unit.mean() * normal.mean(0), rtol=0, atol=1e-6)
 
-    under_best_of_n = makers.scores(uwo).sets["test chosen"][1]
-    found = reward_of(uwo, makers.member_scores(uwo), 1)(new)
-    torch.testing.assert_close(found, under_best_of_n, rtol=0, atol=1e-6)
+    for models in others:  # as under best-of-n
+        found = reward_of(models, makers.member_scores(models), 1)(new)
+        torch.testing.assert_close(found, makers.scores(models).sets["test chosen"][1], rtol=0, atol=1e-6)
 
 
 def answers_of(answers: Answers, seed: int) -> Sequences:
@@ -180,7 +182,7 @@ def answers_of(answers: Answers, seed: int) -> Sequences:
         ({"measure": {"ppo_window": 5}}, "`measure.ppo_window` must be at most the 3 points of a path, got 5"),
         (
             {"regimes": {"planted": {"task": {"kind": "ratings"}}}, "chosen": {}},
-            "`ppo` needs regimes of kind language, .*; got the regime 'planted' of kind ratings",
+            "`ppo` needs regimes of kind language, .*; the regime 'planted' isn't",
         ),
         (
             {"secondary": [{"arm": "runs", "against": "dense", "optimiser": "ppo"}]},

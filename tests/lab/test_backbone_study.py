@@ -12,11 +12,14 @@ from tiny_backbone import tiny_backbone
 
 from lab import load_study, study_tables, write_report
 from lab.backbone.arms import BackboneArms, in_scale_of
-from lab.backbone.choice import candidates, chosen_yaml
+from lab.backbone.choice import Search, candidates, chosen_yaml
 from lab.backbone.config import Variation
 from lab.backbone.measures import Scores, calibration_error, combined
+from lab.backbone.report import Shown
 from lab.backbone.run import TABLES, make_block, run_backbone_study
-from lab.compare import Runs
+from lab.backbone.training import train_dense
+from lab.compare import Runs, compare
+from lab.config import ComparisonConfig
 from lab.store import read_table
 
 SAME = ("runs", "curves")
@@ -49,7 +52,7 @@ def test_every_arm_variation_and_seed_is_a_row(finished):
         with open(finished / f"{name}.csv") as file:
             assert tuple(next(csv.reader(file))) == columns
     missing = {name for row in rows for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
-    assert missing <= {"accuracy_tail"} and not (finished / "stages").exists()
+    assert missing <= {"accuracy_tail", "member_correlation"} and not (finished / "stages").exists()
 
 
 def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
@@ -71,6 +74,67 @@ def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
         assert repr(row) == repr(kept[row["regime"], row["seed"], row["arm"]])
 
 
+def test_an_arm_may_have_fewer_seeds(finished, tmp_path):
+    arms = {**tiny_backbone().to_dict()["arms"]}
+    arms = {name: {**arms[name], "steps": [3], "rates": [1e-3]} for name in ("dense", "counterfactual")}
+    arms["counterfactual"]["most_seeds"] = 2
+    comparison = {"arm": "counterfactual_s3_r100", "against": "dense_s3_r100", "outcome": "accuracy"}
+    study = tiny_backbone(arms=arms)
+    run_backbone_study(study, tmp_path, progress=False)
+    rows = read_table(tmp_path, "runs")
+    assert sorted({r["seed"] for r in rows if r["arm"] == "counterfactual_s3_r100"}) == [0, 1]
+    assert sorted({r["seed"] for r in rows if r["arm"] == "dense_s3_r100"}) == [0, 1, 2]
+    shown = dataclasses.replace(Shown.of(study), secondary=(ComparisonConfig(**comparison),))
+    (found,) = (c for c in compare(shown, Runs(rows)) if c.regime == "planted")
+    assert found.paired.seeds == 2 and found.missing == 0
+
+
+def test_searches_are_chosen_from_together(finished):
+    rows = read_table(finished, "runs")
+    first = tiny_backbone()
+    second = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "steps": [5], "rates": [1e-2]}})
+    third = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "steps": [3], "rates": [1e-3, 1e-2]}})
+    alone = candidates(Search(second, Runs(rows)))
+    assert all(c.chosen for c in alone) and len(alone) == 2
+    whole = [c for c in candidates(Search(first, Runs(rows))) if c.arm == "dense"]
+    pooled = candidates(Search(second, Runs(rows)), Search(third, Runs(rows)))
+    assert {(c.regime, c.variation, c.means) for c in pooled} < {(c.regime, c.variation, c.means) for c in whole}
+    assert len(pooled) == 6 and sum(c.chosen for c in pooled) == 2
+    head = chosen_yaml(Search(second, Runs(rows)), Search(third, Runs(rows))).splitlines()[0]
+    assert head.endswith("from tiny and tiny, seeds 0 to 2.")
+    other = tiny_backbone(arms={"dense": {**first.to_dict()["arms"]["dense"], "pairs": "counterfactual"}})
+    with pytest.raises(ValueError, match="the arm dense must be the same in all search studies"):
+        candidates(Search(first, Runs(rows)), Search(other, Runs(rows)))
+    with pytest.raises(ValueError, match="must have the same seeds"):
+        candidates(Search(first, Runs(rows)), Search(first, Runs([r for r in rows if r["seed"]])))
+
+
+def test_a_regime_may_start_from_a_trained_model(tmp_path):
+    regimes = tiny_backbone().to_dict()["regimes"]
+    study = tiny_backbone(
+        regimes={**regimes, "trained": {**regimes["idiosyncratic"], "trained": {"steps": 3, "rate": 1e-2}}},
+        arms={
+            "start": {"kind": "dense", "rates": [1.0], "steps": [0]},
+            "continued": {"kind": "dense", "rates": [1e-3], "steps": [2]},
+            "student": {"kind": "distilled", "of": "continued", "rates": [1e-9], "steps": [1]},
+        },
+    )
+    assert study.fingerprint("idiosyncratic", "start") != study.fingerprint("trained", "start")
+    seeds = (0, 1, 2)
+    block = make_block(study, "idiosyncratic", seeds, None, lambda *_: None)
+    trained = make_block(study, "trained", seeds, tmp_path, lambda *_: None)
+    wanted = train_dense(block, 3, study.batch, 1e-2, study.optimisation, "start")
+    again = make_block(study, "trained", seeds, tmp_path, lambda *_: None)
+    for name, value in wanted.items():
+        assert torch.equal(trained.start[name], value) and torch.equal(again.start[name], value), name
+        assert not torch.equal(value, block.start[name]), name
+    arms = BackboneArms(study, "trained", trained)
+    start, student = (arms.make(name, study.variations("trained", name)[0]) for name in ("start", "student"))
+    for name, value in wanted.items():
+        assert torch.equal(start.parameters[name], value), name
+        torch.testing.assert_close(student.parameters[name], value, atol=1e-7, rtol=1e-6)
+
+
 def test_another_configuration_is_refused(finished):
     with pytest.raises(ValueError, match="was made with another configuration"):
         run_backbone_study(tiny_backbone(batch=8), finished, progress=False)
@@ -90,12 +154,12 @@ def test_the_report_shows_arms_and_choice(finished):
 
 def test_the_choice_is_the_best_of_each_arm_and_a_claim_reads_it(finished, tmp_path):
     study, runs = tiny_backbone(), Runs(read_table(finished, "runs"))
-    found = candidates(study, runs)
+    found = candidates(Search(study, runs))
     dense = [c for c in found if (c.regime, c.arm) == ("planted", "dense")]
     assert len(dense) == 4 and sum(c.chosen for c in dense) == 1
     best = next(c for c in dense if c.chosen)
     assert all(c.score <= best.score == 0 for c in dense)
-    (tmp_path / "rates.yaml").write_text(chosen_yaml(study, runs))
+    (tmp_path / "rates.yaml").write_text(chosen_yaml(Search(study, runs)))
     data = {**study.to_dict(), "name": "claim", "chosen": "rates.yaml", "first_seed": 7, "seeds": 2}
     data["primaries"] = [{"arm": "distilled", "against": "dense", "outcome": "accuracy_policy"}]
     (tmp_path / "claim.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False))
@@ -148,6 +212,34 @@ def test_members_are_normalised_before_they_combine():
     torch.testing.assert_close(mean, torch.zeros_like(mean))
     torch.testing.assert_close(worst, 5.5 * torch.tensor([[-1.0, 0.0, -1.0]]).double())
     assert combined([first], "mean", 0.0) is first
+
+
+def test_members_that_agree_correlate(finished):
+    rows = {(r["regime"], r["seed"], r["arm"]): r["member_correlation"] for r in read_table(finished, "runs")}
+    ensembles = {arm: value for (_, _, arm), value in rows.items() if arm.startswith(("runs", "members_"))}
+    assert ensembles and all(-1 <= value <= 1 for value in ensembles.values())
+    assert all(math.isnan(value) for (_, _, arm), value in rows.items() if arm.startswith("dense"))
+
+
+def test_a_student_may_learn_on_few_answers_or_on_those_of_the_pairs():
+    arms = tiny_backbone().to_dict()["arms"]
+    few = {**arms["fresh"], "answers": 16}
+    study = tiny_backbone(arms={**arms, "few": few, "on_pairs": {**arms["fresh"], "texts": "pairs"}})
+    block = make_block(study, "planted", (0, 1), None, lambda *_: None)
+    made = BackboneArms(study, "planted", block)
+    whole, sixteen, pairs = (
+        made.make(name, study.variations("planted", name)[0]) for name in ("fresh", "few", "on_pairs")
+    )
+    assert len(block.without_labels("pairs")) == 96 and len(block.without_labels("policy", 16)) == 16
+    for other in (sixteen, pairs):
+        assert not torch.equal(whole.parameters["score"], other.parameters["score"])
+    # the teacher scores 16 answers instead of 64, the student's own training is the same
+    saved = (whole.training_flops - sixteen.training_flops) / whole.serving_flops
+    assert bool((saved > 0).all())
+    only = dataclasses.replace(block, unlabelled=block.unlabelled.first(16))
+    again = BackboneArms(study, "planted", only).make("fresh", study.variations("planted", "fresh")[0])
+    for name, value in again.parameters.items():
+        assert torch.equal(value, sixteen.parameters[name]), name
 
 
 def test_calibration_knows_the_noise_of_labels():
