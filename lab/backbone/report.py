@@ -33,7 +33,7 @@ class Shown:
         measure: what was measured.
         primaries: the primary comparisons.
         secondary: further ones.
-        shown: arms whose curves are drawn.
+        shown: arms whose curves are drawn: of the primary comparisons, then those under PPO.
         device: where models ran.
         mixture: none: experts aren't reported.
     """
@@ -63,6 +63,7 @@ class Shown:
         if not study.chosen:
             words = {name: f"{words[name]}; {variation.label}" for name, (_, variation) in names.items()}
         compared = [name for c in study.primaries for name in (c.against, c.arm)]
+        optimised = [name for name, (arm, _) in names.items() if "ppo" in study.optimisers(arm)]
         return cls(
             name=study.name,
             regimes=study.regimes,
@@ -71,7 +72,7 @@ class Shown:
             measure=study.measure,
             primaries=study.primaries,
             secondary=study.secondary,
-            shown=tuple(dict.fromkeys(compared)) or tuple(names),
+            shown=tuple(dict.fromkeys(compared + optimised if compared else names)),
         )
 
     @property

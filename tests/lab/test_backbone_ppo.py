@@ -14,8 +14,10 @@ from lab.backbone.config import Variation
 from lab.backbone.data import Answers
 from lab.backbone.measures import reference
 from lab.backbone.ppo import policy_path, reward_of, start_of
+from lab.backbone.report import Shown
 from lab.backbone.run import make_block, run_backbone_study
 from lab.demo.measure import rewards_of
+from lab.plots import over_optimisation
 from lab.policy import sample
 from lab.seeds import derive
 from lab.store import read_table
@@ -93,6 +95,27 @@ def test_the_report_compares_and_draws_them(finished):
     paths = study_tables(finished)["paths"]
     assert [row[:3] for row in paths.rows] == [(arm, "planted", "PPO") for arm in ("dense", "members")]
     assert "Policies trained against them" in (finished / "report.html").read_text()
+
+
+def test_every_arm_under_ppo_is_drawn_in_a_look_of_its_own():
+    """Also those that no primary comparison names, and where the primary ones have more arms than there are looks."""
+    names = [f"arm{i}" for i in range(10)]
+    one = {"kind": "dense", "rates": [1e-2], "steps": [3]}
+    shown = Shown.of(
+        study(
+            arms=dict.fromkeys(names, one),
+            chosen={"planted": dict.fromkeys(names, {"steps": 3, "rate": 1e-2})},
+            ppo={**PPO, "arms": [names[0], names[3], names[7], names[9]]},
+            primaries=[{"arm": name, "against": "arm0"} for name in names[1:9]],
+            secondary=[],
+        )
+    )
+    key = {"regime": "planted", "seed": 0, "optimiser": "ppo"}
+    curves = [
+        {**key, "arm": names[i], "kl": float(step), "gold": 0.0, "proxy": 0.0} for i in (9, 7, 3, 0) for step in (0, 1)
+    ]
+    lines = over_optimisation(shown, curves, "ppo").axes[0].lines[:-1]  # the last one is the fixed KL
+    assert len(lines) == 4 and len({(line.get_color(), line.get_marker()) for line in lines}) == 4
 
 
 def rows_of(folder, table):
