@@ -85,9 +85,10 @@ def run(
     changes = {name: value for name, value in given.items() if value is not None}
     config = load_study(study)
     if isinstance(config, BackboneStudy):
-        if refused := sorted({"processes", "device"} & set(changes)) + ["optimisers"] * bool(optimisers):
-            raise ValueError(f"the study {config.name} runs in one process on the CPU under best-of-n; drop {refused}.")
-        run_backbone_study(dataclasses.replace(config, **changes), output, _names(arms), progress=not quiet)
+        if refused := sorted({"processes", "device"} & set(changes)):
+            raise ValueError(f"the study {config.name} runs in one process on the CPU; drop {refused}.")
+        config = dataclasses.replace(config, **changes)
+        run_backbone_study(config, output, _names(arms), _names(optimisers), progress=not quiet)
     else:
         config = dataclasses.replace(config, **changes)
         run_study(config, output, _names(arms), _names(optimisers) or OPTIMISERS, progress=not quiet)

@@ -355,4 +355,6 @@ def _shown(study: StudyConfig, present: set[str]) -> dict[str, tuple]:
     names = [name for name in study.arms if name in present]
     wanted = getattr(study, "shown", _SHOWN)
     chosen = [name for name in wanted if name in names][: len(_LOOKS)] or names[: len(_LOOKS)]
-    return {name: _LOOKS[wanted.index(name) if name in wanted[: len(_LOOKS)] else i] for i, name in enumerate(chosen)}
+    own = {name: _LOOKS[wanted.index(name)] for name in chosen if name in wanted[: len(_LOOKS)]}
+    free = (look for look in _LOOKS if look not in own.values())
+    return {name: own.get(name) or next(free) for name in chosen}

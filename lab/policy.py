@@ -150,22 +150,18 @@ def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
             f"`task` must have `prompts` and an `end_token_id` for a policy to learn it; {task.name!r} has not."
         )
     sequences = task.policy.sequences
-    starts = prompt_lengths(sequences, task.prompts)
     other = sequences.tokens.gather(1, sequences.lengths[:, None] - 1).squeeze(1) != task.end_token_id
     if bool(other.any()):
         raise ValueError(
             f"`task.policy.sequences` must all end in the task's end token, {task.end_token_id}; "
             f"row {int(other.nonzero()[0])} does not."
         )
-    position = torch.arange(sequences.tokens.shape[1])
-    answer = (position >= starts[:, None]) & (position < sequences.lengths[:, None])
-    allowed = torch.zeros(task.vocab_size, dtype=torch.bool)
-    allowed[sequences.tokens[answer]] = True
+    answer = answer_positions(sequences, task.prompts)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LlamaForCausalLM(_llama(task, config))
-    policy = PolicyModel(network, allowed, task.end_token_id, task.pad_token_id, config.max_answer_tokens)
+    policy = policy_of(task, network, config.max_answer_tokens)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     generator = torch.Generator().manual_seed(seed)
@@ -185,6 +181,22 @@ def train_policy(task: Task, config: PolicyConfig, seed: int) -> PolicyModel:
         policy.losses.append(loss.item())
     network.eval()
     return policy
+
+
+def policy_of(task: Task, network: PreTrainedModel, max_answer_tokens: int) -> PolicyModel:
+    """A language model as a policy of a task with prompts; it may say the tokens that the task's answers hold."""
+    assert task.prompts is not None and task.end_token_id is not None
+    sequences = task.policy.sequences
+    allowed = torch.zeros(task.vocab_size, dtype=torch.bool)
+    allowed[sequences.tokens[answer_positions(sequences, task.prompts)]] = True
+    return PolicyModel(network, allowed, task.end_token_id, task.pad_token_id, max_answer_tokens)
+
+
+def answer_positions(sequences: Sequences, prompts: Sequences) -> torch.Tensor:
+    """bool [N, L]: where each sequence's answer stands, its prompt and padding left out."""
+    position = torch.arange(sequences.tokens.shape[1])
+    starts = prompt_lengths(sequences, prompts)
+    return (position >= starts[:, None]) & (position < sequences.lengths[:, None])
 
 
 def prompt_lengths(sequences: Sequences, prompts: Sequences) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from .arms import Arms, RewardModel
 from .best_of_n import best_of_n, standardised
-from .config import StudyConfig
+from .config import MeasureConfig, StudyConfig
 from .demo.measure import forward_latency
 from .fits import drop_from_peak, fit_best_of_n, fit_rl, smoothed, value_at_kl
 from .online import OnlineRecord, run_online
@@ -144,7 +144,7 @@ class UnitRunner:
             measures={"shortcut": self.task.shortcut_of} if self.task.shortcut_of is not None else None,
             on_step=lambda record: self.arms.on_step(f"PPO on {unit.arm}", record.step, self.study.ppo.steps),
         )
-        return self._path([_row(record, mean, std) for record in records])
+        return self._path([path_row(record, mean, std) for record in records])
 
     def _online(self, unit: Unit, model: RewardModel) -> dict:
         samples, config = self.task.policy, getattr(self.study, unit.optimiser)
@@ -168,13 +168,10 @@ class UnitRunner:
                 f"{unit.optimiser.upper()} on {unit.arm}", record.step, config.steps
             ),
         )
-        return self._path([_row(record, mean, std) for record in records])
+        return self._path([path_row(record, mean, std) for record in records])
 
     def _path(self, curve: list[dict]) -> dict:
-        values = curve_values(curve, self.study.measure.ppo_fixed_kl, self.study.measure.ppo_window)
-        fit = fit_rl([math.sqrt(max(row["kl"], 0)) for row in curve], [row["gold"] - curve[0]["gold"] for row in curve])
-        values |= dict(zip(("fit_a", "fit_b", "fit_r2"), fit, strict=True))
-        return {"values": values, "curve": curve, "experts": [], "timings": {}}
+        return {"values": path_values(curve, self.study.measure), "curve": curve, "experts": [], "timings": {}}
 
     def _accuracy(self, model: RewardModel, pairs: PreferencePairs) -> float:
         if len(pairs) == 0:
@@ -244,6 +241,13 @@ def curve_values(curve: list[dict], fixed_kl: float, window: int) -> dict[str, f
     }
 
 
+def path_values(curve: list[dict], measure: MeasureConfig) -> dict[str, float]:
+    """What is read off a trained policy's path, from its `path_row`s: `curve_values` and the fit."""
+    fit = fit_rl([math.sqrt(max(row["kl"], 0)) for row in curve], [row["gold"] - curve[0]["gold"] for row in curve])
+    values = curve_values(curve, measure.ppo_fixed_kl, measure.ppo_window)
+    return values | dict(zip(("fit_a", "fit_b", "fit_r2"), fit, strict=True))
+
+
 def expert_rows(record: dict) -> list[dict]:
     """Rows about experts from what an arm's training recorded: specialisation, merge weights."""
     rows = [dict(row) for row in record.get("specialisation", [])]
@@ -272,7 +276,8 @@ def _forward(model: RewardModel) -> Callable[..., None]:
     return forward
 
 
-def _row(record: PPORecord | OnlineRecord, mean: float, std: float) -> dict:
+def path_row(record: PPORecord | OnlineRecord, mean: float, std: float) -> dict:
+    """A point of a trained policy's path as curves.csv has it; `mean` and `std` are of the policy's own gold reward."""
     return {
         "step": record.step,
         "kl": record.kl,

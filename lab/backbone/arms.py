@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ummrm import UpcycleConfig
+
 from ..costs import BACKWARD
 from ..files import kept
 from .config import BackboneArm, BackboneStudy, Variation
-from .data import Block
-from .measures import Rewards, Scores, combined, score, score_all
+from .data import Block, Features, Network
+from .measures import Scores, combined, score, score_all
 from .mixture import TokenMixture, learn_alpha, merged, train_token
 from .optimiser import Optimisation
 from .replicas import Parameters, member
@@ -29,11 +31,36 @@ OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class RewardModel:
+    """One model of each seed; called with features, it gives their rewards.
+
+    Attributes:
+        network: the forward.
+        parameters: of each seed.
+        shared_weight: of a shared expert.
+        mixture: the configuration of a token mixture, if it is one.
+    """
+
+    network: Network
+    parameters: Parameters
+    shared_weight: float = 0.0
+    mixture: UpcycleConfig | None = None
+
+    def __call__(self, features: Features) -> Tensor:
+        mixture = None if self.mixture is None else TokenMixture(self.network, self.mixture, self.parameters)
+        return self.network.rewards(self.parameters, features, self.shared_weight, mixture)
+
+    def of(self, seed: int) -> RewardModel:
+        """That of one seed alone, by its place in the block."""
+        return dataclasses.replace(self, parameters={n: value[seed : seed + 1] for n, value in self.parameters.items()})
+
+
+@dataclass(frozen=True)
 class RewardModels:
     """An arm of each seed of a block, ready for use.
 
     Attributes:
-        members: rewards of one model each, by its name; several where scores are combined.
+        members: its models by name; several where scores are combined.
         parameters: of each seed's only model, where it is a dense one.
         stages: floating-point operations of each stage of training that it needs, fp64 [S], by the stage's name.
         serving_flops: operations a token of one forward, fp64 [S].
@@ -42,7 +69,7 @@ class RewardModels:
         uncertainty: UWO's weight.
     """
 
-    members: dict[str, Rewards]
+    members: dict[str, RewardModel]
     parameters: Parameters | None
     stages: dict[str, Tensor]
     serving_flops: Tensor
@@ -106,19 +133,23 @@ class BackboneArms:
 
     def scores(self, models: RewardModels) -> Scores:
         """Scores of all answers that are measured."""
+        return combined(self.member_scores(models), models.rule, models.uncertainty)
+
+    def member_scores(self, models: RewardModels) -> list[Scores]:
+        """The same of each model by itself."""
         found = []
         for label, one in models.members.items():
             if label not in self._scores:
                 self._scores[label] = score_all(self.block, one)
             found.append(self._scores[label])
-        return combined(found, models.rule, models.uncertainty)
+        return found
 
     # ---- arms --------------------------------------------------------------------------------------------------
 
     def _dense(self, label: str, parameters: Parameters, stages: dict[str, Tensor]) -> RewardModels:
         network = self.block.network
         return RewardModels(
-            members={label: lambda features: network.rewards(parameters, features)},
+            members={label: RewardModel(network, parameters)},
             parameters=parameters,
             stages=stages,
             serving_flops=network.forward_flops(self.block.length),
@@ -145,7 +176,7 @@ class BackboneArms:
                 stages |= flops
             served = sum(network.parameter_count(p) for p in models.values())
         return RewardModels(
-            members={label: self._rewards(parameters, share) for label, parameters in models.items()},
+            members={label: RewardModel(network, parameters, share) for label, parameters in models.items()},
             parameters=None,
             stages=stages,
             serving_flops=len(models) * self._sequence_flops(share),
@@ -154,17 +185,10 @@ class BackboneArms:
             uncertainty=arm.uncertainty,
         )
 
-    def _rewards(self, parameters: Parameters, shared_weight: float) -> Rewards:
-        return lambda features: self.block.network.rewards(parameters, features, shared_weight)
-
     def _mixture(self, label: str, arm: BackboneArm, parameters: Parameters, stages: dict[str, Tensor]) -> RewardModels:
         network, config = self.block.network, arm.upcycle_config
         return RewardModels(
-            members={
-                label: lambda features: network.rewards(
-                    parameters, features, mixture=TokenMixture(network, config, parameters)
-                )
-            },
+            members={label: RewardModel(network, parameters, mixture=config)},
             parameters=None,
             stages=stages,
             serving_flops=network.forward_flops(self.block.length, config.num_experts_per_tok),

@@ -25,11 +25,13 @@ from ..tasks.language import LanguageTaskConfig
 from .llama import LlamaShape
 from .mixture import check_token_config
 from .optimiser import Optimisation
+from .ppo_config import PolicyTraining
 from .regimes import PretrainingConfig
 from .training import Sequencing
 
 KINDS = ("dense", "token", "mixture", "sequence", "ensemble", "weight_average", "distilled")
 TRAINED = ("dense", "token", "sequence")  # those that are trained on pairs; others are made of them
+OPTIMISERS = ("best_of_n", "ppo")
 PAIRS = ("all", "weighted", "counterfactual")
 
 
@@ -200,7 +202,8 @@ class BackboneStudy:
         optimisation: of everything else.
         chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
             `choice.py`. Empty: every variation is run.
-        measure: `fixed_kl` alone counts here.
+        ppo: PPO, where it is run.
+        measure: `fixed_kl` counts here, and with PPO `ppo_fixed_kl` and `ppo_window`.
         primaries: the primary comparisons, made in every regime.
         secondary: further ones.
         kind: tells kinds of studies apart.
@@ -218,6 +221,7 @@ class BackboneStudy:
     pretraining: PretrainingConfig = PretrainingConfig()
     optimisation: Optimisation = Optimisation()
     chosen: dict[str, dict[str, Variation]] = field(default_factory=dict)
+    ppo: PolicyTraining | None = None
     measure: MeasureConfig = MeasureConfig()
     primaries: tuple[ComparisonConfig, ...] = ()
     secondary: tuple[ComparisonConfig, ...] = ()
@@ -243,10 +247,17 @@ class BackboneStudy:
                     f"arms.{name}: `most_seeds` must be a multiple of the block of {self.block} seeds, got "
                     f"{arm.most_seeds}."
                 )
+        if self.ppo is not None:
+            self.ppo.check(self.arms, {n: r.task for n, r in self.regimes.items()}, self.model, self.measure)
         for comparison in (*self.primaries, *self.secondary):
             for name in (comparison.arm, comparison.against):
                 if name not in self.arms:
                     raise ValueError(f"a comparison must be of arms, {', '.join(self.arms)}, got {name!r}.")
+                if comparison.optimiser not in self.optimisers(name):
+                    raise ValueError(
+                        f"a comparison under {comparison.optimiser} needs {name!r} to be run under it; all arms are "
+                        "under best_of_n, and those in `ppo.arms` under ppo."
+                    )
         for regime, arms in self.chosen.items():
             if regime not in self.regimes:
                 raise ValueError(f"`chosen` must be of regimes, {', '.join(self.regimes)}, got {regime!r}.")
@@ -274,6 +285,17 @@ class BackboneStudy:
     def arms_of(self, regime: str) -> tuple[str, ...]:
         """The arms of a regime."""
         return tuple(name for name in self.arms if name not in self.regimes[regime].without)
+
+    def optimisers(self, arm: str) -> tuple[str, ...]:
+        """What is run against an arm."""
+        return OPTIMISERS if self.ppo is not None and arm in self.ppo.arms else OPTIMISERS[:1]
+
+    def seeds_of(self, arm: str, block: tuple[int, ...], optimiser: str) -> int:
+        """How many seeds of a block an arm is run on under an optimiser, the first ones."""
+        most = self.arms[arm].most_seeds or self.seeds
+        if optimiser == "ppo" and self.ppo is not None:
+            most = min(most, self.ppo.seeds)
+        return sum(seed < self.first_seed + most for seed in block)
 
     def base(self, arm: str) -> str:
         """The arm, trained on pairs, that an arm is made of."""
@@ -315,7 +337,7 @@ class BackboneStudy:
         """Plain data; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
-    def fingerprint(self, regime: str, arm: str) -> str:
+    def fingerprint(self, regime: str, arm: str, optimiser: str = "best_of_n") -> str:
         """What an arm's results depend on beside variation and seeds, in 16 hexadecimal digits."""
 
         def with_others(name: str) -> dict:
@@ -337,6 +359,12 @@ class BackboneStudy:
             **{n: getattr(self, n) for n in ("batch", "student_batch")},
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},
         }
+        if optimiser == "ppo":
+            assert self.ppo is not None
+            parts |= {
+                "measure": [self.measure.ppo_fixed_kl, self.measure.ppo_window],
+                "ppo": {**dataclasses.asdict(self.ppo.settings), "answer_tokens": self.ppo.answer_tokens},
+            }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 

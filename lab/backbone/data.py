@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..tasks import Task
 from .replicas import FFN, Parameters
 
 Features = dict[str, Tensor]
@@ -163,6 +164,8 @@ class Block:
         label_noise: share of the training pairs labelled wrongly, for calibration.
         counterfactual: the training pairs with the shortcut of both answers exchanged, the same labels; None where the
             shortcut can't be edited.
+        tasks: each seed's task, where policies can be trained against rewards; None elsewhere.
+        language_models: the pretrained backbones with their language heads, there too: they answer as the policy does.
     """
 
     seeds: tuple[int, ...]
@@ -176,6 +179,8 @@ class Block:
     unlabelled: Answers
     label_noise: float
     counterfactual: Pairs | None = None
+    tasks: tuple[Task, ...] | None = None
+    language_models: Parameters | None = None
 
     def without_labels(self, texts: str, count: int = 0) -> Answers:
         """Answers that distillation scores.

@@ -100,6 +100,8 @@ def language_block(
         unlabelled=side_by_side([t.unlabelled for t in tasks], width),
         label_noise=config.label_noise,
         counterfactual=pairs(lambda i: exchanged(tasks[i].task.train, derive(seeds[i], "counterfactual"))),
+        tasks=tuple(t.task for t in tasks),
+        language_models=found["parameters"],
     )
 
 

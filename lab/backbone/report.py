@@ -16,7 +16,7 @@ from ..files import write_atomically
 from ..page import page, seeds_in_words
 from ..plots import write_plots
 from ..store import read_table
-from ..tables import Table, comparison_table, interval_cell, mean_cell, primary_lines, ratio_cell
+from ..tables import Table, comparison_table, interval_cell, mean_cell, path_table, primary_lines, ratio_cell
 from .choice import choice_table, write_choice
 from .config import BackboneArm, BackboneRegime, BackboneStudy
 
@@ -33,7 +33,7 @@ class Shown:
         measure: what was measured.
         primaries: the primary comparisons.
         secondary: further ones.
-        shown: arms whose curves are drawn.
+        shown: arms whose curves are drawn: of the primary comparisons, then those under PPO.
         device: where models ran.
         mixture: none: experts aren't reported.
     """
@@ -63,6 +63,7 @@ class Shown:
         if not study.chosen:
             words = {name: f"{words[name]}; {variation.label}" for name, (_, variation) in names.items()}
         compared = [name for c in study.primaries for name in (c.against, c.arm)]
+        optimised = [name for name, (arm, _) in names.items() if "ppo" in study.optimisers(arm)]
         return cls(
             name=study.name,
             regimes=study.regimes,
@@ -71,7 +72,7 @@ class Shown:
             measure=study.measure,
             primaries=study.primaries,
             secondary=study.secondary,
-            shown=tuple(dict.fromkeys(compared)) or tuple(names),
+            shown=tuple(dict.fromkeys(compared + optimised if compared else names)),
         )
 
     @property
@@ -86,10 +87,6 @@ class Shown:
     def title(self, regime: str) -> str:
         """A regime in words."""
         return self.regimes[regime].title or regime
-
-    def optimisers(self, arm: str) -> tuple[str, ...]:
-        """What is run against an arm."""
-        return ("best_of_n",)
 
 
 def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
@@ -117,7 +114,7 @@ def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
         start="the pretrained backbone",
         primary=primary_lines(shown, comparisons),
         arms=[*(tables[regime] for regime in study.regimes), *([] if study.chosen else [tables["choice"]])],
-        paths=None,
+        paths=tables["paths"],
         comparisons=tables["comparisons"],
     )
     write_atomically(folder / "report.html", html)
@@ -125,10 +122,13 @@ def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
 
 
 def backbone_tables(folder: Path, study: BackboneStudy) -> dict[str, Table]:
-    """The tables of the study in `folder`: its arms by the name of each regime, `comparisons`, `choice`."""
+    """The tables of the study in `folder`: its arms by the name of each regime, `paths` of PPO, `comparisons`,
+    `choice`.
+    """
     shown, runs, comparisons = _read(folder, study)
     return {
         **{regime: _arm_table(shown, regime, runs) for regime in study.regimes},
+        "paths": path_table(shown, runs),
         "comparisons": comparison_table(shown, comparisons),
         "choice": choice_table(study, runs),
     }

@@ -1,6 +1,7 @@
 """Runs a study from a pretrained backbone: one arm over one block of seeds at a time, resumable after a kill.
 
-A unit is a regime, an arm in a variation and a block of seeds; each finished one is a file. One process, one thread.
+A unit is a regime, an arm in a variation, a block of seeds and an optimiser; each finished one is a file. One process,
+one thread.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from ..ratings.task import RatingsTaskConfig
 from ..run import StudyError, locked, machine_facts, minutes
 from ..store import COLUMNS, KEY, UnitStore, write_tables
 from .arms import BackboneArms, OnStep
-from .config import BackboneStudy, Variation
+from .config import OPTIMISERS, BackboneStudy, Variation
 from .data import Block
 from .measures import COLUMNS as VALUES
 from .measures import measure
+from .ppo import policy_path, reward_of
 from .regimes import language_block
 from .training import train_dense
 
@@ -34,7 +36,7 @@ TABLES = {**COLUMNS, "runs": (*KEY, *VALUES), "timings": (*KEY, "seconds")}
 
 @dataclass(frozen=True)
 class BlockUnit:
-    """What is run and kept as one.
+    """What is run and kept as one, under best-of-n.
 
     Attributes:
         regime: the regime.
@@ -53,17 +55,33 @@ class BlockUnit:
 
 
 @dataclass(frozen=True)
+class PolicyUnit(BlockUnit):
+    """The same under PPO, over the first seeds of a block.
+
+    A class of its own, so that files of best-of-n from before there was PPO still count.
+    """
+
+    optimiser: str = "ppo"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-{self.optimiser}"
+
+
+@dataclass(frozen=True)
 class _Work:
     unit: BlockUnit
     arm: str
     variation: Variation
     block: tuple[int, ...]
+    optimiser: str
+    fingerprint: str
 
 
 def run_backbone_study(
     study: BackboneStudy,
     output: str | Path,
     arms: tuple[str, ...] = (),
+    optimisers: tuple[str, ...] = (),
     progress: bool = True,
 ) -> list[Path]:
     """Runs what is not yet done and writes the tables.
@@ -72,31 +90,33 @@ def run_backbone_study(
         study: the study.
         output: folder for units, stages and tables; units already there are kept, damaged ones are run again.
         arms: only these; by default all.
+        optimisers: only these; by default all that each arm has.
         progress: show a progress line: arm, seeds, steps, time left.
 
     Returns:
         The CSV files (`TABLES`). All but timings.csv depend on the study alone.
 
     Raises:
-        ValueError: an unknown arm, a folder that cannot be used, or one of another study's units.
+        ValueError: an unknown arm or optimiser, a folder that cannot be used, or one of another study's units.
         StudyError: another process is at work in the folder.
     """
-    if unknown := sorted(set(arms) - set(study.arms)):
-        raise ValueError(f"`arms` must be among {', '.join(study.arms)}, got {', '.join(unknown)}.")
+    for given, known, what in ((arms, tuple(study.arms), "arms"), (optimisers, OPTIMISERS, "optimisers")):
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"`{what}` must be among {', '.join(known)}, got {', '.join(unknown)}.")
     tables = (f"{name}.csv" for name in (*TABLES, "comparisons", "choice"))
     files = (".lock", "study.json", *tables, "tables.md", "report.html")
     output = prepare_output(output, ("units", "stages"), files)
     with locked(output):
-        store, works = UnitStore(output), _works(study, arms)
-        pending = [w for w in works if store.read(w.unit, study.fingerprint(w.unit.regime, w.arm)) is None]
+        store, works = UnitStore(output), _works(study, arms, optimisers)
+        pending = [w for w in works if store.read(w.unit, w.fingerprint) is None]
         facts = {"study": study.to_dict(), "machine": machine_facts()}
         write_atomically(output / "study.json", json.dumps(facts, indent=1) + "\n")
         _run(study, output, store, pending, len(works), progress)
-        if not arms:  # others may be asked for next, which share stages
+        if not arms and not optimisers:  # others may be asked for next, which share stages
             shutil.rmtree(output / "stages", ignore_errors=True)
         rows = []
         for work in works:
-            found = store.read(work.unit, study.fingerprint(work.unit.regime, work.arm))
+            found = store.read(work.unit, work.fingerprint)
             if found is None:
                 raise StudyError(
                     f"{store.path(work.unit)} was changed while the study ran; give the same command again."
@@ -131,15 +151,21 @@ def make_block(
     return dataclasses.replace(block, start=start["parameters"])
 
 
-def _works(study: BackboneStudy, arms: tuple[str, ...]) -> list[_Work]:
-    return [
-        _Work(BlockUnit(regime, study.run_name(arm, variation), block[0], len(block)), arm, variation, block)
-        for regime in study.regimes
-        for block in study.blocks
-        for arm in study.arms_of(regime)
-        if (not arms or arm in arms) and block[0] - study.first_seed < (study.arms[arm].most_seeds or study.seeds)
-        for variation in study.variations(regime, arm)
-    ]
+def _works(study: BackboneStudy, arms: tuple[str, ...], optimisers: tuple[str, ...]) -> list[_Work]:
+    works = []
+    for regime in study.regimes:
+        for block in study.blocks:
+            for arm in (name for name in study.arms_of(regime) if not arms or name in arms):
+                for variation in study.variations(regime, arm):
+                    name = study.run_name(arm, variation)
+                    for optimiser in (o for o in study.optimisers(arm) if not optimisers or o in optimisers):
+                        seeds = study.seeds_of(arm, block, optimiser)
+                        if seeds:
+                            kind = PolicyUnit if optimiser == "ppo" else BlockUnit
+                            unit = kind(regime, name, block[0], seeds)
+                            made_as = study.fingerprint(regime, arm, optimiser)
+                            works.append(_Work(unit, arm, variation, block, optimiser, made_as))
+    return works
 
 
 def _run(
@@ -179,38 +205,31 @@ def _run(
                     makers = BackboneArms(study, work.unit.regime, block, folder)
                 makers.on_step = on_step
                 began = time.perf_counter()
-                rows = unit_rows(study, work.unit, makers, work.arm, work.variation)
+                rows = _rows(study, work, makers)
                 seconds = (time.perf_counter() - began) / len(rows)
                 for row in rows:
                     row["timings"] = {"seconds": seconds}
-                store.write(work.unit, study.fingerprint(work.unit.regime, work.arm), {"rows": rows})
+                store.write(work.unit, work.fingerprint, {"rows": rows})
                 left = (time.monotonic() - start) / (done + 1) * (len(pending) - done - 1)
                 bars.update(overall, advance=1, note=f"about {minutes(left)} left")
     finally:
         torch.set_num_threads(threads)
 
 
-def unit_rows(
-    study: BackboneStudy, unit: BlockUnit, makers: BackboneArms, arm: str, variation: Variation
-) -> list[dict]:
-    """Trains and measures one arm over one block: for each seed what `store.write_tables` takes."""
-    models = makers.make(arm, variation)
-    found = measure(makers.block, makers.scores(models), study.measure.fixed_kl)
-    training, serving = models.training_flops.tolist(), models.serving_flops.tolist()
-    return [
-        {
-            "regime": unit.regime,
-            "seed": seed,
-            "arm": unit.arm,
-            "optimiser": "best_of_n",
-            "values": {
-                **one["values"],
-                "parameters": models.served,
-                "training_flops": training[i],
-                "serving_flops": serving[i],
-            },
-            "curve": one["curve"],
-            "experts": [],
-        }
-        for i, (seed, one) in enumerate(zip(makers.block.seeds, found, strict=True))
-    ]
+def _rows(study: BackboneStudy, work: _Work, makers: BackboneArms) -> list[dict]:
+    """Makes and measures one arm over one block: for each seed what `store.write_tables` takes."""
+    models, block = makers.make(work.arm, work.variation), makers.block
+    if work.optimiser == "best_of_n":
+        found = measure(block, makers.scores(models), study.measure.fixed_kl)
+        training, serving = models.training_flops.tolist(), models.serving_flops.tolist()
+        for one, trained, served in zip(found, training, serving, strict=True):
+            costs = {"parameters": models.served, "training_flops": trained, "serving_flops": served}
+            one["values"] |= costs
+    else:
+        assert study.ppo is not None
+        rewards = [reward_of(models, makers.member_scores(models), i) for i in range(work.unit.seeds)]
+        found = [
+            policy_path(block, i, reward, study.ppo, study.measure, makers.on_step) for i, reward in enumerate(rewards)
+        ]
+    key = {"regime": work.unit.regime, "arm": work.unit.arm, "optimiser": work.optimiser}
+    return [{**key, "seed": seed, **one, "experts": []} for seed, one in zip(block.seeds, found, strict=False)]
