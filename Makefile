@@ -77,7 +77,7 @@ demo-real: $(VENV)/.real
 	$(LAB) demo demo-real --output build/demo-real
 
 lab: $(VENV)/.ummrm
-	$(LAB) run cpu --output build/lab
+	$(LAB) run backbone --output build/lab
 
 # Studies whose tables are kept, which the pages of findings stand on. An interrupted one goes on when the command is given again.
 claim := cpu --first-seed 1000 --seeds 24

@@ -130,9 +130,9 @@ def comparison_table(study: StudyConfig, comparisons: Sequence[Comparison]) -> T
             missing = f" ({c.missing} missing)" if c.missing else ""
             cells += [f"{p.seeds}{missing}", f"{p.mean:+.3f}", f"{p.low:+.3f} to {p.high:+.3f}", f"{c.better_in:g}"]
             cells += [f"{p.p:.2g}", f"{c.adjusted:.2g}", c.verdict]
-        rows.append(tuple(cells))
+        rows.append((*cells, "primary" if c.primary else "secondary"))
     marked = frozenset(i for i, c in enumerate(comparisons) if c.primary)
-    return Table("", (*names, "p", "adjusted", "verdict"), tuple(rows), marked)
+    return Table("", (*names, "p", "adjusted", "verdict", "family"), tuple(rows), marked)
 
 
 def expert_table(study: StudyConfig, experts: Sequence[dict]) -> Table:

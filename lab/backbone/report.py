@@ -170,6 +170,8 @@ def _arm_table(study: Shown, regime: str, runs: Runs) -> Table:
         "shortcut reversed": cell("accuracy_shifted", 3),
         "policy's tail": cell("accuracy_tail", 3),
         "calibration error": cell("calibration_error", 3),
+        "correlation of members": cell("member_correlation", 2),
+        "seeds": lambda arm: f"{len(runs.values(regime, arm, 'best_of_n', 'accuracy'))}",
         "training FLOPs ÷ dense": lambda arm: ratio_cell(runs, regime, arm, dense, "training_flops"),
         "serving FLOPs ÷ dense": lambda arm: ratio_cell(runs, regime, arm, dense, "serving_flops"),
         "parameters": lambda arm: mean_cell(runs, regime, arm, "parameters", "{:,.0f}"),
