@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
 ASSIGNMENTS = ("token", "sequence")
-EXPERTS_IN = ("ffn", "linear")
+EXPERTS_IN = ("ffn", "linear", "all")
 GATES = ("shared_complement", "fixed")
 ROUTERS = ("linear", "mlp")
 ROUTER_NOISES = (None, "jitter", "learned")
@@ -159,13 +159,15 @@ class UpcycleConfig(_Config):
         balancing_loss: by token: `"switch"` (arXiv 2101.03961, eq. 4; the default) or `"cv_squared"` (XFT).
         balancing_loss_coef: by token: weight of the load-balancing loss, at least 0; 0.01.
         z_loss_coef: by token: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), at least 0; 0.001.
-        experts_in: by sequence: what is copied for each expert: `"ffn"` (the FFNs, the default) or `"linear"` (every
-            linear layer of the chosen layers, attention's too; without shared experts).
+        experts_in: by sequence: what is copied for each expert: `"ffn"` (the FFNs, the default), `"linear"` (every
+            linear layer of the chosen layers, attention's too) or `"all"` (these and the last linear map of the reward
+            head, which `ummrm.upcycle(..., new_head=True)` draws anew for each; reward models only); the last two
+            without shared experts.
         evaluation: by sequence: what a forward without `groups` computes outside training: `"mean"` (the default: the
             members' scores, averaged after the head; reward models only) or the number of one member.
         layers: which layers are upcycled: `"all"`, an integer n (every n-th: n-1, 2n-1, ...), or a sequence of indices.
         expert_noise: noise added to each routed expert at upcycling, as a multiple of each tensor's own standard
-            deviation; 0 keeps the upcycled model equal to the dense one.
+            deviation; 0 keeps the upcycled model equal to the dense one. Fresh heads of experts get none.
     """
 
     assignment: str = "token"
@@ -204,6 +206,16 @@ class UpcycleConfig(_Config):
     def by_sequence(self) -> bool:
         """Whether `assignment` is `"sequence"`."""
         return self.assignment == "sequence"
+
+    @property
+    def has_linear_experts(self) -> bool:
+        """Whether every linear layer of a chosen layer is copied for each expert, and not its FFN alone."""
+        return self.experts_in in ("linear", "all")
+
+    @property
+    def has_head_experts(self) -> bool:
+        """Whether each expert has a reward head of its own."""
+        return self.experts_in == "all"
 
     @property
     def default_shared_share(self) -> float:
@@ -248,8 +260,13 @@ class UpcycleConfig(_Config):
                 self.num_experts_per_tok,
             )
         self._check_choice("experts_in", EXPERTS_IN)
-        if self.experts_in == "linear" and self.num_shared_experts:
-            _fail(self, "num_shared_experts", 'by sequence 0 with experts_in="linear"', self.num_shared_experts)
+        if self.has_linear_experts and self.num_shared_experts:
+            _fail(
+                self,
+                "num_shared_experts",
+                f'by sequence 0 with experts_in="{self.experts_in}"',
+                self.num_shared_experts,
+            )
         member = _is_int(self.evaluation) and 0 <= self.evaluation < self.num_experts
         if not member and self.evaluation != "mean":
             _fail(self, "evaluation", f'"mean" or the number of a member, 0 to {self.num_experts - 1}', self.evaluation)

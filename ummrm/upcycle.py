@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from .config import UpcycleConfig
 from .hf.detect import find_family
+from .hf.head import head_name
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
-from .hf.reward_head import reward_model
+from .hf.reward_head import draw_heads, reward_model, with_fresh_head
 from .nn.dense import Projection
 from .nn.upcycled_ffn import UpcycledFFN
 from .nn.upcycled_linear import UpcycledLinear, mixture_parts
@@ -46,12 +47,15 @@ def upcycle(
     copy: bool = False,
     new_head: bool = False,
     tokenizer: Any = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Turns a dense model into its mixture-of-experts counterpart; at this moment both compute the same.
 
     Every FFN of the chosen layers becomes `num_experts` routed experts and `num_shared_experts` shared ones, all copies
     of it, and a new router (UMM-RM, arXiv 2512.00724; sparse upcycling, arXiv 2212.05055). By sequence there is no
-    router: whole sequences go through one expert (`groups` in the forward), and the experts may be all linear layers.
+    router: whole sequences go through one expert (`groups` in the forward), and the experts may be all linear layers,
+    the reward head's last one too. Fresh heads of experts are the one thing that differs at first: the first member
+    computes what the dense model under its fresh head did, and the others with heads of their own.
     All other parameters keep their values, dtypes, devices, ties and `requires_grad`; experts and routers are
     trainable.
 
@@ -65,8 +69,12 @@ def upcycle(
         copy: False takes the dense model's tensors over, with no second copy in memory, and leaves `dense` unusable
             (any use raises); True copies them and leaves `dense` as it is.
         new_head: make a reward model of a causal or masked language model, or of a backbone alone: `reward_model` says
-            how its fresh head starts, and warns that it is fresh.
+            how its fresh head starts, and warns that it is fresh. With `experts_in="all"` each expert's is drawn anew
+            by the same initialisation: expert 0's is the one that `reward_model(dense, seed=seed)` has, expert e's
+            comes from the splitmix64 mix of `seed` and e; without `new_head` all are copies. There `dense` may be a
+            reward model too, whose head (one that transformers has made up, say) makes way for fresh ones.
         tokenizer: for `new_head`: names the padding token.
+        seed: for `new_head`: of what is fresh.
 
     Returns:
         A model of the registered class (`UmmLlamaForSequenceClassification`, ...), in the same training mode.
@@ -74,19 +82,28 @@ def upcycle(
     Raises:
         TypeError: `dense` or `config` is of another type.
         ValueError: the model can't be upcycled (unknown family or class, a row that does not fit it, upcycled already,
-            quantised, on several devices, not finite) or the configuration does not fit it. `dense` is then unchanged.
+            quantised, on several devices, not finite) or the configuration does not fit it (`experts_in="all"` and no
+            reward head with one output). `dense` is then unchanged.
     """
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
     given = dense
     if new_head:
-        dense = reward_model(given, tokenizer)
+        make = with_fresh_head if config.has_head_experts else reward_model
+        dense = make(given, tokenizer, seed=seed)
     elif tokenizer is not None:
         raise ValueError("`tokenizer` must be None without new_head=True, which alone reads it; leave it out.")
+    elif seed:
+        raise ValueError(
+            f"`seed` must be 0 without new_head=True, which alone reads it, got {seed!r}; routers and expert_noise go "
+            "by torch.manual_seed."
+        )
     family = find_family(dense)
     family.check(dense.config)
     indices = check_row(family, dense, config)
+    if config.has_head_experts:
+        head_name(dense)
     with torch.device("meta"):
         moe: Any = umm_class(type(dense))(upcycled_config(dense.config, config, family))
         stock = moe.stock_class(stock_config(moe.config))
@@ -101,6 +118,8 @@ def upcycle(
     del stock
     if noisy:
         _fill(dense, moe, noise=True)
+    if new_head and config.has_head_experts:
+        draw_heads(moe, dense, seed)
     if copy:
         transplant(dense, moe, clone=True)
     _keep_checkpointing(dense, moe)

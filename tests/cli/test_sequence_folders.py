@@ -2,9 +2,10 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import outputs_of, padded_batch
+from tiny_models import outputs_of, padded_batch, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 import ummrm
@@ -63,6 +64,27 @@ def test_a_folder_with_shared_experts_brings_their_weight(models, command):
     assert "| shared_share | 0.25 |" in (models / "merged/README.md").read_text()
     assert command("merge", "out", "half", "--shared-share", 0.5).status == 0
     assert "| shared_share | 0.5 |" in (models / "half/README.md").read_text()
+
+
+def test_every_expert_gets_a_fresh_head_of_its_own(models, command, refused):
+    tiny_model("llama", "ForCausalLM").save_pretrained("base")
+    options = ("--assignment", "sequence", "--experts-in", "all", "-e", 3)
+    assert 'without a reward head, got "all"' in refused("upcycle", "base", "out", *options, "--no-new-head")
+    done = command("upcycle", "base", "out", *options, "--new-head", "--seed", 4)
+    assert done.status == 0 and "is a fresh head (seed 4" in done.err, done.err
+    moe = AutoModelForSequenceClassification.from_pretrained("out")
+    with pytest.warns(UserWarning, match="fresh head"):
+        first = ummrm.reward_model("base", seed=4).score.weight
+    assert torch.equal(moe.score.expert_weight[0], first) and moe.score.expert_weight.std(0).min() > 0
+    record = json.loads(command("info", "out", "--json").out)
+    assert record["experts_in"] == "all" and record["parameters_per_token"] * 3 > record["parameters"]
+    assert command("merge", "out", "merged").status == 0
+    merged = AutoModelForSequenceClassification.from_pretrained("merged")
+    torch.testing.assert_close(merged.score.weight, moe.score.expert_weight.mean(0))
+    assert "the linear layers and the reward head of `base`" in (models / "merged/README.md").read_text()
+    assert command("upcycle", "dense", "copies", *options).status == 0
+    copies = AutoModelForSequenceClassification.from_pretrained("copies").score.expert_weight
+    assert torch.equal(copies[2], copies[0])
 
 
 def test_what_belongs_to_the_other_assignment_is_refused(models, refused):

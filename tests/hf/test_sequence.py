@@ -14,6 +14,7 @@ E = 4
 SETTINGS = {
     "ffn": UpcycleConfig(assignment="sequence"),
     "linear": UpcycleConfig(assignment="sequence", experts_in="linear"),
+    "all": UpcycleConfig(assignment="sequence", experts_in="all"),
     "shared": UpcycleConfig(assignment="sequence", num_shared_experts=1, fixed_shared_weight=0.25),
     "top layer": UpcycleConfig(assignment="sequence", layers=(-1,)),
 }
@@ -148,7 +149,7 @@ def test_generation_is_a_members():
 
 
 def test_compiled_and_under_autocast():
-    moe, batch = mixture(setting="linear"), batch_of()
+    moe, batch = mixture(setting="all"), batch_of()
     compiled = torch.compile(moe, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch, groups=GROUPS).logits, moe(**batch, groups=GROUPS).logits)

@@ -43,6 +43,7 @@ def by_sequence(**options):
 
 
 KINDS = {
+    "all": by_sequence(experts_in="all"),
     "linear": by_sequence(experts_in="linear"),
     "ffn, upper layer": by_sequence(layers=(1,)),
     "ffn": by_sequence(),
@@ -52,18 +53,27 @@ KINDS = {
 BATCHES = {"one": (7,), "heads": (9, 4, 1, 6), "length": (5, 2, 3, 5, 1)}
 
 
-FAST = {"ffn, upper layer": DIFFERENT, "ffn": (), "linear, upper layer": ("llama", "bert")}
+WITH_HEAD = [m for m in MODEL_TYPES if "SequenceClassification" in reward_class(m).__name__]
+# "all" is "linear" and the head
+FAST = {
+    "all": WITH_HEAD,
+    "linear": ("llama", "bert", *(set(MODEL_TYPES) - set(WITH_HEAD))),
+    "ffn, upper layer": DIFFERENT,
+    "ffn": (),
+    "linear, upper layer": ("llama", "bert"),
+}
 PRODUCT = [
-    pytest.param(m, kind, marks=() if m in FAST.get(kind, MODEL_TYPES) else pytest.mark.full)
+    pytest.param(m, kind, marks=() if m in FAST[kind] else pytest.mark.full)
     for m in MODEL_TYPES
     for kind in KINDS
+    if m in WITH_HEAD or kind != "all"
 ]
 
 
 def fitting(model_type, config):
     """What a tiny model needs: DeBERTa's linear layers also project relative positions, which are no sequence's."""
     plain = {"relative_attention": False, "pos_att_type": None, "position_biased_input": True}
-    return plain if model_type == "deberta-v2" and config.experts_in == "linear" else {}
+    return plain if model_type == "deberta-v2" and config.experts_in != "ffn" else {}
 
 
 def batches(model):
@@ -202,14 +212,13 @@ def assert_same(model, other):
 
 
 def auto_class(model_type):
-    is_reward = "SequenceClassification" in reward_class(model_type).__name__
-    return AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    return AutoModelForSequenceClassification if model_type in WITH_HEAD else AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("model_type", ONE_EACH)
 def test_every_folder_reloads_and_merged_weights_are_bitwise_the_merge_times(model_type, tmp_path):
     """In bf16, sharded, in both phases and merged, with shared experts where experts are FFNs alone."""
-    linear = {"experts_in": "linear", "layers": (1,)}
+    linear = {"experts_in": "all" if model_type in WITH_HEAD else "linear", "layers": (1,)}
     config = by_sequence(**({"num_shared_experts": 2} if model_type == "deberta-v2" else linear), evaluation=2)
     eager = {"attn_implementation": "eager"}
     dense = tiny_model(model_type, dtype=torch.bfloat16, **(eager if model_type == "falcon" else {}))

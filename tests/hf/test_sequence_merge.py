@@ -14,6 +14,7 @@ from ummrm import MergeConfig, UpcycleConfig, preference_loss
 from ummrm.nn.upcycled_linear import mixture_parts
 
 LINEAR = UpcycleConfig(assignment="sequence", num_experts=3, experts_in="linear")
+ALL = UpcycleConfig(assignment="sequence", num_experts=3, experts_in="all")
 SHARED = UpcycleConfig(assignment="sequence", num_experts=3, num_shared_experts=2, fixed_shared_weight=0.25)
 SHARE = "model.umm_merge_share.share"
 
@@ -23,7 +24,7 @@ def mixture(config, model_type="llama", dtype=torch.float32):
     return perturb_experts(ummrm.upcycle(tiny_model(model_type, dtype=dtype), config))
 
 
-@pytest.mark.parametrize("config", [LINEAR, SHARED], ids=["linear", "shared"])
+@pytest.mark.parametrize("config", [LINEAR, ALL, SHARED], ids=["linear", "all", "shared"])
 def test_a_mixture_merges_as_it_is_into_the_weighted_mean_of_its_members(config):
     moe, batch = mixture(config).train(), padded_batch()
     moe.model.layers[0].requires_grad_(False)
@@ -32,7 +33,7 @@ def test_a_mixture_merges_as_it_is_into_the_weighted_mean_of_its_members(config)
     assert (
         moe.config.umm_phase == "mixture"
         and moe.training
-        and len(mixture_parts(moe)) == (10 if config is LINEAR else 2)
+        and len(mixture_parts(moe)) == {"linear": 10, "all": 11, "ffn": 2}[config.experts_in]
     )
     assert [p.requires_grad for p in moe.parameters()] == flags
     assert all(p.requires_grad for p in merged.parameters()) and not merged.training
@@ -44,6 +45,8 @@ def test_a_mixture_merges_as_it_is_into_the_weighted_mean_of_its_members(config)
         else:
             torch.testing.assert_close(dense.self_attn.v_proj.weight, layer.self_attn.v_proj.expert_weight.mean(0))
         torch.testing.assert_close(dense.mlp.down_proj.weight, mean)
+    if config is ALL:
+        torch.testing.assert_close(merged.score.weight, moe.score.expert_weight.mean(0))
     expected = {key: tensor.clone() for key, tensor in merged.state_dict().items()}
     with torch.no_grad():
         for parameter in merged.parameters():
@@ -58,7 +61,7 @@ def test_a_mixture_merges_as_it_is_into_the_weighted_mean_of_its_members(config)
 
 def test_gradients_of_every_alpha_match_finite_differences():
     """In fp64, through the whole model and the loss (BERT: Llama's norms compute in fp32 whatever the dtype)."""
-    moe = ummrm.prepare_merge(mixture(LINEAR, "bert", torch.float64))
+    moe = ummrm.prepare_merge(mixture(ALL, "bert", torch.float64))
     for name, p in moe.named_parameters():
         if p.requires_grad:
             module, _, leaf = name.rpartition(".")
@@ -69,7 +72,7 @@ def test_gradients_of_every_alpha_match_finite_differences():
         return preference_loss(*(moe(**batch).logits for batch in batches))
 
     learned = [p for p in moe.parameters() if p.requires_grad]
-    assert len(learned) == 2 * 5
+    assert len(learned) == 2 * 5 + 1
     analytic, step = torch.autograd.grad(loss(), learned), 1e-5
     for parameter, gradient in zip(learned, analytic, strict=True):
         i = int(gradient.abs().argmax())
@@ -109,9 +112,9 @@ def test_merge_weights_that_diverged_are_named_for_linear_experts():
         ummrm.merge(moe)
 
 
-@pytest.mark.parametrize("config", [LINEAR, SHARED], ids=["linear", "shared"])
+@pytest.mark.parametrize("config", [ALL, SHARED], ids=["all", "shared"])
 def test_lambda_is_the_mixtures_own_in_weights_and_configuration(config, tmp_path):
-    share, other = (0.0, 0.5) if config is LINEAR else (0.25, 0.7)
+    share, other = (0.0, 0.5) if config is ALL else (0.25, 0.7)
     ummrm.prepare_merge(mixture(config)).to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.state_dict()[SHARE], torch.tensor([share]))

@@ -13,9 +13,9 @@ from tiny_models import outputs_of, padded_batch, perturb_experts, tiny_model
 import ummrm
 from ummrm import UpcycleConfig, preference_loss
 
-LINEAR = UpcycleConfig(assignment="sequence", experts_in="linear")
+ALL = UpcycleConfig(assignment="sequence", experts_in="all")
 SHARED = UpcycleConfig(assignment="sequence", num_shared_experts=2, fixed_shared_weight=0.25)
-CONFIGS = {"linear": LINEAR, "shared": SHARED}
+CONFIGS = {"all": ALL, "shared": SHARED}
 
 
 def mixture(config, model_type="llama", dtype=torch.float32):
@@ -42,7 +42,7 @@ MODEL_TYPES = ["llama", "bert", "falcon", "deberta-v2", "opt", "gpt2"]
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_with_and_without_checkpointing_are_equal(model_type, autocast):
-    plain = mixture(LINEAR, model_type).train()
+    plain = mixture(ALL, model_type).train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable()
     batch_seed, results = torch.randint(2**31, ()).item(), []
@@ -89,7 +89,7 @@ def test_kernels_run_in_bf16_under_autocast(config):
 
 def test_training_lowers_the_loss_and_moves_the_members_apart():
     torch.manual_seed(6)
-    moe = ummrm.upcycle(tiny_model("llama"), LINEAR).train()
+    moe = ummrm.upcycle(tiny_model("llama"), ALL).train()
     chosen, rejected = padded_batch(lengths=(9, 5, 3, 8)), padded_batch(lengths=(4, 8, 2, 9))
     optimizer, losses = torch.optim.AdamW(moe.parameters(), 1e-3), []
     for step in range(40):
@@ -105,7 +105,7 @@ def test_training_lowers_the_loss_and_moves_the_members_apart():
 
 
 def test_a_normalisation_folds_into_the_head_of_all_members():
-    moe, batch = mixture(LINEAR, "bert"), padded_batch()
+    moe, batch = mixture(ALL, "bert"), padded_batch()
     normalization = ummrm.measure_rewards(moe, [batch])
     with torch.no_grad():
         expected = normalization(moe.member_scores(**batch))
@@ -118,7 +118,7 @@ def test_a_normalisation_folds_into_the_head_of_all_members():
 @pytest.mark.parametrize("where", ["on its way", "inside"])
 def test_a_second_thread_is_refused_and_a_copy_serves_it(where):
     """Also while the first one's groups are on their way to the backbone."""
-    moe, batch, entered, go_on, said = mixture(LINEAR), padded_batch(), threading.Event(), threading.Event(), []
+    moe, batch, entered, go_on, said = mixture(ALL), padded_batch(), threading.Event(), threading.Event(), []
     expected = moe(**batch).logits
 
     def wait(*args):

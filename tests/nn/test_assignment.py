@@ -21,6 +21,7 @@ SETTINGS = {
         assignment="sequence", num_shared_experts=2, fixed_shared_weight=0.3, expert_noise=0.3
     ),
     "linear": UpcycleConfig(assignment="sequence", experts_in="linear", expert_noise=0.3),
+    "all": UpcycleConfig(assignment="sequence", experts_in="all", expert_noise=0.3),
 }
 
 
@@ -35,8 +36,10 @@ def network(setting="ffn"):
     config, net = SETTINGS[setting], Tokens()
     for i, ffn in enumerate(net.ffns):
         net.ffns[i] = UpcycledFFN.from_dense(ffn, config)
-    if config.experts_in == "linear":
+    if config.experts_in != "ffn":
         net.embed = UpcycledLinear.from_dense(net.embed, config)
+    if config.experts_in == "all":
+        net.head = UpcycledLinear.from_dense(net.head, config)
     return net
 
 
@@ -236,7 +239,7 @@ def test_an_evaluation_that_is_none(evaluation):
 
 
 def test_a_linear_layer_needs_its_setting():
-    with pytest.raises(ValueError, match='experts_in="linear", got assignment=.sequence. and experts_in=.ffn.'):
+    with pytest.raises(ValueError, match='experts_in="linear" or "all", got assignment=.sequence. and experts_in=.ffn'):
         UpcycledLinear.from_dense(nn.Linear(3, 2), FFN)
     with pytest.raises(TypeError, match="`linear` must be an nn.Linear, got ReLU"):
         UpcycledLinear.from_dense(nn.ReLU(), SETTINGS["linear"])

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.full
 LEARNING_RATE = 0.05
 LINEAR = UpcycleConfig(assignment="sequence", experts_in="linear")
 SHARED = UpcycleConfig(assignment="sequence", num_shared_experts=1, fixed_shared_weight=0.9)
-MIXTURES = {"by sequence, linear": LINEAR, "by sequence, shared": SHARED}
+ALL = UpcycleConfig(assignment="sequence", experts_in="all")
+MIXTURES = {"by sequence, linear": LINEAR, "by sequence, all": ALL, "by sequence, shared": SHARED}
 
 
 def make_model(phase):

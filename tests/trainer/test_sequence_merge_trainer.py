@@ -12,10 +12,10 @@ from ummrm import MergeConfig, UpcycleConfig
 from ummrm.nn.merging_linear import merging_parts
 
 SHARED = UpcycleConfig(assignment="sequence", num_shared_experts=1, fixed_shared_weight=0.25)
-LINEAR = UpcycleConfig(assignment="sequence", experts_in="linear", layers=(1,))
+ALL = UpcycleConfig(assignment="sequence", experts_in="all", layers=(1,))
 CASES = {
     "ffn": (SEQUENCE, None, 2),
-    "linear, one layer": (LINEAR, MergeConfig(alpha_per="projection"), 5),
+    "linear layers and head": (ALL, MergeConfig(alpha_per="projection"), 6),
     "shared, lambda learned": (SHARED, MergeConfig(learn_shared_share=True), 3),
 }
 
@@ -34,11 +34,12 @@ def test_alpha_moves_and_nothing_else_and_the_folder_is_stock(case, tmp_path):
         assert torch.equal(tensor, before[name]) != (name in learned), name
     entry = entries(trainer)[-1]
     assert (entry["lambda"] == start) == (config is not SHARED) and 0 < entry["merge_entropy"] < 1
-    if config is LINEAR:
+    if config is ALL:
         label = "layer_1/self_attn.q_proj"
         alpha = trainer.model.model.layers[1].self_attn.q_proj.alpha
         assert [entry[f"alpha/{label}/expert_{e}"] for e in range(4)] == pytest.approx(alpha.tolist(), rel=1e-5)
-        assert "alpha/layer_1/mlp/gate/expert_0" in entry and f"merge_entropy/{label}" in entry
+        assert "alpha/score/expert_3" in entry and "alpha/layer_1/mlp/gate/expert_0" in entry
+        assert f"merge_entropy/{label}" in entry
 
     trainer.save_merged(str(tmp_path / "merged"))
     loaded, batch = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"), padded_batch()
@@ -47,12 +48,14 @@ def test_alpha_moves_and_nothing_else_and_the_folder_is_stock(case, tmp_path):
         torch.testing.assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
     text = (tmp_path / "merged" / "README.md").read_text()
     assert "| assignment | sequence |" in text and "folded back with learned weights" in text
-    assert ("linear layers" in text) == (config is LINEAR) and all(
+    assert ("the linear layers and the reward head of" in text) == (config is ALL) and all(
         f"| {n} " in text for n in merging_parts(trainer.model)
     )
 
 
-@pytest.mark.parametrize("case", ["shared, lambda learned", pytest.param("linear, one layer", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "case", ["shared, lambda learned", pytest.param("linear layers and head", marks=pytest.mark.full)]
+)
 def test_resuming_equals_an_uninterrupted_run(case, tmp_path):
     config, merge_config, _ = CASES[case]
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "merge_config": merge_config}
@@ -93,7 +96,7 @@ def test_settings_are_those_of_the_model_where_they_say_the_same(tmp_path):
             '`alpha_init` must be "uniform" .*by sequence, which has no rout',
         ),
         (SEQUENCE, MergeConfig(shared_share=0.5), "`shared_share` must be 0 .*without shared experts, got 0.5"),
-        (LINEAR, MergeConfig(learn_shared_share=True), "`learn_shared_share` must be False .*without shared experts"),
+        (ALL, MergeConfig(learn_shared_share=True), "`learn_shared_share` must be False .*without shared experts"),
     ],
 )
 def test_what_has_no_meaning_by_sequence_is_refused(config, merge_config, message, tmp_path):

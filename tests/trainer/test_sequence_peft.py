@@ -13,13 +13,14 @@ from ummrm import UmmMergeTrainer, UpcycleConfig
 from ummrm.nn.upcycled_linear import UpcycledLinear, mixture_parts
 
 LINEAR = UpcycleConfig(assignment="sequence", experts_in="linear")
+ALL = UpcycleConfig(assignment="sequence", experts_in="all")
 WITH_SHARED = UpcycleConfig(assignment="sequence", num_shared_experts=1, fixed_shared_weight=0.25)
 FULL = pytest.mark.full
 ATTENTION = [f"{name}_proj.expert_weight" for name in "qkvo"]
 MODES = {
     "experts": (SEQUENCE, EXPERTS, []),
     "shared experts too": (WITH_SHARED, EXPERTS + SHARED, []),
-    "linear experts": (LINEAR, EXPERTS + ATTENTION, []),
+    "linear experts": (ALL, EXPERTS + ATTENTION, []),  # whose heads, one for each expert, are trained in whole
     "experts and every linear layer": (SEQUENCE, EXPERTS, "all-linear"),
 }
 

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl import RewardTrainer
 from trl_child import train
-from trl_inputs import SEQUENCE, make_dataset, make_moe
+from trl_inputs import SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
 import ummrm
 from ummrm import UpcycleConfig, preference_loss
@@ -21,6 +21,7 @@ E = SEQUENCE.num_experts
 KINDS = {
     "ffn": SEQUENCE,
     "linear": UpcycleConfig(assignment="sequence", experts_in="linear"),
+    "all": UpcycleConfig(assignment="sequence", experts_in="all"),
     "shared": UpcycleConfig(assignment="sequence", num_shared_experts=1, fixed_shared_weight=0.25),
     "upper layer": UpcycleConfig(assignment="sequence", layers=(1,)),
 }
@@ -85,7 +86,7 @@ def test_groups_are_drawn_over_a_steps_pairs(size, accumulated, pairs, tmp_path)
         assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "shared", in_full("ffn"), in_full("upper layer")])
+@pytest.mark.parametrize("kind", ["all", "shared", in_full("linear"), in_full("ffn"), in_full("upper layer")])
 def test_a_step_trains_on_the_loss_of_its_definition(kind, tmp_path):
     data = make_dataset(6, kind="margin")
     options = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
@@ -239,6 +240,22 @@ def test_evaluation_is_the_members_mean_or_a_named_member(tmp_path):
         for key, value in expected.items():
             assert metrics[f"eval_{key}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
         assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fresh head")
+def test_fresh_heads_train_with_their_experts_and_teach_the_merged_model(tmp_path):
+    moe = ummrm.upcycle(tiny_model("llama", "CausalLM"), KINDS["all"], new_head=True, seed=1)
+    before = moe.score.expert_weight.detach().clone()
+    trainer = trainer_of(tmp_path, model=moe, max_steps=2, learning_rate=1e-3)
+    trainer.train()
+    mixture = trainer.model.eval()
+    assert (mixture.score.expert_weight - before).flatten(1).abs().amax(1).min() > 0
+    student, data = ummrm.merge(mixture), make_dataset(8, kind="explicit")
+    torch.testing.assert_close(student.score.weight, mixture.score.expert_weight.mean(0))
+    weights = student.score.weight.detach().clone()
+    distilling = settings(tmp_path / "distilled", ummrm.UmmDistillConfig, max_steps=1, learning_rate=1e-3)
+    done = ummrm.distill(student, mixture, data, make_tokenizer(), distilling)
+    assert type(done).__name__ == "LlamaForSequenceClassification" and not torch.equal(done.score.weight, weights)
 
 
 def test_a_stream_is_trained_on(tmp_path):

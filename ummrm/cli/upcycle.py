@@ -58,7 +58,10 @@ def upcycle(
         int | None, _mixture("Shared experts, S.", "1, by sequence 0", "--num-shared-experts", "-s")
     ] = None,
     experts_in: Annotated[
-        str | None, _mixture("By sequence: ffn, or linear for every linear layer, attention's too.", "ffn")
+        str | None,
+        _mixture(
+            "By sequence: ffn; linear: every linear layer, attention's too; all: these and the reward head.", "ffn"
+        ),
     ] = None,
     evaluation: Annotated[
         str | None, _mixture("By sequence, outside training: mean of the members, or the number of one.", "mean")
@@ -83,7 +86,8 @@ def upcycle(
         bool | None,
         typer.Option(
             "--new-head/--no-new-head",
-            help="For a base model, which has no reward head: start one, or upcycle it as it is.",
+            help="For a base model, which has no reward head: start one (with --experts-in all one an expert), or "
+            "upcycle it as it is.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -170,7 +174,9 @@ def run(
         if new_head and model.config.pad_token_id is None:
             _name_padding(model, source, out)
     with steps.step("copying FFNs into experts"), blaming("", ValueError):
-        moe = ummrm.upcycle(model, settings)
+        # of a head that loading made up, each expert's own is drawn anew
+        fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head and settings.has_head_experts else {}
+        moe = ummrm.upcycle(model, settings, **fresh)
     save(moe, target, source, steps)
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
 

@@ -23,6 +23,13 @@ from ..nn.dense import PROJECTIONS
 
 FILE = "README.md"
 _MARK = "<!-- card written by ummrm; remove this line to keep your own text at the next save -->"
+# by `experts_in`, which a mixture assigned by token has none of
+_COPIED = {
+    "None": "feed-forward layers",
+    "ffn": "feed-forward layers",
+    "linear": "linear layers",
+    "all": "linear layers and the reward head",
+}
 # beside the models, so that a merged model has nothing of ours in it
 _REMEMBERED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -51,7 +58,7 @@ def merged_card(
     tag, loader = _task(model_class)
     reward = tag == "text-classification"
     kind = "reward model" if reward else "model"
-    copied = "linear layers" if upcycling.get("experts_in") == "linear" else "feed-forward layers"
+    copied = _COPIED[str(upcycling.get("experts_in"))]
     routed = [matrix[:, num_shared:] for matrix in coefficients.values()]
     learned = merging.get("learn_shared_share") or any((m != m[:, :1]).any() for m in routed)
     weights = "learned" if learned else "equal"

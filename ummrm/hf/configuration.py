@@ -116,7 +116,7 @@ class UmmConfigMixin(Generated, _Stock):
             return plan
         row = self.umm_row
         dense = {f"{row.layers}.*.{path}" for path in row.paths.modules}
-        if self.upcycle_config.experts_in == "linear":  # attention's are gone too
+        if self.upcycle_config.has_linear_experts:  # attention's are gone too
             return {key: value for key, value in plan.items() if not key.startswith(f"{row.layers}.*.")}
         return {key: value for key, value in plan.items() if key not in dense}
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
-from ..config import MergeConfig, UpcycleConfig
 from ..nn.dense import is_linear
 from ..nn.experts import Experts
 from ..nn.merge_weights import MergeShare
@@ -29,6 +28,7 @@ from . import loading, saving
 from .configuration import UmmConfigMixin
 from .families import Family
 from .generated import Generated
+from .head import gives_scores, head_name
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
 from .sequence import bind, by_sequence, member_logits
@@ -59,6 +59,7 @@ class UmmPreTrainedMixin(Generated, _Stock):
         umm_passes_mask: the row's `passes_mask` in a backbone that is itself called with the attention mask, else None.
         umm_groups: by sequence: the groups of the call that is being run, where a head passes none on.
         umm_lower_layers: by sequence: how many layers lie below the first experts.
+        umm_head: by sequence: name of the reward head's last linear map where each expert has its own, else "".
     """
 
     stock_class: type[PreTrainedModel]
@@ -66,6 +67,7 @@ class UmmPreTrainedMixin(Generated, _Stock):
     umm_passes_mask: bool | None = None
     umm_groups: object = None
     umm_lower_layers = 0
+    umm_head = ""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
         if not isinstance(config, UmmConfigMixin):
@@ -139,7 +141,7 @@ class UmmPreTrainedMixin(Generated, _Stock):
     @property
     def umm_scores(self) -> bool:
         """Whether the model has a head that gives one row of logits for each sequence."""
-        return type(self).__name__.endswith("ForSequenceClassification")
+        return gives_scores(type(self))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -194,6 +196,10 @@ def install(model: UmmPreTrainedMixin) -> None:
     chosen = config.upcycle_config.layer_indices(len(layers))
     if not isinstance(layers[0], UmmLayerMixin):
         _exchange_layers(model, chosen)
+    headless = model is backbone and not model.umm_scores
+    if config.upcycle_config.has_head_experts and not headless and not model.umm_head:
+        model.umm_head = head_name(model)
+        _exchange_linear(model, model.umm_head, backbone)
     # device_map must keep a layer whole; a head that made its backbone itself has collected the stock names alone
     for holder in (backbone, model):
         holder._no_split_modules = {*(holder._no_split_modules or ()), *(type(layer).__name__ for layer in layers)}
@@ -215,8 +221,8 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
             else:
                 ffn = MergingFFN(dense.spec, upcycle_config, merge_config, getattr(backbone, SHARE_NAME), **kind)
             layer.set_submodule(family.site, ffn)
-            if upcycle_config.experts_in == "linear":
-                _exchange_linears(layer, backbone, family, upcycle_config, merge_config)
+            if upcycle_config.has_linear_experts:
+                _exchange_linears(layer, backbone, family)
             for path in family.bypass:
                 layer.set_submodule(path, nn.Identity())
         stock: Any = type(layer)
@@ -232,17 +238,19 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
     masked.umm_lower_layers = min(chosen)
 
 
-def _exchange_linears(
-    layer: nn.Module, backbone: nn.Module, family: Family, config: UpcycleConfig, merge_config: MergeConfig | None
-) -> None:
+def _exchange_linears(layer: nn.Module, backbone: PreTrainedModel, family: Family) -> None:
     """Exchanges the linear layers of a layer that are no part of its FFN, which has been exchanged already."""
     ffn = {path.partition("[")[0] for path in family.paths.given.values()}
-    found = [(n, m) for n, m in layer.named_modules() if is_linear(m) and n not in ffn]
-    for name, linear in found:
-        new: Any = UpcycledLinear.like(linear, config)
-        if merge_config is not None:
-            new = MergingLinear(new, merge_config, getattr(backbone, SHARE_NAME))
-        layer.set_submodule(name, new)
+    for name in [n for n, m in layer.named_modules() if is_linear(m) and n not in ffn]:
+        _exchange_linear(layer, name, backbone)
+
+
+def _exchange_linear(holder: nn.Module, name: str, backbone: PreTrainedModel) -> None:
+    config: Any = backbone.config
+    new: Any = UpcycledLinear.like(holder.get_submodule(name), config.upcycle_config)
+    if config.merge_config is not None:
+        new = MergingLinear(new, config.merge_config, getattr(backbone, SHARE_NAME))
+    holder.set_submodule(name, new)
 
 
 def _exchange_class(model: PreTrainedModel, new: type[nn.Module]) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..nn.modes import evaluation_mode
+from .head import maps_to_one
 
 KEY = "reward_normalization"
 
@@ -134,7 +136,7 @@ def score(model: PreTrainedModel, inputs: dict[str, Tensor], *, normalized: bool
 
 @torch.no_grad()
 def fold_reward_normalization(model: PreTrainedModel) -> RewardNormalization | None:
-    """Builds the normalisation into the model's linear head, in place, as far as the head can hold it.
+    """Builds the normalisation into the model's linear head, or that of each expert, as far as a head can hold it.
 
     A head with a bias (BERT, RoBERTa, ModernBERT, ...) takes all of it, and the configuration's entry goes. A head
     without one (Llama, Qwen, ...: the stock class would ignore a bias in the file) takes the scale; what is left, a
@@ -153,24 +155,25 @@ def fold_reward_normalization(model: PreTrainedModel) -> RewardNormalization | N
     normalization = reward_normalization(model)
     if normalization is None:
         raise ValueError("`model` must have a reward normalisation to fold; see ummrm.set_reward_normalization.")
-    head = _head(model)
-    head.weight.copy_(head.weight.cpu().double() / normalization.std)
+    weight, bias = _head(model)
+    weight.copy_(weight.cpu().double() / normalization.std)
     left = None
-    if head.bias is not None:
-        head.bias.copy_((head.bias.cpu().double() - normalization.mean) / normalization.std)
+    if bias is not None:
+        bias.copy_((bias.cpu().double() - normalization.mean) / normalization.std)
     elif normalization.mean != 0:
         left = RewardNormalization(normalization.mean / normalization.std, 1.0)
     set_reward_normalization(model, left)
     return left
 
 
-def _head(model: PreTrainedModel) -> nn.Linear:
-    backbone = set(model.base_model.modules()) if model.base_model is not model else set()
-    heads = [m for m in model.modules() if m not in backbone and isinstance(m, nn.Linear) and m.out_features == 1]
+def _head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the head; of a mixture whose experts have heads of their own, all of them."""
+    heads = [model.get_submodule(name) for name in maps_to_one(model)]
     if len(heads) != 1:
         raise ValueError(
             f"`model` must end in one nn.Linear to one output beside its backbone, and {type(model).__name__} has "
             f"{len(heads)}; keep the normalisation in the configuration and use ummrm.score(..., normalized=True). "
             "Fold adapters first (merge_and_unload)."
         )
-    return heads[0]
+    head: Any = heads[0]
+    return (head.weight, head.bias) if isinstance(head, nn.Linear) else (head.expert_weight, head.expert_bias)

@@ -1,11 +1,13 @@
 """A reward model from a model that has no reward head: a causal or masked language model, or a backbone alone.
 
 The stock sequence-classification class of the same family takes the backbone's tensors over as they are; its head is
-fresh, seeded, and said to be. Upcycling such a model, or loading one by name, is the business of others.
+fresh, seeded, and said to be; so are the heads of experts that have their own. Upcycling such a model, or loading one
+by name, is the business of others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -20,6 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..nn.assignment import mixed_seed
+from ..nn.upcycled_linear import UpcycledLinear
+from .head import gives_scores, head_name
 from .loading import load_checkpoint
 from .modeling import UmmPreTrainedMixin
 
@@ -59,10 +64,21 @@ def reward_model(
     """
     if isinstance(backbone, (str, os.PathLike)):
         backbone = load_checkpoint(backbone, expect="dense")
-    stock = _reward_class(backbone)
+    return _with_fresh_head(backbone, _reward_class(backbone), tokenizer, head_std, seed)
+
+
+def with_fresh_head(model: PreTrainedModel, tokenizer: Any, seed: int) -> PreTrainedModel:
+    """`reward_model` of a model that may have a reward head already, in the place of which comes a fresh one."""
+    has_head = gives_scores(type(model)) and model.config.num_labels == 1
+    return _with_fresh_head(model, type(model) if has_head else _reward_class(model), tokenizer, None, seed)
+
+
+def _with_fresh_head(
+    backbone: PreTrainedModel, stock: type[PreTrainedModel], tokenizer: Any, head_std: float | None, seed: int
+) -> PreTrainedModel:
     config: Any = copy.deepcopy(backbone.config)
     if head_std is None:
-        head_std = float(getattr(config, "initializer_range", None) or 0.02)
+        head_std = _default_std(config)
     if isinstance(head_std, bool) or not isinstance(head_std, (int, float)) or not 0 <= head_std < float("inf"):
         raise ValueError(f"`head_std` must be a finite number of at least 0, got {head_std!r}.")
     config.num_labels = 1
@@ -86,9 +102,44 @@ def reward_model(
     warnings.warn(
         f"{', '.join(fresh)} of this {stock.__name__} is a fresh head (seed {seed}, std {head_std:g}); train it before "
         f"its scores mean anything.{missing}",
-        stacklevel=2,
+        stacklevel=3,
     )
     return model
+
+
+@torch.no_grad()
+def draw_heads(moe: Any, dense: PreTrainedModel, seed: int) -> None:
+    """Gives each expert of a mixture a fresh reward head of its own.
+
+    Expert 0 keeps the one of `dense`, which `seed` gave it; expert e has one of the same initialisation, drawn from
+    the splitmix64 mix of `seed` and e. Random states stay as they are.
+
+    Args:
+        moe: a mixture with experts in its head.
+        dense: what `with_fresh_head` made for it.
+        seed: of that head.
+    """
+    head: Any = dense.get_submodule(head_name(dense))
+    experts = moe.get_submodule(moe.umm_head)
+    assert isinstance(experts, UpcycledLinear)
+    experts.copy_from(head)
+    other = copy.deepcopy(head)
+    with _forked(head.weight.device):
+        for expert in range(1, experts.config.num_experts):
+            torch.manual_seed(mixed_seed(seed, expert))
+            dense._init_weights(other)
+            other.weight.normal_(0.0, _default_std(dense.config))
+            experts.expert_weight[expert].copy_(other.weight)
+            if experts.expert_bias is not None:
+                experts.expert_bias[expert].copy_(other.bias)
+
+
+def _default_std(config: Any) -> float:
+    return float(getattr(config, "initializer_range", None) or 0.02)
+
+
+def _forked(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _reward_class(backbone: object) -> type[PreTrainedModel]:
@@ -161,7 +212,7 @@ def _start_fresh(model: Any, backbone: PreTrainedModel, head_std: float, seed: i
     """Initialises what no backbone has, and returns the names of the modules."""
     like = next(p for p in backbone.parameters() if p.is_floating_point())
     fresh = {name: m for name, m in model.named_modules() if any(p.is_meta for p in m.parameters(recurse=False))}
-    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []), torch.no_grad():
+    with _forked(like.device), torch.no_grad():
         torch.manual_seed(seed)
         for module in fresh.values():
             module.to_empty(device=like.device, recurse=False).to(like.dtype)

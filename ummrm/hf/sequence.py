@@ -63,14 +63,40 @@ def check_no_groups(groups: object) -> None:
 
 @contextlib.contextmanager
 def handed_groups(model: Any, groups: object) -> Iterator[None]:
-    """Leaves a call's groups with the module that orders the batch, for heads that pass no argument on."""
+    """Leaves a call's groups with the module that orders the batch, for heads that pass no argument on.
+
+    With experts in the head too, which has the rows in the caller's order: it takes them from `call_groups`.
+    """
     masked = masked_module(model)
+    heads = sequence_modules(model.get_submodule(model.umm_head)).values() if model.umm_head else ()
     with contextlib.nullcontext() if torch.compiler.is_compiling() else one_thread(masked):
         masked.umm_groups = groups
+        for head in heads:
+            head.groups = groups if isinstance(groups, RowGroups) else None
         try:
             yield
         finally:
             masked.umm_groups = None
+            for head in heads:
+                head.groups = None
+
+
+def call_groups(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> object:
+    """What `handed_groups` takes for a call of a model: its groups, as rows where the head holds experts.
+
+    Args:
+        model: a mixture assigned by sequence.
+        stock_forward: its stock class's.
+        groups: of the call.
+        args: of the call.
+        kwargs: of the call.
+    """
+    if not model.umm_head:
+        return groups
+    tokens = _tokens(bind(stock_forward, args, kwargs))
+    if tokens is None:
+        return groups  # the backbone's forward says what is missing
+    return row_groups(masked_module(model), groups, tokens.shape[0], tokens.device)
 
 
 def masked_module(model: Any) -> Any:

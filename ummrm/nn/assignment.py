@@ -40,12 +40,12 @@ def draw_groups(num_pairs: int, num_experts: int, *, seed: int, step: int) -> Te
         raise ValueError(
             f"`num_pairs` and `num_experts` must be at least 1 to draw groups, got {num_pairs} and {num_experts}."
         )
-    generator = torch.Generator("cpu").manual_seed(_mixed(seed, step))
+    generator = torch.Generator("cpu").manual_seed(mixed_seed(seed, step))
     dealt = torch.randperm(num_experts, generator=generator).repeat(-(-num_pairs // num_experts))[:num_pairs]
     return dealt[torch.randperm(num_pairs, generator=generator)]
 
 
-def _mixed(seed: int, step: int) -> int:
+def mixed_seed(seed: int, step: int) -> int:
     """One seed of two numbers (splitmix64): neighbouring seeds and steps must not give streams that meet."""
     z, mask = ((seed & (2**32 - 1)) << 32) ^ (step & (2**32 - 1)), 2**64 - 1
     z = (z + 0x9E3779B97F4A7C15) & mask

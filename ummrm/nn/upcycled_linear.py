@@ -1,4 +1,4 @@
-"""A linear layer whose weight is one of E, by the sequence that a row belongs to (`experts_in="linear"`).
+"""A linear layer whose weight is one of E, by the sequence that a row belongs to (`experts_in="linear"`, `"all"`).
 
 A drop-in for an `nn.Linear` (or a transposed one), assigned by sequence alone. Its merge phase is `merging_linear.py`'s
 business.
@@ -31,7 +31,7 @@ class UpcycledLinear(BySequence):
         in_features: D.
         out_features: N.
         bias: whether there is one.
-        config: the upcycling configuration, with `experts_in="linear"`.
+        config: the upcycling configuration, with `experts_in="linear"` or `"all"`.
         dtype: of the parameters.
         device: where they are created.
     """
@@ -49,9 +49,9 @@ class UpcycledLinear(BySequence):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if config.experts_in != "linear":
+        if not config.has_linear_experts:
             raise ValueError(
-                'UpcycledLinear: `config` must have assignment="sequence" and experts_in="linear", got '
+                'UpcycledLinear: `config` must have assignment="sequence" and experts_in="linear" or "all", got '
                 f"assignment={config.assignment!r} and experts_in={config.experts_in!r}."
             )
         self.in_features, self.out_features, self.config = in_features, out_features, config
@@ -68,7 +68,7 @@ class UpcycledLinear(BySequence):
 
         Raises:
             TypeError: `linear` is no linear layer, or `config` of another type.
-            ValueError: `config` does not say `experts_in="linear"`.
+            ValueError: `config` does not say `experts_in="linear"` or `"all"`.
         """
         if not is_linear(linear):
             raise TypeError(f"`linear` must be an nn.Linear, got {type(linear).__name__}.")

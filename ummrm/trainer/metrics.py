@@ -23,11 +23,15 @@ def layer_label(name: str, ordinal: int) -> str:
 
 
 def labelled(modules: dict[str, M]) -> dict[str, M]:
-    """Modules by `layer_label`; where a layer has several, by that and their names below the layer."""
+    """Modules by `layer_label`; where a layer has several, by that and their names below the layer.
+
+    A reward head, which then stands beside them, is in no layer: its name is its label.
+    """
     labels = [layer_label(name, ordinal) for ordinal, name in enumerate(modules)]
     if len(set(labels)) < len(labels):
         below = [re.sub(r"^.*?\.\d+\.", "", name) for name in modules]
         labels = [f"{label}/{rest}" for label, rest in zip(labels, below, strict=True)]
+        labels = [label if re.search(r"\d", n) else n for label, n in zip(labels, modules, strict=True)]
     return dict(zip(labels, modules.values(), strict=True))
 
 
