@@ -29,7 +29,8 @@ class BySequence(Job):
         moe = self.upcycled(start)
         self.train(MOE, "mixture", moe, config.moe, seed=2, num_experts=config.upcycle.num_experts)
         models[LONGER] = self.train_control(start)
-        self.measure_members(moe)
+        with self.timed("experts"):
+            self.measure_members(moe)
 
         merging = copy.deepcopy(moe)
         if config.alpha is None:
@@ -40,7 +41,8 @@ class BySequence(Job):
         models |= {MOE: moe, MERGED: merge(mixture), DISTILLED: merge(mixture, card_notes=self.card_notes())}
         self.check_merged(merging, models[MERGED])
         self.distil(models[DISTILLED], moe)
-        self.measure_gap(models)
+        with self.timed("experts"):
+            self.measure_gap(models)
         with self.timed("save"):
             for name in (MOE, MERGED, DISTILLED):
                 save_pretrained(models[name], self.output / name)
@@ -55,9 +57,10 @@ class BySequence(Job):
         if self.task.unlabelled is None:
             raise ValueError(f"the task {self.task.name} has no answers without labels to distil on.")
         freeze(student, config.model.frozen)
-        answers = self.task.unlabelled(config.distill.answers, seed + 5)
+        answers, batch = self.task.unlabelled(config.distill.answers, seed + 5), config.evaluation.batch_size
         with self.stage(DISTILLED, "distillation", config.distill.steps) as told:
-            self.result.histories[DISTILLED] = distil(student, mixture, answers, config.distill, seed + 4, **told)
+            history = distil(student, mixture, answers, config.distill, seed + 4, batch, **told)
+        self.result.histories[DISTILLED] = history
 
     def card_notes(self) -> str:
         assert self.config.distill is not None

@@ -23,8 +23,6 @@ from .config import TrainConfig
 OnStep = Callable[[int, float], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
-_SCORED_AT_ONCE = 256  # sequences a forward of a teacher
-
 
 @dataclass
 class History:
@@ -98,6 +96,7 @@ def distil(
     answers: Sequences,
     config: TrainConfig,
     seed: int,
+    batch_size: int,
     evaluate: Evaluate | None = None,
     on_step: OnStep | None = None,
 ) -> History:
@@ -113,6 +112,7 @@ def distil(
         answers: N of them, without labels.
         config: steps, answers a step, optimiser.
         seed: of the data order and dropout.
+        batch_size: answers a forward where both are scored before training.
         evaluate: as in `train`.
         on_step: as in `train`, with the squared difference.
 
@@ -124,8 +124,8 @@ def distil(
     """
     if len(answers) < config.batch_size:
         raise ValueError(f"`answers` must hold at least one batch of {config.batch_size} answers, got {len(answers)}.")
-    targets = teacher_targets(mixture, answers, _SCORED_AT_ONCE)
-    scale = of_rewards(member_scores_of(model, answers, _SCORED_AT_ONCE).squeeze(1))
+    targets = teacher_targets(mixture, answers, batch_size)
+    scale = of_rewards(member_scores_of(model, answers, batch_size).squeeze(1))
     set_reward_normalization(model, scale)
 
     def losses(rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
