@@ -68,7 +68,7 @@ def training_curves(result: RecipeResult) -> Figure:
     axes[1].set(title="Held out, in distribution", ylabel="preference accuracy")
     axes[2].set(title="Held out, shortcut reversed", ylabel="preference accuracy")
     if distilled is not None:
-        axes[3].set(title="Distillation", ylabel="squared distance to the members' mean\n(moving mean)")
+        axes[3].set(title="Distillation", ylabel="squared distance to the members' mean")
         axes[3].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("optimiser steps")
@@ -110,6 +110,7 @@ def members(result: RecipeResult) -> Figure:
             )
         axis.axvline(found[0].value, color="0.6", linewidth=0.9, linestyle=":", zorder=0)
         axis.set(title=title, xlabel="preference accuracy")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     figure.suptitle(
