@@ -2,7 +2,8 @@
 # virtual environment in .venv with torch and the package installed editable, its extension compiled. Set-up is done
 # again only when what it depends on has changed.
 #
-#   make demo        the main job on a synthetic task, in a few minutes; results in build/demo
+#   make demo        the main job on a synthetic task, in a few minutes; results in build/demo (the paper's way of it:
+#                    .venv/bin/python -m lab demo demo-token)
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make lab         the reward-hacking laboratory at CPU size, 6 seeds; report in build/lab/report.html
 #   make lab-claim   the same study over 24 other seeds, an hour; resumes; tables go to lab/results/claim

@@ -22,6 +22,7 @@ from ..reading import build, near, read_yaml, require
 from ..tasks import SyntheticTaskConfig, TextTaskConfig
 
 SCHEDULES = ("constant", "linear", "cosine")
+STARTS = ("dense", "backbone")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,22 @@ class TrainConfig:
         require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         require(self, "max_grad_norm", self.max_grad_norm > 0, "above 0")
         require(self, "evaluations", self.evaluations >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Distillation of the members' mean score into the merged model; its batches are answers, not pairs.
+
+    Attributes:
+        answers: how many of the policy's answers, without labels, the members score.
+    """
+
+    steps: int = 120
+    answers: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "answers", self.answers >= self.batch_size, f"at least batch_size={self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,8 @@ class EvaluationConfig:
         batch_size: sequences a batch when scoring.
         latency_batch: sequences in the batch whose forward is timed.
         latency_rounds: timed rounds; in each every model runs once, the order turning.
-        gate_pairs: held-out pairs over which routing statistics and the experts' disagreement are measured.
+        gate_pairs: held-out pairs over which routing statistics and the experts' disagreement are measured, and scores
+            of two models compared.
         alpha_pairs: training pairs on which the merge loss before and after learning alpha is compared.
         curve_pairs: held-out pairs for the accuracies along the training curves; the table uses all.
     """
@@ -150,8 +168,10 @@ class CheckConfig:
         dense_accuracy: range of the dense model's accuracy in distribution: learnable and not saturated.
         expert_weight_distance: least mean relative distance between the weights of two routed experts.
         expert_disagreement: least mean relative distance between the outputs of two routed experts.
+        member_disagreement: by sequence: least share of held-out pairs that two members order differently.
         alpha_gain: learning alpha must lower the loss by more than this.
-        upcycled_difference: most that a freshly upcycled model's scores may differ from the dense model's.
+        distillation_gain: distillation must bring the merged model nearer to the members' mean by more than this.
+        upcycled_difference: most that a freshly upcycled model's scores may differ from those of what it was made of.
         merged_difference: most that the merged model's scores may differ from the merge phase's.
         reload_difference: most that the scores of the reloaded model may differ from those of the exported one.
     """
@@ -159,7 +179,9 @@ class CheckConfig:
     dense_accuracy: tuple[float, float] = (0.70, 0.95)
     expert_weight_distance: float = 0.02
     expert_disagreement: float = 0.02
+    member_disagreement: float = 0.02
     alpha_gain: float = 0.0
+    distillation_gain: float = 0.0
     upcycled_difference: float = 1e-4
     merged_difference: float = 1e-4
     reload_difference: float = 1e-6
@@ -171,7 +193,10 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The main job: dense, dense with continued training, upcycle, train, learn alpha, merge, export, reload.
+    """The main job: dense, its control, upcycle, train, merge, distil, export, reload.
+
+    `upcycle.assignment` says which way it goes. By token, the paper's, merge weights are learned and nothing is
+    distilled. By sequence the mean of the experts is merged, and the members are distilled into it.
 
     Attributes:
         name: for titles and logs.
@@ -180,12 +205,16 @@ class RecipeConfig:
         seed: of data, initialisation, data order and dropout.
         threads: torch threads; None leaves them as they are.
         device: where models run.
+        start: what is upcycled: `"dense"`, the trained dense model, or `"backbone"`, the model before any training
+            with the same fresh head.
         dense: training of the dense model.
         upcycle: `ummrm.UpcycleConfig`.
-        moe: training of the mixture; the control "dense, continued training" takes the same settings, over as many
-            steps as the mixture's training and the learning of alpha together.
+        moe: training of the mixture. The control starts where the mixture does and sees the same batches, over as many
+            steps as the mixture's training and the learning of alpha together: from the dense model with the mixture's
+            settings, from the backbone at the dense model's learning rate.
         merge: `ummrm.MergeConfig`.
-        alpha: learning of the merge weights.
+        alpha: learning of the merge weights: by token always, by sequence only where it is given.
+        distill: by sequence: distillation; by token None.
         evaluation: what is measured.
         checks: what must come out.
     """
@@ -196,13 +225,42 @@ class RecipeConfig:
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    start: str = "dense"
     dense: TrainConfig = TrainConfig()
     upcycle: UpcycleConfig = UpcycleConfig()
     moe: TrainConfig = TrainConfig()
     merge: MergeConfig = MergeConfig()
-    alpha: TrainConfig = TrainConfig(schedule="constant", weight_decay=0.0)
+    alpha: TrainConfig | None = None
+    distill: DistillConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     checks: CheckConfig = CheckConfig()
+
+    def __post_init__(self) -> None:
+        require(self, "start", self.start in STARTS, "one of " + ", ".join(STARTS))
+        if self.upcycle.by_sequence:
+            if self.distill is None:
+                object.__setattr__(self, "distill", DistillConfig())
+            if self.alpha is None and self.merge != MergeConfig():
+                raise ValueError(
+                    "RecipeConfig: `merge` must be left out by sequence without `alpha`: the members' mean is merged, "
+                    "and nothing of it is learned; add an `alpha` section to learn merge weights."
+                )
+        elif self.distill is not None:
+            raise ValueError(
+                'RecipeConfig: `distill` must be left out with upcycle.assignment="token": no such mixture has members '
+                "to learn from."
+            )
+        elif self.alpha is None:
+            object.__setattr__(self, "alpha", TrainConfig(schedule="constant", weight_decay=0.0))
+
+    @property
+    def control(self) -> TrainConfig:
+        """How the control is trained, which is the mixture's equal in steps and batches."""
+        steps = self.moe.steps + (0 if self.alpha is None else self.alpha.steps)
+        settings = dataclasses.replace(self.moe, steps=steps)
+        if self.start == "backbone":
+            settings = dataclasses.replace(settings, learning_rate=self.dense.learning_rate)
+        return settings
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RecipeConfig:

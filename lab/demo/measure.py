@@ -60,9 +60,13 @@ class Accuracy:
 
 def accuracy(model: nn.Module, pairs: PreferencePairs, batch_size: int) -> Accuracy:
     """Share of pairs that `model` (in eval mode) orders as they are labelled."""
-    chosen, rejected = rewards_of(model, pairs.chosen, batch_size), rewards_of(model, pairs.rejected, batch_size)
+    return share_right(rewards_of(model, pairs.chosen, batch_size), rewards_of(model, pairs.rejected, batch_size))
+
+
+def share_right(chosen: torch.Tensor, rejected: torch.Tensor) -> Accuracy:
+    """Share of pairs whose chosen answer has the higher score; both [pairs]."""
     value = ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
-    return Accuracy(value, math.sqrt(value * (1 - value) / len(pairs)))
+    return Accuracy(value, math.sqrt(value * (1 - value) / len(chosen)))
 
 
 def mean_loss(model: nn.Module, pairs: PreferencePairs, batch_size: int) -> float:
@@ -146,8 +150,13 @@ def _mean_pair_distance(x: torch.Tensor) -> float:
     if experts < 2:
         return 0.0
     norm = x.norm(dim=-1).mean(0).clamp_min(torch.finfo(x.dtype).tiny)
-    distances = [((x[i] - x[j]).norm(dim=-1) / norm).mean() for i in range(experts) for j in range(i)]
-    return torch.stack(distances).mean().item()
+    return mean_over_pairs(x, lambda one, other: ((one - other).norm(dim=-1) / norm).mean())
+
+
+def mean_over_pairs(x: torch.Tensor, distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+    """Mean of a distance over the pairs of x [E, ...]; 0 where there are none."""
+    distances = [distance(x[i], x[j]) for i in range(len(x)) for j in range(i)]
+    return torch.stack(distances).mean().item() if distances else 0.0
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------

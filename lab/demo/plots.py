@@ -1,12 +1,13 @@
-"""PNG plots of a recipe's results: training curves, routing statistics, merge weights, best-of-n.
+"""PNG plots of a recipe's results: training curves, routing statistics or members, merge weights, best-of-n.
 
 Reads results, changes none; figures are made without pyplot, so that a caller's own plotting state is left alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,30 +18,18 @@ from matplotlib.ticker import MaxNLocator
 from ummrm.nn.dense import PROJECTIONS
 
 from ..figures import FONT, legend_below
-
-if TYPE_CHECKING:
-    from .run import RecipeResult
+from .config import RecipeConfig
+from .stages import RecipeResult
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; marker and dash say the same again
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#000000", "marker": "o", "linestyle": "-"},
     "dense_longer": {"color": "#0072B2", "marker": "s", "linestyle": (0, (5, 2))},
     "moe": {"color": "#E69F00", "marker": "^", "linestyle": (0, (1, 1))},
     "merged": {"color": "#D55E00", "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
+    "distilled": {"color": "#009E73", "marker": "v", "linestyle": (0, (7, 1))},
 }
-LABELS = {
-    "dense": "dense",
-    "dense_longer": "dense, continued training",
-    "moe": "MoE",
-    "merged": "merged",
-}
-_STAGES = {"dense": "dense", "dense_longer": "dense_longer", "moe": "moe", "alpha": "merged"}
-_STAGE_LABELS = {
-    "dense": "dense",
-    "dense_longer": "dense, continued training",
-    "moe": "MoE",
-    "alpha": "merged, learning alpha",
-}
+_ALPHA = "alpha"  # a stage, of the merged model
 
 
 def write_plots(result: RecipeResult, output: str | Path) -> list[Path]:
@@ -48,7 +37,7 @@ def write_plots(result: RecipeResult, output: str | Path) -> list[Path]:
     output = Path(output)
     files = []
     with matplotlib.rc_context(FONT):
-        for name, draw in PLOTS.items():
+        for name, draw in plots_of(result.config).items():
             figure = draw(result)
             files.append(output / f"{name}.png")
             figure.savefig(files[-1])
@@ -56,30 +45,77 @@ def write_plots(result: RecipeResult, output: str | Path) -> list[Path]:
 
 
 def training_curves(result: RecipeResult) -> Figure:
-    """Training loss and held-out accuracies of each stage against optimiser steps since the start."""
-    figure = Figure(figsize=(12, 4.1), layout="constrained")
-    axes = figure.subplots(1, 3)
-    starts = {"dense": 0, "dense_longer": len(result.histories["dense"].loss)}
-    starts["moe"] = starts["dense_longer"]
-    starts["alpha"] = starts["moe"] + len(result.histories["moe"].loss)
+    """Losses and held-out accuracies of each stage against optimiser steps since the start."""
+    distilled = result.histories.get("distilled")
+    panels = 3 if distilled is None else 4
+    figure = Figure(figsize=(4 * panels, 4.1), layout="constrained")
+    axes = figure.subplots(1, panels)
+    steps = {stage: len(history.loss) for stage, history in result.histories.items()}
+    upcycling = steps["dense"] if result.config.start == "dense" else 0
+    merging = upcycling + steps["moe"]
+    starts = {"dense": 0, "dense_longer": upcycling, "moe": upcycling, _ALPHA: merging}
+    starts["distilled"] = merging + steps.get(_ALPHA, 0)
     for stage, history in result.histories.items():
-        style, label = STYLES[_STAGES[stage]], _STAGE_LABELS[stage]
-        line = {"color": style["color"], "linestyle": style["linestyle"]}
-        window = max(1, len(history.loss) // 15)
-        steps, smooth = _moving_mean(history.loss, window)
-        axes[0].plot(starts[stage] + steps, smooth, label=label, **line)
+        style = STYLES["merged" if stage == _ALPHA else stage]
+        label = "merged, learning alpha" if stage == _ALPHA else result.labels[stage]
+        loss_axis = axes[3] if stage == "distilled" else axes[0]
+        at, smooth = _moving_mean(history.loss, max(1, len(history.loss) // 15))
+        loss_axis.plot(starts[stage] + at, smooth, color=style["color"], linestyle=style["linestyle"])
         at = starts[stage] + np.array(history.evaluated)
-        for axis, name in ((axes[1], "test"), (axes[2], "shifted")):
-            axis.plot(at, history.accuracy[name], **style)
+        axes[1].plot(at, history.accuracy["test"], label=label, **style)
+        axes[2].plot(at, history.accuracy["shifted"], **style)
     axes[0].set(title="Training", ylabel="preference loss (moving mean)")
     axes[1].set(title="Held out, in distribution", ylabel="preference accuracy")
     axes[2].set(title="Held out, shortcut reversed", ylabel="preference accuracy")
+    if distilled is not None:
+        axes[3].set(title="Distillation", ylabel="squared distance to the members' mean")
+        axes[3].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("optimiser steps")
-        for start in {starts["moe"], starts["alpha"]}:
+    for axis in axes[:3]:
+        for start in {upcycling, merging} - {0}:
             axis.axvline(start, color="0.6", linewidth=0.9, linestyle=":", zorder=0)
-    legend_below(figure, axes[0], columns=4)
-    figure.suptitle(f"{result.config.name}: training (dotted lines: upcycling, merging)", fontsize=11)
+    legend_below(figure, axes[1], columns=len(result.histories))
+    lines = "dotted lines: upcycling, merging" if upcycling else "dotted line: merging"
+    figure.suptitle(f"{result.config.name}: training ({lines})", fontsize=11)
+    return figure
+
+
+def members(result: RecipeResult) -> Figure:
+    """Accuracy of each member beside the other reward models, in distribution and with the shortcut reversed."""
+    assert result.members is not None
+    figure = Figure(figsize=(10, 0.34 * (len(result.members.test) + len(result.arms)) + 1.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = [result.labels[name] for name in result.arms]
+    labels[2:2] = [f"member {e}" for e in range(len(result.members.test))]
+    plain = {"color": "0.5", "marker": "o"}
+    styles = [STYLES[name] for name in result.arms]
+    styles[2:2] = [plain] * len(result.members.test)
+    for axis, alone, which, title in (
+        (axes[0], result.members.test, "test", "In distribution"),
+        (axes[1], result.members.shifted, "shifted", "Shortcut reversed"),
+    ):
+        found = [getattr(arm, which) for arm in result.arms.values()]
+        found[2:2] = alone
+        for row, (one, style) in enumerate(zip(found, styles, strict=True)):
+            axis.errorbar(
+                one.value,
+                row,
+                xerr=one.standard_error,
+                color=style["color"],
+                marker=style["marker"],
+                markersize=7,
+                linestyle="",
+                capsize=3,
+            )
+        axis.axvline(found[0].value, color="0.6", linewidth=0.9, linestyle=":", zorder=0)
+        axis.set(title=title, xlabel="preference accuracy")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    figure.suptitle(
+        f"{result.config.name}: members and what is made of them (bars: ±1 standard error; dotted: dense)", fontsize=11
+    )
     return figure
 
 
@@ -148,7 +184,7 @@ def best_of_n(result: RecipeResult) -> Figure:
     for name, arm in result.arms.items():
         style, curve = STYLES[name], arm.best_of_n
         kl, gold, error = np.array(curve.kl), np.array(curve.gold), np.array(curve.gold_error)
-        axes[0].plot(kl, gold, label=LABELS[name], **style)
+        axes[0].plot(kl, gold, label=result.labels[name], **style)
         axes[0].fill_between(kl, gold - error, gold + error, color=style["color"], alpha=0.10, linewidth=0)
         axes[1].plot(kl, curve.proxy, **style)
         axes[2].plot(curve.proxy, gold, **style)
@@ -158,7 +194,7 @@ def best_of_n(result: RecipeResult) -> Figure:
     axes[1].set(title="Score by the selecting model", xlabel=kl_label, ylabel=proxy_label)
     axes[2].set(title="Gold against proxy, n rising rightwards", xlabel=proxy_label, ylabel="gold reward")
     axes[1].yaxis.set_major_locator(MaxNLocator(6))
-    legend_below(figure, axes[0], columns=4)
+    legend_below(figure, axes[0], columns=len(result.arms))
     largest = next(iter(result.arms.values())).best_of_n.n[-1]
     prompts = result.task.policy.gold.shape[0]
     figure.suptitle(
@@ -168,8 +204,14 @@ def best_of_n(result: RecipeResult) -> Figure:
     return figure
 
 
-PLOTS = {"training_curves": training_curves, "gate_usage": gate_usage, "alpha": alpha, "best_of_n": best_of_n}
-"""Plots by the names of their files."""
+def plots_of(config: RecipeConfig) -> dict[str, Callable[[RecipeResult], Figure]]:
+    """The plots of a recipe by the names of their files."""
+    of_experts: dict[str, Callable[[RecipeResult], Figure]] = {"gate_usage": gate_usage}
+    if config.upcycle.by_sequence:
+        of_experts = {"members": members}
+    if config.alpha is not None:
+        of_experts["alpha"] = alpha
+    return {"training_curves": training_curves, **of_experts, "best_of_n": best_of_n}
 
 
 def _heatmap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import platform
@@ -14,32 +15,40 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from .measure import Accuracy
 from .plots import write_plots
-from .run import RecipeResult
-from .stages import ARMS, DENSE, REPORT_FILES, ArmResult, RecipeCheckError
+from .stages import DENSE, REPORT_FILES, ArmResult, RecipeCheckError, RecipeResult
+
+_COUNTS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 def result_table(result: RecipeResult) -> Table:
-    """The table of the four reward models, a column each, for a rich console of 80 columns or more."""
-    table = Table(title=f"{result.config.name}: four reward models", title_justify="left", box=SIMPLE, pad_edge=False)
+    """The table of the reward models, a column each, for a rich console of 80 columns or more."""
+    title = f"{result.config.name}: {_COUNTS[len(result.arms)]} reward models"
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for name in result.arms:
-        table.add_column(ARMS[name].replace(", ", ",\n"), justify="right", vertical="bottom")
+        table.add_column(result.labels[name].replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
     arms, base = list(result.arms.values()), result.arms[DENSE].latency_ms
     rows = {
-        "accuracy": [f"{a.test.value:.3f}±{a.test.standard_error:.3f}" for a in arms],
-        "  shortcut reversed": [f"{a.shifted.value:.3f}±{a.shifted.standard_error:.3f}" for a in arms],
+        "accuracy": [_accuracy(a.test) for a in arms],
+        "  shortcut reversed": [_accuracy(a.shifted) for a in arms],
         "parameters": [f"{a.parameters:,}" for a in arms],
         "forward, ms": [f"{a.latency_ms:.2f}" for a in arms],
         "  times dense": [f"{a.latency_ms / base:.2f}" for a in arms],
-        f"gold at best of {_last_n(result)}": [
+        f"gold, best of {_last_n(result)}": [
             f"{a.best_of_n.gold[-1]:.2f}±{a.best_of_n.gold_error[-1]:.2f}" for a in arms
         ],
-        "gold at its peak (n)": [_peak(a) for a in arms],
+        "gold at peak (n)": [_peak(a) for a in arms],
     }
     for measure, values in rows.items():
         table.add_row(measure, *values)
     return table
+
+
+def _accuracy(found: Accuracy) -> str:
+    """`.784±.009`, so that five fit beside each other."""
+    return "±".join(f"{value:.3f}".removeprefix("0") for value in (found.value, found.standard_error))
 
 
 def _peak(arm: ArmResult) -> str:
@@ -51,16 +60,35 @@ def summary_lines(result: RecipeResult) -> list[str]:
     """What the table does not say: what its errors mean, the merge weights, the experts, the checks."""
     pairs, prompts = len(result.task.test), result.task.policy.gold.shape[0]
     batch = min(result.config.evaluation.latency_batch, pairs)
-    uniform, learned = result.alpha_loss
-    weight, output = result.specialisation.mean()
     lines = [
         f"± is the standard error over {pairs} pairs or {prompts} prompts of this one seed; "
         "it says nothing about other seeds.",
         f"Accuracy is against the gold reward, without label noise. Latency: batch of {batch}, median of "
         f"{result.config.evaluation.latency_rounds} interleaved rounds, {_threads(result)} thread(s).",
-        f"Training loss of the merged model: {uniform:.6f} with uniform merge weights, {learned:.6f} with learned.",
-        f"Routed experts differ from each other by {weight:.1%} of their norm in weights, by {output:.1%} in outputs.",
     ]
+    if result.alpha_loss is not None:
+        uniform, learned = result.alpha_loss
+        lines.append(
+            f"Training loss of the merged model: {uniform:.6f} with uniform merge weights, {learned:.6f} with learned."
+        )
+    if result.specialisation is not None:
+        weight, output = result.specialisation.mean()
+        lines.append(
+            f"Routed experts differ from each other by {weight:.1%} of their norm in weights, by {output:.1%} in "
+            "outputs."
+        )
+    if result.members is not None:
+        alone = ", ".join(_accuracy(one) for one in result.members.test)
+        lines.append(
+            f"Members one by one: accuracy {alone}; two of them order {result.members.disagreement:.1%} of the "
+            "held-out pairs differently."
+        )
+    if result.gap is not None:
+        merged, distilled = result.gap
+        lines.append(
+            f"Distance to the members' mean on held-out answers, in its standard deviations: {merged:.3f} merged, "
+            f"{distilled:.3f} distilled."
+        )
     if result.reload is not None:
         lines.append(
             f"Reloaded as {result.reload.model_class} where ummrm cannot be imported: {result.reload.scores} scores, "
@@ -116,18 +144,40 @@ def result_dict(result: RecipeResult) -> dict:
         },
         "task": result.task.facts,
         "arms": {name: arm.to_dict() for name, arm in result.arms.items()},
-        "merged_uniform_accuracy": result.uniform_accuracy,
-        "alpha_loss": {"uniform": result.alpha_loss[0], "learned": result.alpha_loss[1]},
-        "routed_share": result.routed_share,
-        "shared_weight": result.shared_weight,
-        "merge_coefficients": result.coefficients,
-        "expert_weight_distance": result.specialisation.weight_distance,
-        "expert_disagreement": result.specialisation.disagreement,
+        **(_by_sequence(result) if result.config.upcycle.by_sequence else _by_token(result)),
+        **(_learned(result) if result.alpha_loss is not None else {}),
         "reload": vars(result.reload) if result.reload is not None else None,
         "checks": [vars(check) for check in result.checks],
         "seconds": result.seconds,
     }
     return _finite(data)
+
+
+def _by_token(result: RecipeResult) -> dict:
+    assert result.specialisation is not None
+    return {
+        "routed_share": result.routed_share,
+        "shared_weight": result.shared_weight,
+        "expert_weight_distance": result.specialisation.weight_distance,
+        "expert_disagreement": result.specialisation.disagreement,
+    }
+
+
+def _by_sequence(result: RecipeResult) -> dict:
+    assert result.members is not None and result.gap is not None
+    return {
+        "members": dataclasses.asdict(result.members),
+        "distance_to_the_mean": dict(zip(("merged", "distilled"), result.gap, strict=True)),
+    }
+
+
+def _learned(result: RecipeResult) -> dict:
+    assert result.alpha_loss is not None
+    return {
+        "merged_uniform_accuracy": result.uniform_accuracy,
+        "alpha_loss": dict(zip(("uniform", "learned"), result.alpha_loss, strict=True)),
+        "merge_coefficients": result.coefficients,
+    }
 
 
 def _show(result: RecipeResult, console: Console) -> None:
@@ -146,7 +196,7 @@ def _last_n(result: RecipeResult) -> int:
 
 
 def _arm_rows(result: RecipeResult) -> list[dict]:
-    return [{"arm": name, "label": ARMS[name], **_arm_row(arm)} for name, arm in result.arms.items()]
+    return [{"arm": name, "label": result.labels[name], **_arm_row(arm)} for name, arm in result.arms.items()]
 
 
 def _arm_row(arm: ArmResult) -> dict:

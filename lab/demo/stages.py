@@ -1,10 +1,10 @@
-"""The pieces that a run is put together from: the task, the dense model, and the recorded result of an arm."""
+"""The pieces that a run is put together from: the task, the dense model, and the record of what is found."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,11 +15,21 @@ from ummrm import MergeConfig, prepare_merge, record_routing_statistics
 from ..best_of_n import BestOfN
 from ..tasks import Sequences, SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
 from .config import ModelConfig, RecipeConfig
-from .measure import Accuracy, rewards_of
+from .measure import Accuracy, Specialisation, rewards_of
+from .reload import Reload
+from .training import History
 
-DENSE, LONGER, MOE, MERGED = "dense", "dense_longer", "moe", "merged"
+DENSE, LONGER, MOE, MERGED, DISTILLED = "dense", "dense_longer", "moe", "merged", "distilled"
 REPORT_FILES = ("results.json", "results.csv", "best_of_n.csv", "training.csv", "table.txt")
-ARMS = {DENSE: "dense", LONGER: "dense, continued training", MOE: "MoE", MERGED: "merged"}
+
+
+def arm_labels(config: RecipeConfig) -> dict[str, str]:
+    """The arms of a recipe, in order, by what people call them."""
+    control = "dense, continued training" if config.start == "dense" else "dense, equal steps"
+    dense = {DENSE: "dense", LONGER: control}
+    if config.upcycle.by_sequence:
+        return {**dense, MOE: "members' mean", MERGED: "merged", DISTILLED: "distilled"}
+    return {**dense, MOE: "MoE", MERGED: "merged"}
 
 
 @dataclass
@@ -63,6 +73,68 @@ class Check:
     def __str__(self) -> str:
         value = f"{self.value:.6g}" if isinstance(self.value, float) else self.value
         return f"{self.name}: {value} (expected {self.expected})"
+
+
+@dataclass(frozen=True)
+class Members:
+    """What was measured of the members of a mixture assigned by sequence.
+
+    Attributes:
+        test: each member's accuracy in distribution.
+        shifted: each member's accuracy with the planted shortcut reversed.
+        disagreement: share of held-out pairs that two members order differently, mean over pairs of members.
+    """
+
+    test: list[Accuracy]
+    shifted: list[Accuracy]
+    disagreement: float
+
+
+@dataclass
+class RecipeResult:
+    """Everything that a run found; `report.write_report` writes it.
+
+    Attributes:
+        config: the recipe.
+        task: the data.
+        arms: arm name to its measurements.
+        histories: training stage to its losses; `dense_longer` and `moe` start where `dense` ended or, from the
+            backbone, where it started, `alpha` where `moe` ended, `distilled` after both.
+        routed_share: by token: FFN name to each routed expert's share of the slots.
+        shared_weight: by token: FFN name to the shared experts' mean gate weight.
+        coefficients: where alpha was learned: FFN name to the merge coefficients [projections, S + E].
+        specialisation: by token: how different the routed experts ended.
+        alpha_loss: where alpha was learned: preference loss of the merged forward with uniform and with learned merge
+            weights, on the same training pairs.
+        uniform_accuracy: where alpha was learned: test set name to accuracy with uniform merge weights.
+        members: by sequence: the members one by one.
+        gap: by sequence: root mean square distance to the members' mean over held-out answers, in its standard
+            deviations, of the merged and of the distilled model.
+        reload: what the process without ummrm found.
+        checks: what the run had to show.
+        seconds: wall time by stage.
+    """
+
+    config: RecipeConfig
+    task: Task
+    arms: dict[str, ArmResult] = field(default_factory=dict)
+    histories: dict[str, History] = field(default_factory=dict)
+    routed_share: dict[str, list[float]] = field(default_factory=dict)
+    shared_weight: dict[str, float] = field(default_factory=dict)
+    coefficients: dict[str, list[list[float]]] = field(default_factory=dict)
+    specialisation: Specialisation | None = None
+    alpha_loss: tuple[float, float] | None = None
+    uniform_accuracy: dict[str, float] = field(default_factory=dict)
+    members: Members | None = None
+    gap: tuple[float, float] | None = None
+    reload: Reload | None = None
+    checks: list[Check] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The arms by what people call them."""
+        return arm_labels(self.config)
 
 
 class RecipeCheckError(RuntimeError):
@@ -144,13 +216,22 @@ def build_dense(source: ModelConfig, task: Task, seed: int, device: str = "cpu")
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = task.pad_token_id
-    for prefix in source.frozen:
+    freeze(model, source.frozen)
+    return model.to(device).eval()
+
+
+def freeze(model: PreTrainedModel, prefixes: tuple[str, ...]) -> None:
+    """Excludes from training, in place, the parameters whose name starts with one of `prefixes`.
+
+    Raises:
+        ValueError: one names no parameter.
+    """
+    for prefix in prefixes:
         named = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not named:
             raise ValueError(f"model.frozen: no parameter of {type(model).__name__} starts with {prefix!r}.")
         for parameter in named:
             parameter.requires_grad_(False)
-    return model.to(device).eval()
 
 
 def start_merge(moe: PreTrainedModel, config: MergeConfig, sequences: Sequences, batch_size: int) -> None:

@@ -1,4 +1,7 @@
-"""Training on preference pairs: one plain loop for the dense model, the mixture and the merge weights."""
+"""Training: one plain loop for the dense model, the mixture and the merge weights, and for distillation.
+
+Knows pairs and answers as tokens. What is trained in which order is the business of `by_token.py` and `by_sequence.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from ummrm import preference_loss
+from ummrm import combine_scores, draw_groups, preference_loss, set_reward_normalization
+from ummrm.hf.ensembles import score_texts
+from ummrm.hf.normalization import of_rewards
 
-from ..tasks import PreferencePairs
+from ..tasks import PreferencePairs, Sequences
 from .config import TrainConfig
 
 OnStep = Callable[[int, float], None]
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -22,7 +29,7 @@ class History:
     """What a training stage went through.
 
     Attributes:
-        loss: preference loss of each step's batch.
+        loss: preference loss (of distillation: mean squared difference) of each step's batch.
         auxiliary: weighted auxiliary loss of each step's batch.
         evaluated: steps after which `accuracy` was measured.
         accuracy: test set name to accuracies at `evaluated`.
@@ -44,19 +51,22 @@ def train(
     config: TrainConfig,
     seed: int,
     auxiliary: Callable[[nn.Module], torch.Tensor] | None = None,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     on_step: OnStep | None = None,
+    num_experts: int | None = None,
 ) -> History:
     """Trains every parameter of `model` that requires a gradient, in place.
 
     Args:
-        model: maps `input_ids`, `attention_mask` to an output with `logits` [N, 1].
+        model: maps `input_ids`, `attention_mask` (and `groups`) to an output with `logits` [N, 1].
         pairs: training pairs; each batch is padded to its own longest answer.
         config: steps, batch size, optimiser.
         seed: of the data order and dropout. Equal seeds and settings give equal batches.
         auxiliary: a loss to add after each forward, such as `ummrm.auxiliary_loss`.
         evaluate: accuracies by test set name, measured `config.evaluations` times.
         on_step: called after each step with the number of steps done and the preference loss.
+        num_experts: of a mixture assigned by sequence, whose experts the pairs of each step are dealt to
+            (`ummrm.draw_groups`), as `ummrm.UmmRewardTrainer` deals them; else None.
 
     Returns:
         The losses and accuracies on the way. The model is left in eval mode.
@@ -67,6 +77,90 @@ def train(
     """
     if len(pairs) < config.batch_size:
         raise ValueError(f"`pairs` must hold at least one batch of {config.batch_size} pairs, got {len(pairs)}.")
+
+    def losses(rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = pairs.select(rows).inputs(next(model.parameters()).device)
+        if num_experts is not None:
+            groups = draw_groups(len(rows), num_experts, seed=seed, step=step - 1)
+            inputs["groups"] = groups.repeat(2)  # all chosen answers, then all rejected ones
+        chosen, rejected = model(**inputs).logits.squeeze(-1).chunk(2)
+        loss = preference_loss(chosen, rejected)
+        return loss, auxiliary(model) if auxiliary is not None else loss.new_zeros(())
+
+    return _steps(model, len(pairs), config, seed, losses, evaluate, on_step)
+
+
+def distil(
+    model: PreTrainedModel,
+    mixture: PreTrainedModel,
+    answers: Sequences,
+    config: TrainConfig,
+    seed: int,
+    batch_size: int,
+    evaluate: Evaluate | None = None,
+    on_step: OnStep | None = None,
+) -> History:
+    """Trains `model` on the members' mean score, in place: what `ummrm.UmmDistillTrainer` does, on tokens, without TRL.
+
+    Members' scores are normalised over the answers, averaged and standardised; the loss is the mean squared difference
+    between that and the model's own scores, normalised by the mean and spread that they have at the start, which the
+    model's configuration keeps.
+
+    Args:
+        model: the student, a stock reward model.
+        mixture: the teacher, assigned by sequence.
+        answers: N of them, without labels.
+        config: steps, answers a step, optimiser.
+        seed: of the data order and dropout.
+        batch_size: answers a forward where both are scored before training.
+        evaluate: as in `train`.
+        on_step: as in `train`, with the squared difference.
+
+    Returns:
+        The losses, in the teacher's variance, and accuracies on the way. The model is left in eval mode.
+
+    Raises:
+        ValueError, FloatingPointError: as `train`.
+    """
+    if len(answers) < config.batch_size:
+        raise ValueError(f"`answers` must hold at least one batch of {config.batch_size} answers, got {len(answers)}.")
+    targets = teacher_targets(mixture, answers, batch_size)
+    scale = of_rewards(member_scores_of(model, answers, batch_size).squeeze(1))
+    set_reward_normalization(model, scale)
+
+    def losses(rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = answers.select(rows).inputs(next(model.parameters()).device)
+        scores = scale(model(**inputs).logits.squeeze(-1))
+        loss = (scores - targets[rows].to(scores)).square().mean()
+        return loss, loss.new_zeros(())
+
+    return _steps(model, len(answers), config, seed, losses, evaluate, on_step)
+
+
+def teacher_targets(mixture: PreTrainedModel, answers: Sequences, batch_size: int) -> torch.Tensor:
+    """The mean of the members' normalised scores, standardised over `answers`: fp64 [N]."""
+    scores = member_scores_of(mixture, answers, batch_size)
+    scales = [of_rewards(column) for column in scores.unbind(1)]
+    combined = combine_scores(scores, scales=[(scale.mean, scale.std) for scale in scales])
+    return of_rewards(combined)(combined)
+
+
+def member_scores_of(model: PreTrainedModel, sequences: Sequences, batch_size: int) -> torch.Tensor:
+    """Scores by each member of a mixture, or by a reward model alone: fp64 [N, members]."""
+    rows = [row[:length].tolist() for row, length in zip(sequences.tokens, sequences.lengths.tolist(), strict=True)]
+    return score_texts(model, rows, batch_size)
+
+
+def _steps(
+    model: nn.Module,
+    rows: int,
+    config: TrainConfig,
+    seed: int,
+    losses: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    evaluate: Evaluate | None,
+    on_step: OnStep | None,
+) -> History:
+    """The loop: `losses` gives the loss, and what is added to it, of the chosen rows at a step, counted from 1."""
     optimizer = _optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -74,13 +168,10 @@ def train(
     stops = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     history = History()
     torch.manual_seed(seed)
-    batches = batch_indices(len(pairs), config.batch_size, seed)
+    batches = batch_indices(rows, config.batch_size, seed)
     model.train()
     for step in range(1, config.steps + 1):
-        batch = pairs.select(next(batches))
-        chosen, rejected = model(**batch.inputs(device)).logits.squeeze(-1).chunk(2)
-        loss = preference_loss(chosen, rejected)
-        extra = auxiliary(model) if auxiliary is not None else loss.new_zeros(())
+        loss, extra = losses(next(batches), step)
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at step {step}; lower `learning_rate`.")

@@ -134,6 +134,8 @@ class Task:
         regime_of: the instruction regime of each sequence, int64 [N]; None where the task has one regime.
         regimes: names of the instruction regimes.
         shortcut_of: the amount of the shortcut in each sequence, fp64 [N]; None where it can't be read off tokens.
+        unlabelled: how many and a seed to so many answers of the policy, without labels, none of them from `policy`;
+            None where there are no more.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Task:
     regime_of: Callable[[Sequences], torch.Tensor] | None = None
     regimes: tuple[str, ...] = ()
     shortcut_of: Callable[[Sequences], torch.Tensor] | None = None
+    unlabelled: Callable[[int, int], Sequences] | None = None
 
 
 def data_facts(task_parts: dict[str, PreferencePairs]) -> dict[str, float]:

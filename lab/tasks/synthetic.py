@@ -239,6 +239,7 @@ def task_of(reward: GoldReward, generator: torch.Generator) -> Task:
         regime_of=reward.regime_of,
         regimes=tuple(REGIMES)[: config.instruction_regimes],
         shortcut_of=lambda sequences: (sequences.tokens == FILLER).sum(1).double(),
+        unlabelled=lambda count, seed: _unlabelled(reward, count, seed),
     )
 
 
@@ -319,3 +320,8 @@ def policy_samples(reward: GoldReward, prompts: int, samples: int, generator: to
     return PolicySamples(
         Sequences(answers.tokens, answers.lengths, PAD), answers.gold.view(shape), filler.double().view(shape)
     )
+
+
+def _unlabelled(reward: GoldReward, count: int, seed: int) -> Sequences:
+    """Answers of the policy, one to a prompt, the prompts in turn."""
+    return policy_samples(reward, count, 1, torch.Generator().manual_seed(seed)).sequences

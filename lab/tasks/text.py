@@ -7,6 +7,7 @@ answer is the longer one (the planted shortcut); a policy's answers are longer s
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable
@@ -148,6 +149,10 @@ def make_text_task(config: TextTaskConfig, seed: int, tokenize: Tokenize, vocab_
     def pairs(source: list[list[str]], count: int, share: float, noise: float = 0.0) -> PreferencePairs:
         return _pairs(config, source, count, share, noise, rng, tokenize, pad_token_id)
 
+    def unlabelled(count: int, seed: int) -> Sequences:
+        once, own = dataclasses.replace(config, samples=1), random.Random(seed)
+        return _policy_samples(once, own.choices(training, k=count), own, tokenize, pad_token_id).sequences
+
     train = pairs(training, config.train_pairs, config.shortcut_share, config.label_noise)
     test = pairs(held_out, config.test_pairs, config.shortcut_share)
     shifted = pairs(held_out, config.test_pairs, 1 - config.shortcut_share)
@@ -161,6 +166,7 @@ def make_text_task(config: TextTaskConfig, seed: int, tokenize: Tokenize, vocab_
         pad_token_id=pad_token_id,
         shortcut_name="words",
         facts={**data_facts({"train": train, "test": test, "shifted": shifted}), "passages": float(len(passages))},
+        unlabelled=unlabelled,
     )
 
 

@@ -65,7 +65,7 @@ ANYWHERE = ("a file", "a pipe", "below a file", "no place to write")
 
 @pytest.mark.parametrize("how", [*ANYWHERE, "a file at merged", "a pipe at table.txt"])
 def test_an_output_that_a_demo_cannot_use_is_refused_before_any_work(how, tmp_path, monkeypatch):
-    monkeypatch.setattr("lab.demo.run.build_task", no_work)
+    monkeypatch.setattr("lab.demo.job.build_task", no_work)
     output, message = blocked(tmp_path, how)
     with pytest.raises(ValueError, match=f"`output` must {message}"):
         run_recipe(load_recipe("demo"), output, progress=False)

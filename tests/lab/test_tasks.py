@@ -102,6 +102,15 @@ def test_the_policy_goes_further_with_the_shortcut_than_training(task):
     assert task.policy.gold.shape == (3, 16) and len(task.policy.sequences) == 48
 
 
+def test_answers_without_labels_are_the_policys_others(task):
+    answers = task.unlabelled(40, 3)
+    assert len(answers) == 40 and torch.equal(answers.tokens, task.unlabelled(40, 3).tokens)
+    assert task.shortcut_of(answers).max() > SMALL.max_train_filler
+    assert len(answers.tokens[:, 0].unique()) == SMALL.topics, "prompts in turn"
+    held = {tuple(row) for row in task.policy.sequences.tokens[:, : SMALL.max_content].tolist()}
+    assert not held & {tuple(row) for row in answers.tokens[:, : SMALL.max_content].tolist()}
+
+
 def test_a_task_is_its_seed(task):
     again, other = make_synthetic_task(SMALL, seed=5), make_synthetic_task(SMALL, seed=6)
     assert torch.equal(again.train.chosen.tokens, task.train.chosen.tokens)
@@ -154,6 +163,7 @@ def test_text_pairs_carry_the_length_shortcut():
     shifted = (task.shifted.chosen.lengths > task.shifted.rejected.lengths).double().mean().item()
     assert shifted == pytest.approx(0.3, abs=0.03)
     assert (task.policy.gold <= 0).all() and task.policy.gold.shape == (2, 4)
+    assert len(task.unlabelled(9, 1)) == 9 and torch.equal(task.unlabelled(9, 1).tokens, task.unlabelled(9, 1).tokens)
 
 
 @pytest.mark.parametrize(
