@@ -16,7 +16,7 @@ import ummrm
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # what a page asks its reader to bring
 GIVEN = {"docs/training.md": lambda: {"dense": tiny_model("llama"), "tokenizer": make_tokenizer()}}
-RUN_HERE = {"README.md": 1, "docs/quickstart.md": 6, "docs/training.md": 11}  # blocks of code
+RUN_HERE = {"README.md": 2, "docs/quickstart.md": 6, "docs/training.md": 11}  # blocks of code
 
 
 def text(page):
@@ -43,7 +43,7 @@ def test_every_page_with_code_is_run():
 
 
 def test_the_readmes_code_makes_a_stock_model_of_a_model_and_pairs(tmp_path, monkeypatch):
-    tiny_model("llama").save_pretrained(tmp_path / "my-model")
+    tiny_model("llama", "CausalLM").save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")
     rows = [{"prompt": f"w{i}", "chosen": " w1 w2", "rejected": f" w3 w{i}"} for i in range(16)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
