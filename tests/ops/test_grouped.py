@@ -11,8 +11,16 @@ from ummrm.ops import reference
 from ummrm.ops.reference import ACTIVATIONS
 
 poisoned = pytest.mark.usefixtures("poisoned")
-# rows of each expert; D, N (or H, I): experts without rows at the ends and between, one row, one expert, none at all
-CASES = [((3, 0, 4), 5, 7), ((0, 1), 4, 3), ((9,), 6, 5), ((0, 0, 0), 3, 2), ((0, 17, 0, 30, 1, 0), 33, 24)]
+# rows of each expert; D, N (or H, I): experts without rows at the ends and between, one row, one expert, none at all; a
+# reward head
+CASES = [
+    ((3, 0, 4), 5, 7),
+    ((0, 1), 4, 3),
+    ((9,), 6, 5),
+    ((0, 0, 0), 3, 2),
+    ((0, 17, 0, 30, 1, 0), 33, 24),
+    ((4, 0, 2), 24, 1),
+]
 
 
 def offsets_of(counts):
