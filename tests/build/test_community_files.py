@@ -62,5 +62,5 @@ def test_the_contributors_page_names_every_session_and_files_that_exist():
 
 
 def test_every_page_of_the_documentation_is_in_its_index():
-    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text()))
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}

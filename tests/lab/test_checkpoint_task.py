@@ -356,7 +356,8 @@ def test_a_study_on_checkpoints_is_its_plain_data(root):
 
 def test_the_regime_of_the_documentation_is_one(root):
     page = (ROOT / "lab" / "README.md").read_text()
-    ratings, mine = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)]
+    ratings, mine = (block for block in blocks if "regimes" in block)
     assert RatingsTaskConfig(**ratings["regimes"]["ratings"]["task"]).train_pairs == 400
     study = study_on(root, **mine)
     assert isinstance(study.regimes["mine"].task, CheckpointTaskConfig) and study.model.folder
