@@ -24,7 +24,7 @@ from ..nn.dense import PROJECTIONS
 FILE = "README.md"
 _MARK = "<!-- card written by ummrm; remove this line to keep your own text at the next save -->"
 # by `experts_in`, which a mixture assigned by token has none of
-_COPIED = {
+_EXPERTS = {
     "None": "feed-forward layers",
     "ffn": "feed-forward layers",
     "linear": "linear layers",
@@ -58,7 +58,7 @@ def merged_card(
     tag, loader = _task(model_class)
     reward = tag == "text-classification"
     kind = "reward model" if reward else "model"
-    copied = _COPIED[str(upcycling.get("experts_in"))]
+    experts = _EXPERTS[str(upcycling.get("experts_in"))]
     routed = [matrix[:, num_shared:] for matrix in coefficients.values()]
     learned = merging.get("learn_shared_share") or any((m != m[:, :1]).any() for m in routed)
     weights = "learned" if learned else "equal"
@@ -77,7 +77,7 @@ def merged_card(
 # Merged {kind}
 
 A dense {_code(model_class)}, merged from a mixture of experts by UMM-RM ([arXiv 2512.00724](https://arxiv.org/abs/2512.00724)):
-the {copied} of {base_model_text(base_model, kind)} were copied into experts, the mixture was
+the {experts} of {base_model_text(base_model, kind)} became experts, the mixture was
 trained{" on preference pairs" if reward else ""}, and its experts were folded back with {weights} weights.
 It loads with transformers alone:
 
