@@ -78,10 +78,10 @@ class Network(ABC):
         """A fresh reward head from each generator: those of the parameters that the head has."""
 
     def expert_names(self, experts_in: str) -> tuple[str, ...]:
-        """Parameters that become experts: of `"ffn"`, `"linear"` or `"head"`, as `training.Sequencing` has them."""
+        """Parameters that become experts: of `"ffn"`, `"linear"` or `"all"`, as `training.Sequencing` has them."""
         if experts_in == "ffn":
             return tuple(n for one in self.ffns for n in one.names)
-        return self.linears + (self.head if experts_in == "head" else ())
+        return self.linears + (self.head if experts_in == "all" else ())
 
     def parameter_count(self, parameters: Parameters) -> int:
         """Parameters of one replica."""
@@ -186,7 +186,7 @@ class Block:
         """Answers that distillation scores.
 
         Args:
-            texts: `"policy"`, the policy's answers to no one's pairs; `"pairs"`, the answers of the training pairs.
+            texts: `"policy"`, answers of the policy that stand in no pair; `"pairs"`, those of the training pairs.
             count: only the first so many; 0: all.
         """
         found = self.unlabelled if texts == "policy" else joined(self.train.chosen, self.train.rejected)

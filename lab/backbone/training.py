@@ -31,8 +31,8 @@ class Sequencing:
 
     Attributes:
         experts: E.
-        experts_in: what becomes experts: `"ffn"`, `"linear"`, or `"head"`, which is linear layers and a reward head for
-            each expert, fresh ones but for the first.
+        experts_in: what becomes experts: `"ffn"`, `"linear"` or `"all"`, as in `ummrm.UpcycleConfig`: a reward head for
+            each expert too, fresh ones but for the first.
         shared_weight: weight of an always-on shared expert; 0: there is none.
         whole_batch: every expert sees a whole batch, in its own order, at E times the cost.
     """
@@ -172,7 +172,7 @@ def upcycled(block: Block, sequencing: Sequencing) -> Parameters:
         name: value[:, None].repeat(1, sequencing.experts, *[1] * (value.dim() - 1)) if name in names else value
         for name, value in block.start.items()
     }
-    if sequencing.experts_in == "head":
+    if sequencing.experts_in == "all":
         fresh = [block.network.fresh_head(generators(block.seeds, "head", e)) for e in range(1, sequencing.experts)]
         made |= {
             name: torch.stack([block.start[name], *(one[name] for one in fresh)], 1) for name in block.network.head

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ummrm import combine_scores, draw_groups, preference_loss, set_reward_normalization
+from ummrm import draw_groups, preference_loss, set_reward_normalization
 from ummrm.hf.ensembles import score_texts
 from ummrm.hf.normalization import of_rewards
+from ummrm.nn.ensembles import UNCERTAINTY, TargetScale
 
 from ..tasks import PreferencePairs, Sequences
 from .config import TrainConfig
@@ -140,9 +141,8 @@ def distil(
 def teacher_targets(mixture: PreTrainedModel, answers: Sequences, batch_size: int) -> torch.Tensor:
     """The mean of the members' normalised scores, standardised over `answers`: fp64 [N]."""
     scores = member_scores_of(mixture, answers, batch_size)
-    scales = [of_rewards(column) for column in scores.unbind(1)]
-    combined = combine_scores(scores, scales=[(scale.mean, scale.std) for scale in scales])
-    return of_rewards(combined)(combined)
+    names = [f"member {e}" for e in range(scores.shape[1])]
+    return TargetScale.measured(scores, "mean", UNCERTAINTY, names).targets(scores, "mean", UNCERTAINTY)
 
 
 def member_scores_of(model: PreTrainedModel, sequences: Sequences, batch_size: int) -> torch.Tensor:

@@ -139,7 +139,7 @@ def test_runs_may_start_from_heads_of_their_own(block):
 
 @pytest.mark.parametrize(
     "sequencing",
-    [Sequencing(), Sequencing(experts_in="linear"), Sequencing(experts_in="head"), Sequencing(shared_weight=0.25)],
+    [Sequencing(), Sequencing(experts_in="linear"), Sequencing(experts_in="all"), Sequencing(shared_weight=0.25)],
     ids=str,
 )
 def test_members_by_sequence_are_a_loop_over_members(block, sequencing):

@@ -21,7 +21,7 @@ from lab.demo import (
 )
 from lab.demo.training import member_scores_of, teacher_targets
 from ummrm.hf.ensembles import Member
-from ummrm.trainer.teacher_scores import TargetScale
+from ummrm.nn.ensembles import TargetScale
 
 PLOTS = {
     "demo": {"training_curves.png", "members.png", "best_of_n.png"},

@@ -23,10 +23,10 @@ from ..hf import card
 from ..hf.ensembles import Member, check_reward_model, members_of, score_texts, texts_digest
 from ..hf.normalization import RewardNormalization, of_rewards, set_reward_normalization
 from ..hf.texts import same_tokenizer
-from ..nn.ensembles import UNCERTAINTY, check_rule
+from ..nn.ensembles import UNCERTAINTY, TargetScale, check_rule
 from .base import UmmTrainer, phase_of
 from .lengths import Dropped, LengthFilter, report
-from .teacher_scores import FOLDER, Agreement, KeptScores, TargetScale, gap
+from .teacher_scores import FOLDER, Agreement, KeptScores, gap
 from .texts import GIVEN, TextCollator, given_scores, tokens_of_rows
 
 RECORD = "distillation.json"
@@ -36,8 +36,8 @@ RECORD = "distillation.json"
 class UmmDistillConfig(RewardConfig):
     """`trl.RewardConfig` with how a teacher's members combine, and one pass over the texts.
 
-    The learning rate stays RewardConfig's, 1e-4, that of a dense reward model: in the trial that distillation comes
-    from the best rate was the dense model's own (half of the mixture's), and 120 steps of 32 texts, one pass, did.
+    The learning rate stays RewardConfig's, 1e-4, that of a dense reward model: in the laboratory's search half of the
+    dense model's best rate did, and 120 steps of 32 texts, one pass.
 
     Attributes:
         combine: `"mean"`, `"worst"` or `"uwo"` (Coste et al. 2023, arXiv 2310.02743).

@@ -1,6 +1,7 @@
-"""A teacher's scores: computed once, kept in files, and turned into targets on a stated scale.
+"""A teacher's scores, computed once and kept in files, and how a student agrees with them.
 
-Knows tensors and files. Who computes the scores, and on how many processes, is the trainer's business.
+Knows tensors and files. Who computes the scores, and on how many processes, is the trainer's business; the scale of the
+targets that are made of them is `nn/ensembles.py`'s.
 """
 
 from __future__ import annotations
@@ -8,62 +9,15 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..hf.replacing import flush
-from ..nn.ensembles import combine_scores
 
 FOLDER = "teacher_scores"
-
-
-@dataclass(frozen=True)
-class TargetScale:
-    """How a teacher's scores become targets: what the training texts fix, for every other set too.
-
-    Attributes:
-        members: mean and standard deviation of each member's scores.
-        mean: of the combined scores.
-        std: of the combined scores; targets are standard: mean 0, std 1 over the training texts.
-    """
-
-    members: tuple[tuple[float, float], ...]
-    mean: float
-    std: float
-
-    @classmethod
-    def measured(cls, scores: Tensor, combine: str, uncertainty: float, names: Sequence[str]) -> TargetScale:
-        """From the training texts' scores [N, members]; sums are exact, so that no order of texts changes a bit.
-
-        Raises:
-            ValueError: fewer than two texts, or a member (one of `names`) that scores all of them the same.
-        """
-        if len(scores) < 2:
-            raise ValueError(f"`train_dataset` must hold at least two texts to learn scores from, got {len(scores)}.")
-        members = tuple(_mean_and_std(column.tolist()) for column in scores.unbind(1))
-        flat = [name for name, (mean, std) in zip(names, members, strict=True) if _is_flat(mean, std)]
-        if flat:
-            raise ValueError(
-                f"`teacher` must score the training texts differently, and {flat[0]} gives all {len(scores)} the same "
-                "score: there is nothing to learn from it; leave it out, or give other texts."
-            )
-        combined = combine_scores(scores, combine, uncertainty=uncertainty, scales=members)
-        mean, std = _mean_and_std(combined.tolist())
-        if _is_flat(mean, std):
-            raise ValueError(
-                f"`teacher` must score the training texts differently, and its members combined by {combine!r} give "
-                f"all {len(scores)} the same score; choose another rule or other texts."
-            )
-        return cls(members, mean, std)
-
-    def targets(self, scores: Tensor, combine: str, uncertainty: float) -> Tensor:
-        """Standard targets fp64 [N] of scores [N, members]."""
-        combined = combine_scores(scores, combine, uncertainty=uncertainty, scales=self.members)
-        return (combined - self.mean) / self.std
 
 
 class KeptScores:
@@ -159,13 +113,3 @@ class Agreement:
 def gap(scores: Tensor, targets: Tensor) -> float:
     """Root mean square difference of two vectors."""
     return (scores - targets).square().mean().sqrt().item()
-
-
-def _mean_and_std(values: list[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
-
-
-def _is_flat(mean: float, std: float) -> bool:
-    """A spread of no more than what rounding in fp32 leaves of equal scores."""
-    return std <= 1e-6 * abs(mean)
