@@ -1,4 +1,4 @@
-"""How several members' scores become one (mean, worst case, mean less disagreement), and one a target on a stated scale.
+"""How several members' scores become one (mean, worst case, mean less disagreement), and it a target on a scale.
 
 The only place of these formulas (Coste et al. 2023, arXiv 2310.02743, eqs. 3 to 5): a reward function, a distillation's
 teacher and the laboratory's ensembles all combine by them. Knows scores alone, neither models nor texts.
