@@ -9,8 +9,9 @@ from .checkpoint_config import CheckpointTaskConfig
 from .config import ArmConfig, ComparisonConfig, MeasureConfig, RegimeConfig, StudyConfig
 from .online import OnlineConfig
 from .report import report_lines, study_tables, write_report
-from .run import StudyError, run_study
+from .run import run_study
 from .studies import load_study, shipped_studies
+from .workers import StudyError
 
 __all__ = [
     "ArmConfig",

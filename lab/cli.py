@@ -85,8 +85,8 @@ def run(
     changes = {name: value for name, value in given.items() if value is not None}
     config = load_study(study)
     if isinstance(config, BackboneStudy):
-        if refused := sorted({"processes", "device"} & set(changes)):
-            raise ValueError(f"the study {config.name} runs in one process on the CPU; drop {refused}.")
+        if device is not None:
+            raise ValueError(f"the study {config.name} runs on the CPU; drop --device.")
         config = dataclasses.replace(config, **changes)
         run_backbone_study(config, output, _names(arms), _names(optimisers), progress=not quiet)
     else:

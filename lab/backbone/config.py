@@ -195,6 +195,7 @@ class BackboneStudy:
         seeds: number of seeds.
         first_seed: the first one.
         block: seeds that are trained side by side; a unit is one arm over one block.
+        processes: worker processes of one thread each, over blocks and regimes.
         batch: pairs a step.
         student_batch: answers a step of distillation.
         model: size of the models of `kind: language`.
@@ -215,6 +216,7 @@ class BackboneStudy:
     seeds: int = 8
     first_seed: int = 0
     block: int = 8
+    processes: int = 2
     batch: int = 16
     student_batch: int = 32
     model: LlamaShape = LlamaShape()
@@ -229,7 +231,7 @@ class BackboneStudy:
 
     def __post_init__(self) -> None:
         require(self, "kind", self.kind == "backbone", "'backbone'")
-        for name in ("seeds", "block", "batch", "student_batch"):
+        for name in ("seeds", "block", "processes", "batch", "student_batch"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "first_seed", self.first_seed >= 0, "at least 0")
         for name in (*self.arms, *self.regimes):

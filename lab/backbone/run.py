@@ -1,12 +1,13 @@
 """Runs a study from a pretrained backbone: one arm over one block of seeds at a time, resumable after a kill.
 
-A unit is a regime, an arm in a variation, a block of seeds and an optimiser; each finished one is a file. One process,
-one thread.
+A unit is a regime, an arm in a variation, a block of seeds and an optimiser; each finished one is a file. A worker
+process of one thread takes one block of a regime at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -14,14 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from ..files import kept, prepare_output, write_atomically
 from ..ratings.regime import ratings_block
 from ..ratings.task import RatingsTaskConfig
-from ..run import StudyError, locked, machine_facts, minutes
+from ..run import machine_facts
 from ..store import COLUMNS, KEY, UnitStore, write_tables
+from ..workers import Report, StudyError, locked, run_groups
 from .arms import BackboneArms, OnStep
 from .config import OPTIMISERS, BackboneStudy, Variation
 from .data import Block
@@ -77,6 +76,18 @@ class _Work:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class BlockGroup:
+    """What is still to be run of one block of seeds in one regime."""
+
+    regime: str
+    block: tuple[int, ...]
+    works: tuple[_Work, ...]
+
+    def __str__(self) -> str:
+        return f"{self.regime}, seeds {self.block[0]} to {self.block[-1]}"
+
+
 def run_backbone_study(
     study: BackboneStudy,
     output: str | Path,
@@ -94,11 +105,11 @@ def run_backbone_study(
         progress: show a progress line: arm, seeds, steps, time left.
 
     Returns:
-        The CSV files (`TABLES`). All but timings.csv depend on the study alone.
+        The CSV files (`TABLES`). All but timings.csv depend on the study alone, not on the number of processes.
 
     Raises:
         ValueError: an unknown arm or optimiser, a folder that cannot be used, or one of another study's units.
-        StudyError: another process is at work in the folder.
+        StudyError: a worker failed, or another process is at work in the folder.
     """
     for given, known, what in ((arms, tuple(study.arms), "arms"), (optimisers, OPTIMISERS, "optimisers")):
         if unknown := sorted(set(given) - set(known)):
@@ -111,7 +122,9 @@ def run_backbone_study(
         pending = [w for w in works if store.read(w.unit, w.fingerprint) is None]
         facts = {"study": study.to_dict(), "machine": machine_facts()}
         write_atomically(output / "study.json", json.dumps(facts, indent=1) + "\n")
-        _run(study, output, store, pending, len(works), progress)
+        work = functools.partial(run_block, study, output)
+        counts = {"name": f"{study.name}: units", "total": len(works), "left": len(pending), "progress": progress}
+        run_groups(_groups(pending), work, study.processes, **counts, width=60)
         if not arms and not optimisers:  # others may be asked for next, which share stages
             shutil.rmtree(output / "stages", ignore_errors=True)
         rows = []
@@ -168,52 +181,37 @@ def _works(study: BackboneStudy, arms: tuple[str, ...], optimisers: tuple[str, .
     return works
 
 
-def _run(
-    study: BackboneStudy, output: Path, store: UnitStore, pending: list[_Work], total: int, progress: bool
-) -> None:
-    bars = Progress(
-        TextColumn("{task.description:<60}"),
-        BarColumn(bar_width=8),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        disable=not progress,
-        refresh_per_second=2,
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with bars:
-            current = bars.add_task("starting", total=1, note="")
-            overall = bars.add_task(f"{study.name}: units", total=total, completed=total - len(pending), note="")
-            start, last = time.monotonic(), 0.0
-            made: tuple[str, tuple[int, ...]] | None = None
-            for done, work in enumerate(pending):
-                seeds = f"seeds {work.block[0]} to {work.block[-1]}"
-                where = f"{work.unit.regime}, {seeds}: {work.unit.arm}"
+def _groups(works: list[_Work]) -> list[BlockGroup]:
+    """The works of each block and regime together, those of the first blocks first."""
+    places = sorted(dict.fromkeys((work.block, work.unit.regime) for work in works), key=lambda place: place[0])
+    return [
+        BlockGroup(regime, block, tuple(w for w in works if (w.block, w.unit.regime) == (block, regime)))
+        for block, regime in places
+    ]
 
-                def on_step(stage: str, step: int, steps: int, where: str = where) -> None:
-                    nonlocal last
-                    if time.monotonic() - last > 0.3 or step == steps:
-                        last = time.monotonic()
-                        bars.update(current, description=f"{where}: {stage}", completed=step, total=steps)
 
-                if made != (work.unit.regime, work.block):
-                    made = (work.unit.regime, work.block)
-                    folder = output / "stages" / f"{work.unit.regime}-{work.block[0]}-{len(work.block)}"
-                    block = make_block(study, work.unit.regime, work.block, folder, on_step)
-                    makers = BackboneArms(study, work.unit.regime, block, folder)
-                makers.on_step = on_step
-                began = time.perf_counter()
-                rows = _rows(study, work, makers)
-                seconds = (time.perf_counter() - began) / len(rows)
-                for row in rows:
-                    row["timings"] = {"seconds": seconds}
-                store.write(work.unit, work.fingerprint, {"rows": rows})
-                left = (time.monotonic() - start) / (done + 1) * (len(pending) - done - 1)
-                bars.update(overall, advance=1, note=f"about {minutes(left)} left")
-    finally:
-        torch.set_num_threads(threads)
+def run_block(study: BackboneStudy, output: Path, group: BlockGroup, report: Report) -> None:
+    """Runs what is to be run of one block, writing each unit as it finishes."""
+    last, where = 0.0, str(group)
+
+    def on_step(stage: str, step: int, steps: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.3 or step == steps:
+            last = time.monotonic()
+            report("step", f"{where}: {stage}", step, steps)
+
+    folder = output / "stages" / f"{group.regime}-{group.block[0]}-{len(group.block)}"
+    block = make_block(study, group.regime, group.block, folder, on_step)
+    makers, store = BackboneArms(study, group.regime, block, folder, on_step), UnitStore(output)
+    for work in group.works:
+        where = f"{group}: {work.unit.arm}"
+        began = time.perf_counter()
+        rows = _rows(study, work, makers)
+        seconds = (time.perf_counter() - began) / len(rows)
+        for row in rows:
+            row["timings"] = {"seconds": seconds}
+        store.write(work.unit, work.fingerprint, {"rows": rows})
+        report("done")
 
 
 def _rows(study: BackboneStudy, work: _Work, makers: BackboneArms) -> list[dict]:

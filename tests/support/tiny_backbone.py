@@ -18,6 +18,7 @@ _STUDY = {
     "name": "tiny",
     "seeds": 3,
     "block": 2,
+    "processes": 1,
     "batch": 4,
     "student_batch": 8,
     "regimes": {
