@@ -18,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import ummrm
 from ummrm import UpcycleConfig
+from ummrm.cli.source import open_source
+from ummrm.cli.upcycle import _upcycled_bytes
 from ummrm.hf import replacing
 
 COMPANIONS = (
@@ -118,6 +120,20 @@ def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
     torch.testing.assert_close(outputs_of(merged, batch), outputs_of(dense, batch), rtol=1e-5, atol=1e-5)
     assert brings_companions(models / "new/moe") and brings_companions(models / "merged")
     assert "Merged reward model" in (models / "merged/README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("experts_in", ["ffn", "linear", "all"])
+def test_the_room_that_an_upcycled_model_needs_is_known_before_it_is_loaded(family, experts_in, tmp_path):
+    torch.manual_seed(0)
+    dense = tiny_model(family)
+    dense.save_pretrained(tmp_path / "dense")
+    config = UpcycleConfig(assignment="sequence", experts_in=experts_in, layers=(1,))
+    expected = _upcycled_bytes(open_source(str(tmp_path / "dense")), config, "bfloat16")
+    head = sum(p.numel() for name, p in dense.named_parameters() if name.startswith(("score.", "classifier.")))
+    moe = ummrm.upcycle(dense, config)
+    actual = 2 * sum(p.numel() for p in moe.parameters())
+    assert actual == expected + (2 * 3 * head if experts_in == "all" else 0)  # the head's experts are left out
 
 
 def test_merge_uses_learned_weights(models, command):

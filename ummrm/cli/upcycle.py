@@ -260,7 +260,9 @@ def stock_class(source: Source) -> type[PreTrainedModel]:
 
 
 def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) -> int:
-    """Bytes of the upcycled weights, without routers; too few for a family that has no row, whose FFNs aren't known."""
+    """Bytes of the upcycled weights, without routers and experts of the head; too few for a family that has no row,
+    whose layers aren't known.
+    """
     from ..hf.families import FAMILIES
 
     if source.headers is None:
@@ -269,10 +271,12 @@ def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) ->
     family = FAMILIES.get(source.model_type)
     found: dict[int, list[TensorHeader]] = {}
     if family is not None:
-        modules = "|".join(re.escape(path) for path in family.paths.modules)
-        ffn = re.compile(rf"(?:.*\.)?{re.escape(family.layers)}\.(\d+)\.(?:{modules})\.(?:weight|bias)")
+        modules = "|".join(re.escape(path) for path in family.paths.modules) if config.experts_in == "ffn" else ".+"
+        linear = re.compile(rf"(?:.*\.)?{re.escape(family.layers)}\.(\d+)\.(?:{modules})\.(?:weight|bias)")
         for name, header in source.headers.items():
-            if match := ffn.fullmatch(name):
+            weight = source.headers.get(re.sub(r"bias$", "weight", name))
+            is_linear = weight is not None and len(weight.shape) == 2  # a norm's has one dimension
+            if is_linear and (match := linear.fullmatch(name)):
                 found.setdefault(int(match[1]), []).append(header)
     copies, layers = config.num_experts + config.num_shared_experts - 1, sorted(found)
     extra = [h for i in config.layer_indices(len(layers)) for h in found[layers[i]]] if layers else []
