@@ -123,7 +123,7 @@ def write_backbone_report(folder: Path, facts: dict) -> list[Path]:
 
 def backbone_tables(folder: Path, study: BackboneStudy) -> dict[str, Table]:
     """The tables of the study in `folder`: its arms by the name of each regime, `paths` of PPO, `comparisons`,
-    `choice`.
+    `choice`, `summary`.
     """
     shown, runs, comparisons = _read(folder, study)
     return {
@@ -131,6 +131,7 @@ def backbone_tables(folder: Path, study: BackboneStudy) -> dict[str, Table]:
         "paths": path_table(shown, runs),
         "comparisons": comparison_table(shown, comparisons),
         "choice": choice_table(study, runs),
+        "summary": _summary_table(shown, runs),
     }
 
 
@@ -152,10 +153,36 @@ def backbone_comparisons(study: BackboneStudy, runs: Runs) -> list[Comparison]:
     return [c for c in compare(shown, runs) if {c.config.arm, c.config.against} <= set(study.arms_of(c.regime))]
 
 
+def _present(study: Shown, regime: str, runs: Runs) -> tuple[list[str], str | None]:
+    """The arms that were run in a regime, and the dense one that costs are divided by."""
+    present = [arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy")]
+    return present, next((name for name in present if study.arms[name].kind == "dense"), None)
+
+
+def _summary_table(study: Shown, runs: Runs) -> Table:
+    """Of every arm in all regimes the primary outcomes, mean and half the 95% t interval over seeds, and the costs."""
+    outcomes = {"accuracy": ("accuracy_policy", 3), f"gold at KL {study.measure.fixed_kl:g}": ("gold_at_kl", 2)}
+    costs = {"training FLOPs ÷ dense": "training_flops", "serving FLOPs ÷ dense": "serving_flops"}
+    head = ("arm", *(f"{study.title(regime)}: {name}" for regime in study.regimes for name in outcomes), *costs)
+    rows = []
+    for arm in study.arms:
+        cells, where = [], None
+        for regime in study.regimes:
+            if arm in _present(study, regime, runs)[0]:
+                where = where or regime
+                cells += [interval_cell(runs, regime, "best_of_n", *asked)(arm) for asked in outcomes.values()]
+            else:
+                cells += [""] * len(outcomes)
+        if where is not None:
+            dense = _present(study, where, runs)[1]
+            cells += [ratio_cell(runs, where, arm, dense, column) for column in costs.values()]
+            rows.append((study.label(arm), *cells))
+    return Table("", head, tuple(rows))
+
+
 def _arm_table(study: Shown, regime: str, runs: Runs) -> Table:
     """Every arm that was run in a regime: mean and half the 95% t interval over seeds of what was measured."""
-    present = [arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy")]
-    dense = next((name for name in present if study.arms[name].kind == "dense"), None)
+    present, dense = _present(study, regime, runs)
 
     def cell(column: str, digits: int = 2) -> Callable[[str], str]:
         return interval_cell(runs, regime, "best_of_n", column, digits)

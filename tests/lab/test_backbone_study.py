@@ -156,6 +156,11 @@ def test_the_report_shows_arms_and_choice(finished):
     assert {path.name for path in files} >= {"choice.csv", "comparisons.csv", "best_of_n.png", "report.html"}
     made = study_tables(finished)
     assert len(made["idiosyncratic"].rows) == 14 and len(made["planted"].rows) == 16
+    summary, planted = made["summary"], made["planted"]
+    assert summary.head[1:3] == ("no plant: accuracy", "no plant: gold at KL 1") and len(summary.rows) == 16
+    weighted = next(row for row in summary.rows if row[0].startswith("weighted"))
+    theirs = planted.select(["accuracy on the policy's answers"], arm=[weighted[0]]).rows[0]
+    assert weighted[1:3] == ("", "") and weighted[3] == theirs[0] and weighted[-1] == "1.00"
     assert made["planted"].rows[0][0] == "dense model; 3 steps, rate 0.001"
     assert len(made["choice"].rows) == 11 + 13
     assert "Chosen on these seeds" in (finished / "report.html").read_text()
