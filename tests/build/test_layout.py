@@ -22,6 +22,7 @@ ALLOWED = {
     "upcycle": {"config", "hf", "nn"},
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
+    "data": set(),
     "cli": {"__init__", "config", "hf", "ops"},
     "__main__": {"cli"},
 }
@@ -35,6 +36,7 @@ OUTSIDE = {
     "upcycle": {"torch", "transformers"},
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
+    "data": {"datasets", "pyarrow"},
     "cli": {"torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),
 }
