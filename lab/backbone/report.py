@@ -154,9 +154,14 @@ def backbone_comparisons(study: BackboneStudy, runs: Runs) -> list[Comparison]:
 
 
 def _present(study: Shown, regime: str, runs: Runs) -> tuple[list[str], str | None]:
-    """The arms that were run in a regime, and the dense one that costs are divided by."""
+    """The arms that were run in a regime, and the dense one that costs are divided by: the first that is trained."""
     present = [arm for arm in study.arms if runs.values(regime, arm, "best_of_n", "accuracy")]
-    return present, next((name for name in present if study.arms[name].kind == "dense"), None)
+    dense = (name for name in present if study.arms[name].kind == "dense")
+    return present, next((name for name in dense if _costs(runs, regime, name)), None)
+
+
+def _costs(runs: Runs, regime: str, arm: str) -> bool:
+    return any(flops > 0 for flops in runs.values(regime, arm, "best_of_n", "training_flops").values())
 
 
 def _summary_table(study: Shown, runs: Runs) -> Table:
