@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +87,23 @@ class Runs:
         return mean_interval(values) if values else None
 
 
-def compare(study: StudyConfig, runs: Runs) -> list[Comparison]:
-    """The study's comparisons, the primary ones first. Those whose arms were not run at all are left out."""
-    primary = [_compare(regime, c, True, runs) for c in study.primaries for regime in study.regimes]
-    secondary = [_compare(regime, c, False, runs) for c in study.secondary for regime in study.regimes]
-    return _adjust([c for c in primary if c is not None]) + _adjust([c for c in secondary if c is not None])
+def compare(
+    study: StudyConfig, runs: Runs, declared: Callable[[str, ComparisonConfig], bool] = lambda *_: True
+) -> list[Comparison]:
+    """The study's comparisons, the primary ones first. Those whose arms were not run at all are left out, and yet count
+    in Holm's correction, so that a part of a study is no easier to pass than the whole.
+
+    Args:
+        study: what is compared.
+        runs: what was run.
+        declared: whether a comparison is made in a regime.
+    """
+    made = []
+    for comparisons, primary in ((study.primaries, True), (study.secondary, False)):
+        family = [(regime, c) for c in comparisons for regime in study.regimes if declared(regime, c)]
+        found = [_compare(regime, c, primary, runs) for regime, c in family]
+        made += _adjust([c for c in found if c is not None], found.count(None))
+    return made
 
 
 def write_comparisons(path: Path, comparisons: Sequence[Comparison]) -> None:
@@ -121,9 +133,9 @@ def _compare(regime: str, config: ComparisonConfig, primary: bool, runs: Runs) -
     return Comparison(regime, config, primary, found, missing, math.nan)
 
 
-def _adjust(family: list[Comparison]) -> list[Comparison]:
+def _adjust(family: list[Comparison], not_run: int) -> list[Comparison]:
     tested = [c for c in family if c.paired is not None]
-    adjusted = iter(holm([c.paired.p for c in tested]))
+    adjusted = iter(holm([*(c.paired.p for c in tested), *[1.0] * not_run]))
     return [
         Comparison(c.regime, c.config, c.primary, c.paired, c.missing, math.nan if c.paired is None else next(adjusted))
         for c in family

@@ -361,6 +361,8 @@ class BackboneStudy:
             **{n: getattr(self, n) for n in ("batch", "student_batch")},
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},
         }
+        if self.chosen:  # else the arm's name in the tables has its variation
+            parts["chosen"] = dataclasses.asdict(self.chosen[regime][arm])
         if optimiser == "ppo":
             assert self.ppo is not None
             parts |= {

@@ -161,7 +161,7 @@ class Block:
         policy: the policy's answers, prompts * samples a seed, a prompt's in a run.
         gold: fp64 [S, prompts, samples].
         unlabelled: answers without labels, for distillation.
-        label_noise: share of the training pairs labelled wrongly, for calibration.
+        label_noise: share of each seed's training pairs that are labelled wrongly, for calibration.
         counterfactual: the training pairs with the shortcut of both answers exchanged, the same labels; None where the
             shortcut can't be edited.
         tasks: each seed's task, where policies can be trained against rewards; None elsewhere.
@@ -177,7 +177,7 @@ class Block:
     policy: Answers
     gold: Tensor
     unlabelled: Answers
-    label_noise: float
+    label_noise: tuple[float, ...]
     counterfactual: Pairs | None = None
     tasks: tuple[Task, ...] | None = None
     language_models: Parameters | None = None

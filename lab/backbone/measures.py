@@ -128,7 +128,7 @@ def _of_seed(block: Block, scores: Scores, seed: int, fixed_kl: float) -> dict:
         "accuracy_shifted": share_right(sets["shifted chosen"], sets["shifted rejected"]),
         **policy_accuracies(proxy, samples, most_trained),
         "accuracy_policy": all_pairs_right(proxy, gold),
-        "calibration_error": calibration_error(chosen - rejected, block.label_noise),
+        "calibration_error": calibration_error(chosen - rejected, block.label_noise[seed]),
         "preference_loss": -torch.nn.functional.logsigmoid(chosen - rejected).mean().item(),
         "correlation": _correlation(proxy, gold),
     }

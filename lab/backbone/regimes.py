@@ -98,7 +98,7 @@ def language_block(
         policy=side_by_side([t.task.policy.sequences for t in tasks], width),
         gold=torch.stack([t.task.policy.gold for t in tasks]),
         unlabelled=side_by_side([t.unlabelled for t in tasks], width),
-        label_noise=config.label_noise,
+        label_noise=(config.label_noise,) * len(seeds),
         counterfactual=pairs(lambda i: exchanged(tasks[i].task.train, derive(seeds[i], "counterfactual"))),
         tasks=tuple(t.task for t in tasks),
         language_models=found["parameters"],

@@ -150,7 +150,7 @@ def _read(folder: Path, study: BackboneStudy) -> tuple[Any, Runs, list[Compariso
 def backbone_comparisons(study: BackboneStudy, runs: Runs) -> list[Comparison]:
     """The study's comparisons in the regimes that have both arms."""
     shown: Any = Shown.of(study)
-    return [c for c in compare(shown, runs) if {c.config.arm, c.config.against} <= set(study.arms_of(c.regime))]
+    return compare(shown, runs, lambda regime, c: {c.arm, c.against} <= set(study.arms_of(regime)))
 
 
 def _present(study: Shown, regime: str, runs: Runs) -> tuple[list[str], str | None]:

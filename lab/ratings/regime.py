@@ -68,7 +68,7 @@ def ratings_block(
         policy=answers([one.policy for one in draws]),
         gold=torch.stack([gold[one.policy] for one in draws])[:, None],
         unlabelled=answers([one.unlabelled for one in draws]),
-        label_noise=sum(one.label_noise for one in draws) / len(draws),
+        label_noise=tuple(one.label_noise for one in draws),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny_models import outputs_of, padded_batch, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -104,6 +104,19 @@ def test_a_base_model_that_names_no_class_gets_a_fresh_head_where_one_is_asked_f
     assert "no class with a reward head for model_type 'mamba'" in refused("upcycle", "base", "out", "--new-head")
 
 
+@pytest.mark.parametrize("experts_in", ["ffn", "all"])
+def test_a_seed_gives_the_head_that_it_gives_in_python(models, command, experts_in):
+    tiny_model("llama", "ForCausalLM").save_pretrained("base")
+    options = ("--assignment", "sequence", "--experts-in", experts_in, "--new-head", "--seed", 3)
+    assert command("upcycle", "base", "out", *options).status == 0
+    config = UpcycleConfig(assignment="sequence", experts_in=experts_in)
+    backbone = AutoModelForCausalLM.from_pretrained("base")
+    with pytest.warns(UserWarning, match="fresh head"):
+        wanted = ummrm.upcycle(backbone, config, new_head=True, seed=3).state_dict()
+    got = AutoModelForSequenceClassification.from_pretrained("out").state_dict()
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
     add_companions(models / "dense")
     (models / "dense/README.md").write_text("the card of the source")
@@ -123,16 +136,17 @@ def test_upcycle_then_merge_gives_the_dense_model_back(models, command):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("experts_in", ["ffn", "linear", "all"])
+@pytest.mark.parametrize("experts_in", ["ffn", "linear", "all", None])
 def test_the_room_that_an_upcycled_model_needs_is_known_before_it_is_loaded(family, experts_in, tmp_path):
     torch.manual_seed(0)
     dense = tiny_model(family)
     dense.save_pretrained(tmp_path / "dense")
-    config = UpcycleConfig(assignment="sequence", experts_in=experts_in, layers=(1,))
+    config = UpcycleConfig(assignment="sequence", experts_in=experts_in, layers=(1,)) if experts_in else UpcycleConfig()
     expected = _upcycled_bytes(open_source(str(tmp_path / "dense")), config, "bfloat16")
     head = sum(p.numel() for name, p in dense.named_parameters() if name.startswith(("score.", "classifier.")))
     moe = ummrm.upcycle(dense, config)
-    actual = 2 * sum(p.numel() for p in moe.parameters())
+    routers = sum(p.numel() for name, p in moe.named_parameters() if ".router." in name)
+    actual = 2 * (sum(p.numel() for p in moe.parameters()) - routers)
     assert actual == expected + (2 * 3 * head if experts_in == "all" else 0)  # the head's experts are left out
 
 
@@ -233,7 +247,8 @@ def test_a_fresh_head_scores_a_batch_or_the_user_hears_why_not(models, command, 
         PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained("base")
     done = command("upcycle", "base", "out", "--new-head", "-e", 2, "-k", 1)
     assert done.status == 0, done.err
-    (line,) = [line for line in done.err.splitlines() if "pad_token_id" in line]
+    assert "is a fresh head (seed 0" in done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("note:") and "pad_token_id" in line]
     moe = AutoModelForSequenceClassification.from_pretrained("out")
     token = {"pad": 2, "eos": 1, "outside": 1, None: None}[tokenizer]
     assert moe.config.pad_token_id == token

@@ -112,7 +112,19 @@ def test_misuse_is_a_clear_error(moe):
         (ValueError, "`batch_size` must be an integer of at least 1, got 0", {"batch_size": 0}),
         (ValueError, "`tokenizer` must be given for LlamaFor.* got None", {"tokenizer": None}),
         (ValueError, "one tokenizer, or one for each of the 1 models", {"tokenizer": [TOKENIZER] * 2}),
-        (ValueError, "one for each of the 4 members, got 1", {"models": moe, "normalization": [None]}),
+        (
+            ValueError,
+            "one for each of the 4 members, got 1",
+            {"models": moe, "normalization": [RewardNormalization(0.0, 1.0)]},
+        ),
+        (
+            TypeError,
+            "a RewardNormalization for each member, got \\(0.0",
+            {"models": moe, "normalization": [(0.0, 1.0)] * 4},
+        ),
+        (TypeError, "`reference` must be a list of texts or a data set of rows, got a str", {"reference": "w1 w2"}),
+        (TypeError, "got a dict; put .* of several splits name one", {"reference": {"train": ["w1"]}}),
+        (ValueError, "`reference` must be text, .*; give `prompt` and", {"reference": [{"input_ids": [3]}]}),
         (ValueError, "`reference` must be None where `normalization`", {"normalization": [], "reference": ["w1"]}),
         (ValueError, "`reference` must hold texts .* got none", {"reference": []}),
         (

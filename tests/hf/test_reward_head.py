@@ -101,3 +101,13 @@ def test_what_cannot_get_a_head_says_why():
     source.model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="got another tensor, 'extra.bias'"):
         ummrm.reward_model(source)
+
+
+def test_a_fresh_head_has_no_normalisation_of_an_old_one():
+    with_head = tiny_model("llama")
+    ummrm.set_reward_normalization(with_head, ummrm.RewardNormalization(3.0, 5.0))
+    config = ummrm.UpcycleConfig(assignment="sequence", experts_in="all")
+    kept = ummrm.upcycle(with_head, config, copy=True)
+    assert ummrm.reward_normalization(kept) == ummrm.RewardNormalization(3.0, 5.0)
+    with pytest.warns(UserWarning, match="fresh"):
+        assert ummrm.reward_normalization(ummrm.upcycle(with_head, config, new_head=True, copy=True)) is None

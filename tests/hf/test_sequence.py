@@ -209,6 +209,37 @@ def test_wrong_groups(call, error, message):
         call(mixture(), batch_of())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_groups_that_hold_for_several_calls(model_type, setting):
+    """`assign_groups` and `members`, as for any network."""
+    moe, batch = mixture(model_type, setting).eval(), batch_of()
+    for member, scores in zip(ummrm.members(moe), moe.member_scores(**batch).t(), strict=True):
+        torch.testing.assert_close(moe(**batch).logits[:, 0], scores, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moe.member_scores(**batch)[:, member], scores, rtol=1e-5, atol=1e-6)
+    mean = moe(**batch).logits
+    torch.testing.assert_close(mean[:, 0], moe.member_scores(**batch).mean(1), rtol=1e-5, atol=1e-6)
+    wanted = moe(**batch, groups=GROUPS).logits
+    ummrm.assign_groups(moe, GROUPS)
+    for mode in (False, True) if model_type == "llama" else (False,):  # others drop out in training
+        torch.testing.assert_close(moe.train(mode)(**batch).logits, wanted)
+    with pytest.raises(ValueError, match="for each of the 3 sequences, got 5"):
+        moe(**{name: value[:3] for name, value in batch.items()})
+    moe.eval()
+    other = GROUPS.flip(0)
+    torch.testing.assert_close(moe(**batch, groups=other).logits, looped(moe, batch, other), rtol=1e-5, atol=1e-6)
+    ummrm.assign_groups(moe, None)
+    torch.testing.assert_close(moe.eval()(**batch).logits, mean)
+
+
+def test_member_scores_take_no_groups_and_no_labels():
+    moe, batch = mixture(), batch_of()
+    assert torch.equal(moe.member_scores(**batch, return_dict=True), moe.member_scores(**batch))
+    for name in ("groups", "labels"):
+        with pytest.raises(ValueError, match=f"`{name}` must be None where all members score"):
+            moe.member_scores(**batch, **{name: GROUPS})
+
+
 def test_groups_are_refused_where_no_sequence_is_assigned():
     by_token = ummrm.upcycle(tiny_model("llama"), UpcycleConfig())
     with pytest.raises(ValueError, match='`groups` must be None.*assignment="sequence"'):

@@ -218,9 +218,24 @@ def test_groups_must_fit_the_batch_and_be_given_in_training():
         net(torch.randn(3, 2, 3))
     with pytest.raises(ValueError, match=r"got 2 for an input of \[4, 1, "):  # a multiple is no fit
         net(torch.randn(4, 1, 3))
+    flat = UpcycledFFN.from_dense(nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 3)), FFN)
+    ummrm.assign_groups(flat, torch.tensor([0, 1]))
+    assert flat(torch.randn(2, 3)).shape == (2, 3)
+    with pytest.raises(
+        ValueError, match=r"got 2 for an input of \[4, 3\].*groups.repeat\(2\)"
+    ):  # both answers of a pair
+        flat(torch.randn(4, 3))
     ummrm.assign_groups(net, None)
     with pytest.raises(ValueError, match="got None"):
         net(torch.randn(2, 2, 3))
+
+
+def test_seeds_of_any_size_differ_and_others_are_refused():
+    drawn = [ummrm.draw_groups(64, 4, seed=seed, step=1).tolist() for seed in (0, 2**32, 2**40, 2**63 - 1, 1)]
+    assert len({tuple(one) for one in drawn}) == 5
+    for seed in (0.5, None, "1"):
+        with pytest.raises(TypeError, match="`seed` must be an integer"):
+            ummrm.draw_groups(4, 4, seed=seed, step=0)
 
 
 @pytest.mark.parametrize("call", [lambda n: ummrm.assign_groups(n, None), lambda n: list(ummrm.members(n))])

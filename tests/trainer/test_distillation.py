@@ -414,11 +414,44 @@ def test_misuse_is_a_clear_error(teacher, tmp_path):
     silent = make_tokenizer()
     silent.chat_template = None
     refuse(ValueError, "must have a chat template", data=make_dataset(4, kind="conversational"), tokenizer=silent)
-    for name, value in (("combine", "median"), ("uncertainty", -1.0), ("center_rewards_coefficient", 0.1)):
+    named = (
+        ("combine", "median"),
+        ("uncertainty", -1.0),
+        ("center_rewards_coefficient", 0.1),
+        ("teacher_batch_size", 0),
+    )
+    for name, value in named:
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             config(tmp_path, **{name: value})
     with pytest.raises(TypeError, match="`args` must be an UmmDistillConfig, got RewardConfig"):
         UmmDistillTrainer(student, settings(tmp_path), teacher=teacher, train_dataset=make_dataset(4))
+    with pytest.raises(ValueError, match="`processing_class` must be the student's tokenizer, got None"):
+        ummrm.distill(ummrm.merge(teacher), teacher, make_dataset(4))
+    student.save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    refuse(ValueError, "another model than the student", str(tmp_path / "student"), teacher=tmp_path / "student")
+
+
+def test_a_prediction_needs_no_training_and_a_path_may_be_a_path(teacher, tmp_path):
+    ummrm.merge(teacher).save_pretrained(tmp_path / "student")
+    trainer = make_trainer(tmp_path / "out", tmp_path / "student", teacher)
+    assert trainer.predict(trainer.train_dataset).metrics["test_loss"] > 0
+
+
+def test_a_teacher_in_memory_whose_tokens_nobody_knows_is_said(tmp_path):
+    """Its folder's tokenizer has another template; or there is none, and the student comes from elsewhere."""
+    other = tiny_model("llama")
+    other.save_pretrained(tmp_path / "teacher")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' w3 ' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    in_memory = type(other).from_pretrained(tmp_path / "teacher")
+    with pytest.warns(UserWarning, match="another chat template, end token or rules; .*`teacher_processing_class`"):
+        make_trainer(tmp_path / "a", tiny_model("llama"), in_memory)
+    (tmp_path / "teacher/tokenizer.json").unlink()
+    (tmp_path / "teacher/tokenizer_config.json").unlink()
+    with pytest.warns(UserWarning, match="nothing but the number of embeddings is known of it"):
+        make_trainer(tmp_path / "b", tiny_model("llama"), in_memory)
 
 
 @pytest.mark.full

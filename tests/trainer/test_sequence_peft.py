@@ -1,5 +1,7 @@
 """LoRA on experts by sequence, FFNs' and linear layers': trained, saved, reloaded, resumed, folded and merged."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -46,6 +48,15 @@ def test_every_adapter_moves_and_what_is_frozen_stays(mode, tmp_path):
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in trained), name
+
+
+def test_linear_experts_without_an_adapter_are_said(tmp_path):
+    moe = make_moe(config=LINEAR)
+    with pytest.warns(UserWarning, match='8 linear layers .* no adapter .*: "q_proj.expert_weight"'):
+        make_trainer(tmp_path, moe, peft_config=lora(target_parameters=EXPERTS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no adapter")
+        make_trainer(tmp_path, make_moe(config=LINEAR), peft_config=lora(target_parameters=EXPERTS + ATTENTION))
 
 
 @pytest.mark.parametrize("mode", ["linear experts", pytest.param("shared experts too", marks=FULL)])

@@ -15,7 +15,7 @@ from trl_child import train
 from trl_inputs import SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
 import ummrm
-from ummrm import UpcycleConfig, preference_loss
+from ummrm import UmmMergeTrainer, UpcycleConfig, preference_loss
 
 E = SEQUENCE.num_experts
 KINDS = {
@@ -134,6 +134,18 @@ def test_accumulated_gradients_are_those_of_one_batch(kind, tmp_path):
         assert (a - start[name]).abs().max() > 1e-5, name
     for key in ("loss", "accuracy", "std_reward"):
         assert logged(parts, key) == pytest.approx(logged(whole, key), rel=1e-4), key
+
+
+def test_a_last_batch_of_fewer_pairs_counts_for_fewer(tmp_path):
+    """6 pairs in one batch, or 4 and 2."""
+    options = {"dataset": make_dataset(6), "max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.1}
+    whole = trainer_of(tmp_path, per_device_train_batch_size=6, **options)
+    whole.train()
+    parts = trainer_of(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+    parts.train()
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
+    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
 
 
 @pytest.mark.full
@@ -258,14 +270,16 @@ def test_fresh_heads_train_with_their_experts_and_teach_the_merged_model(tmp_pat
     assert type(done).__name__ == "LlamaForSequenceClassification" and not torch.equal(done.score.weight, weights)
 
 
-def test_a_stream_is_trained_on(tmp_path):
-    rows = list(make_dataset(16))
-    trainer = trainer_of(
-        tmp_path, dataset=IterableDataset.from_generator(lambda: iter(rows)), max_steps=2, gradient_accumulation_steps=2
-    )
+@pytest.mark.parametrize("accumulated", [2, 1])
+def test_a_stream_is_trained_on_over_its_end(accumulated, tmp_path):
+    rows, steps = list(make_dataset(16)), 6 // accumulated  # 4 batches, and again
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = trainer_of(tmp_path, dataset=stream, max_steps=steps, gradient_accumulation_steps=accumulated)
     seen = watch(trainer)
     trainer.train()
-    assert [step for step, _, _ in seen] == [0, 0, 1, 1]
+    assert [step for step, _, _ in seen] == [step for step in range(steps) for _ in range(accumulated)]
+    if accumulated == 1:
+        return
     drawn = [g for step, groups, _ in seen if step == 1 for g in groups[:4]]
     assert drawn == ummrm.draw_groups(8, E, seed=trainer.args.seed, step=1).tolist()
 
@@ -325,3 +339,11 @@ def test_a_mixture_is_refused_where_it_can_not_be_trained(tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             make_trainer(tmp_path, model)
+    for config in (SEQUENCE, UpcycleConfig()):
+        language = ummrm.upcycle(tiny_model("llama", "ForCausalLM", num_labels=1), config)
+        with pytest.raises(
+            TypeError, match="`model` must have a reward head, got a UmmLlamaForCausalLM.*new_head=True"
+        ):
+            make_trainer(tmp_path, language)
+        with pytest.raises(TypeError, match="`model` must have a reward head"):
+            UmmMergeTrainer(language, train_dataset=make_dataset(4), processing_class=make_tokenizer())

@@ -67,7 +67,8 @@ def describe(source: Source) -> dict[str, Any]:
         record["assignment"] = umm.assignment
         record |= {"num_experts": umm.num_experts, "num_experts_per_tok": umm.num_experts_per_tok}
         record |= {"num_shared_experts": umm.num_shared_experts}
-        record |= {"experts_in": umm.experts_in} if umm.by_sequence else {"gate": umm.gate}
+        own = {"experts_in": umm.experts_in, "evaluation": umm.evaluation} if umm.by_sequence else {"gate": umm.gate}
+        record |= own
         if record["kind"] == "merging":
             record["shared_share"] = config["umm_merge"].get("shared_share")
         record |= {"base_model": config.get("umm_base_model"), "ummrm": config.get("umm_version")}

@@ -168,14 +168,16 @@ def run(
     torch.manual_seed(seed)
     with steps.step(f"loading {dense} ({size(source.num_bytes)})", own_bar=True):
         with blaming(f"{dense} can't be loaded", Exception):
-            model: Any = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head))
+            nameless = not source.config.get("architectures")
+            model: Any = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head) and nameless)
+            model = model.base_model if new_head and nameless else model
             model.config.name_or_path = dense  # a hub name, rather than its place in the cache
             model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
         if new_head and model.config.pad_token_id is None:
             _name_padding(model, source, out)
-    with steps.step("copying FFNs into experts"), blaming("", ValueError):
-        # of a head that loading made up, each expert's own is drawn anew
-        fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head and settings.has_head_experts else {}
+    what = "FFNs" if not settings.has_linear_experts else "linear layers"
+    with steps.step(f"copying {what} into experts"), blaming("", ValueError):
+        fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head else {}
         moe = ummrm.upcycle(model, settings, **fresh)
     save(moe, target, source, steps)
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
@@ -271,7 +273,7 @@ def _upcycled_bytes(source: Source, config: UpcycleConfig, dtype: str | None) ->
     family = FAMILIES.get(source.model_type)
     found: dict[int, list[TensorHeader]] = {}
     if family is not None:
-        modules = "|".join(re.escape(path) for path in family.paths.modules) if config.experts_in == "ffn" else ".+"
+        modules = "|".join(re.escape(path) for path in family.paths.modules) if not config.has_linear_experts else ".+"
         linear = re.compile(rf"(?:.*\.)?{re.escape(family.layers)}\.(\d+)\.(?:{modules})\.(?:weight|bias)")
         for name, header in source.headers.items():
             weight = source.headers.get(re.sub(r"bias$", "weight", name))

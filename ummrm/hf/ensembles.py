@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from .configuration import UmmConfigMixin
 from .loading import load_checkpoint
 from .normalization import RewardNormalization, of_rewards, reward_normalization, score
 from .sequence import by_sequence
-from .texts import Text, joined, known_tokenizer, texts_of, token_ids
+from .texts import TEXT_FORMATS, Text, joined, known_tokenizer, same_tokenizer, texts_of, token_ids
 
 
 def check_reward_model(model: Any, argument: str) -> None:
@@ -44,7 +45,7 @@ def check_reward_model(model: Any, argument: str) -> None:
     if getattr(inner, "base_model", None) is inner or inner.get_output_embeddings() is not None:
         raise TypeError(
             f"`{argument}` must have a reward head, got a {type(inner).__name__} without one; start one with "
-            "ummrm.reward_model(model, tokenizer) and train it."
+            "ummrm.reward_model(model, tokenizer), or ummrm.upcycle(model, config, new_head=True), and train it."
         )
     if getattr(config, "num_labels", 1) != 1:
         raise ValueError(
@@ -107,16 +108,30 @@ class Member:
             return model.config.upcycle_config.num_experts if has_members(model) else 1
 
     def check_reads(self, tokenizer: Any, student: Any) -> None:
-        """Raises ValueError if a model without a tokenizer of its own can't be taken to read the student's tokens.
+        """Whether a model without a tokenizer of its own can be taken to read the student's tokens.
 
         Args:
             tokenizer: the student's.
             student: the model that they are of.
+
+        Raises:
+            ValueError: it can't: it has another vocabulary.
+
+        Warns:
+            UserWarning: nothing but the number of embeddings says so, or its folder's tokenizer makes other texts of
+                the same vocabulary.
         """
         if self.tokenizer is not None:
             return
         known = known_tokenizer(self.model)
+        remedy = f"to score its own tokens give its tokenizer as `{self.argument.partition('[')[0]}_processing_class`"
         if known is not None and known.get_vocab() == tokenizer.get_vocab():
+            if not same_tokenizer(known, tokenizer):
+                warnings.warn(
+                    f"{self.name} scores the student's tokens, and the tokenizer beside it has another chat template, "
+                    f"end token or rules; {remedy}.",
+                    stacklevel=3,
+                )
             return
         theirs, ours = (model.get_input_embeddings().num_embeddings for model in (self.model, student))
         if known is not None or theirs != ours:
@@ -124,6 +139,12 @@ class Member:
             raise ValueError(
                 f"`teacher_processing_class` must be given for {self.name}, which has {what}; load its tokenizer "
                 "with AutoTokenizer (or give the student's, if it is the same)."
+            )
+        if not _same_origin(self.model, student):
+            warnings.warn(
+                f"{self.name} is taken to read the student's tokens, since nothing but the number of embeddings is "
+                f"known of it; {remedy}.",
+                stacklevel=3,
             )
 
     def digest(self, ids: Sequence[Sequence[int]]) -> str:
@@ -157,6 +178,12 @@ class Member:
                 f"{len(ids)} texts, first text {bad[0]}; score with another dtype, or leave the model out."
             )
         return found
+
+
+def _same_origin(model: Any, other: Any) -> bool:
+    """Whether two models come from one checkpoint, or from no known one: models of the caller's own making."""
+    names = [str(getattr(one.config, "_name_or_path", "") or "") for one in (model, other)]
+    return names[0] == names[1] or not names[0]
 
 
 def texts_digest(ids: Sequence[Sequence[int]]) -> str:
@@ -315,6 +342,7 @@ def ensemble_reward(
     reference: Iterable[Any] | None = None,
     batch_size: int = 16,
     name: str | None = None,
+    device: str | torch.device | None = None,
 ) -> EnsembleReward:
     """A reward function for TRL (`reward_funcs=[...]` of GRPOTrainer and RLOOTrainer) from an ensemble's members.
 
@@ -333,12 +361,15 @@ def ensemble_reward(
             is used; a single reward model without one is taken as it is.
         batch_size: texts a forward.
         name: what TRL logs it as; by default `ensemble_<combine>`.
+        device: where the models score: they are moved there at once, to stay (TRL moves the reward models that it is
+            given, and no functions). None leaves them where they are: models given by their path on the CPU.
 
     Returns:
-        A callable `(prompts, completions, **columns) -> list[float]`; its `normalization` says what was measured.
+        A callable `(prompts, completions, **columns) -> list[float]`; its `normalization` says what was measured. A
+        text longer than the tokenizer's `model_max_length` is an error when it comes: bound prompts and completions.
 
     Raises:
-        TypeError: a model has no reward head.
+        TypeError: a model has no reward head, or `normalization` or `reference` are of another kind.
         ValueError: an unknown rule, several labels, no tokenizer, not one normalisation for each member, none to be
             had, or scores that are not finite.
     """
@@ -351,13 +382,26 @@ def ensemble_reward(
         raise ValueError(f"`tokenizer` must be given for {missing[0]}, got None; load it with AutoTokenizer.")
     for member in members:
         member.keep()
+        if device is not None:
+            member.model.to(device)
     reward = EnsembleReward(members, combine, uncertainty, batch_size, name)
     if normalization is not None:
         if reference is not None:
             raise ValueError("`reference` must be None where `normalization` is given; leave one of them out.")
         reward.normalization = list(normalization)
+        other = [one for one in reward.normalization if not isinstance(one, RewardNormalization)]
+        if other:
+            raise TypeError(
+                f"`normalization` must hold a RewardNormalization for each member, got {other[0]!r}; make one of mean "
+                "and standard deviation: ummrm.RewardNormalization(mean, std)."
+            )
     elif reference is not None:
-        texts = [text for row in reference for text in (texts_of(row) if isinstance(row, Mapping) else [row])]
+        if isinstance(reference, (str, Mapping)):
+            raise TypeError(
+                f"`reference` must be a list of texts or a data set of rows, got a {type(reference).__name__}; put a "
+                "text into a list, and of several splits name one."
+            )
+        texts = [text for row in reference for text in _reference_texts(row)]
         if not texts:
             raise ValueError("`reference` must hold texts to measure the members' scores on, got none.")
         reward.normalization = [of_rewards(column) for column in reward.member_scores(texts).unbind(1)]
@@ -369,6 +413,14 @@ def ensemble_reward(
             f"`normalization` must hold one for each of the {expected} members, got {len(reward.normalization)}."
         )
     return reward
+
+
+def _reference_texts(row: Any) -> list[Text]:
+    if isinstance(row, Mapping) and {"input_ids", "chosen_ids"} & set(row):
+        raise ValueError(
+            f"`reference` must be text, of which each model has its own tokens, got tokens; give {TEXT_FORMATS}."
+        )
+    return texts_of(row) if isinstance(row, Mapping) else [row]
 
 
 def _own_normalization(member: Member, single: bool) -> RewardNormalization:

@@ -120,14 +120,15 @@ class UmmLayerMixin(Generated, _Stock):
     def umm_by_sequence(self, stock_forward: Callable, rows: RowGroups, args: tuple, kwargs: dict):
         if rows.copies > 1 and self.umm_above:
             args, kwargs = (), spread(rows, bind(stock_forward, args, kwargs))
-        parts = sequence_modules(self).values()
+        parts = list(sequence_modules(self).values())
+        held = [part.groups for part in parts]  # what `assign_groups` has said
         for part in parts:
             part.groups = rows
         try:
             return stock_forward(self, *args, **kwargs)
         finally:
-            for part in parts:
-                part.groups = None
+            for part, before in zip(parts, held, strict=True):
+                part.groups = before
 
     def umm_forward(self, stock_forward: Callable, token_mask: Tensor | None, args: tuple, kwargs: dict):
         ffn = self.get_submodule(self.umm_site)

@@ -124,8 +124,12 @@ class UmmPreTrainedMixin(Generated, _Stock):
 
         Raises:
             TypeError: the model is no such mixture.
-            ValueError: it has several labels.
+            ValueError: it has several labels, or `groups` or `labels` are given.
         """
+        kwargs.pop("return_dict", None)
+        for name in ("groups", "labels"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` must be None where all members score, which have no loss; leave it out.")
         if not by_sequence(self.config) or not self.umm_scores:
             raise TypeError(
                 "`member_scores` needs a reward model in its mixture phase assigned by sequence, got a "

@@ -27,7 +27,15 @@ from .masks import handing_down
 from .merge_share import SHARE_NAME
 from .modeling import UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
-from .sequence import bind, by_sequence, call_groups, check_no_groups, handed_groups, mean_over_members
+from .sequence import (
+    assigned_groups,
+    bind,
+    by_sequence,
+    call_groups,
+    check_no_groups,
+    handed_groups,
+    mean_over_members,
+)
 
 _DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
@@ -273,6 +281,7 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
 
 def _by_sequence(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> Any:
     """A task forward whose sequences go through the experts that `groups` names, or through what evaluation says."""
+    groups = assigned_groups(model) if groups is None else groups
     all_members = groups is None and not model.training and model.config.upcycle_config.evaluation == "mean"
     if all_members and model.umm_scores:
         return mean_over_members(model, stock_forward, bind(stock_forward, args, kwargs))

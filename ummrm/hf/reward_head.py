@@ -27,6 +27,7 @@ from ..nn.upcycled_linear import UpcycledLinear
 from .head import gives_scores, head_name
 from .loading import load_checkpoint
 from .modeling import UmmPreTrainedMixin
+from .normalization import KEY as NORMALIZATION
 
 
 def reward_model(
@@ -81,6 +82,7 @@ def _with_fresh_head(
         head_std = _default_std(config)
     if isinstance(head_std, bool) or not isinstance(head_std, (int, float)) or not 0 <= head_std < float("inf"):
         raise ValueError(f"`head_std` must be a finite number of at least 0, got {head_std!r}.")
+    vars(config).pop(NORMALIZATION, None)  # of another head
     config.num_labels = 1
     config.architectures = [stock.__name__]
     if tokenizer is not None:

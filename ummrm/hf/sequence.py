@@ -49,6 +49,11 @@ def _tokens(bound: Mapping[str, Any]) -> Any:
     return bound.get("inputs_embeds") if tokens is None else tokens
 
 
+def assigned_groups(model: Any) -> RowGroups | None:
+    """What `ummrm.assign_groups` or `ummrm.members` has said of a model."""
+    return next((module.groups for module in sequence_modules(model).values()), None)
+
+
 def check_no_groups(groups: object) -> None:
     """Raises ValueError if a model that is no mixture assigned by sequence was called with groups."""
     if groups is not None:
@@ -68,8 +73,9 @@ def handed_groups(model: Any, groups: object) -> Iterator[None]:
     With experts in the head too, which has the rows in the caller's order: it takes them from `call_groups`.
     """
     masked = masked_module(model)
-    heads = sequence_modules(model.get_submodule(model.umm_head)).values() if model.umm_head else ()
+    heads = list(sequence_modules(model.get_submodule(model.umm_head)).values()) if model.umm_head else []
     with contextlib.nullcontext() if torch.compiler.is_compiling() else one_thread(masked):
+        held = [head.groups for head in heads]
         masked.umm_groups = groups
         for head in heads:
             head.groups = groups if isinstance(groups, RowGroups) else None
@@ -77,8 +83,8 @@ def handed_groups(model: Any, groups: object) -> Iterator[None]:
             yield
         finally:
             masked.umm_groups = None
-            for head in heads:
-                head.groups = None
+            for head, before in zip(heads, held, strict=True):
+                head.groups = before
 
 
 def call_groups(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> object:
@@ -125,10 +131,15 @@ def row_groups(module: Any, groups: object, rows: int, device: torch.device) -> 
                 "itself; name a member, ummrm.set_evaluation(model, 0), or pass groups=[rows]."
             )
         return MemberRows(config.evaluation, config.num_experts)
+    length = groups.shape[0] if isinstance(groups, Tensor) and groups.dim() == 1 else rows
+    length = groups.rows if isinstance(groups, RowGroups) and groups.rows >= 0 else length
+    if length != rows:
+        raise ValueError(
+            f"`groups` must have one expert for each of the {rows} sequences, got {length}; both answers of a pair "
+            "have its group, and what ummrm.assign_groups has said holds until it is called again."
+        )
     if isinstance(groups, RowGroups):
-        return groups
-    if isinstance(groups, Tensor) and groups.dim() == 1 and groups.shape[0] != rows:
-        raise ValueError(f"`groups` must have one expert for each of the {rows} sequences, got {groups.shape[0]}.")
+        return groups.of_tokens()
     return RowGroups(groups, config.num_experts, device)  # type: ignore[arg-type]  # which it checks
 
 
@@ -149,6 +160,7 @@ def run_by_sequence(module: Any, stock_forward: Callable, args: tuple, kwargs: d
     bound.pop("token_mask", None)
     given = bound.pop("groups", None)
     groups = module.umm_groups if given is None else given
+    groups = assigned_groups(module) if groups is None else groups
     tokens = _tokens(bound)
     if tokens is None:
         return stock_forward(module, **bound)  # which says what is missing

@@ -6,7 +6,6 @@ A text is a string or a conversation (a list of messages). Reading files is `dat
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,8 @@ from transformers import AutoTokenizer
 
 Text = str | list[dict[str, Any]]
 
-FORMATS = (
-    "`prompt` and `completion`, `messages`, `text`, `chosen` and `rejected` (with or without `prompt`), or tokenised "
-    "`input_ids`, or `chosen_ids` and `rejected_ids`"
-)
+TEXT_FORMATS = "`prompt` and `completion`, `messages`, `text`, `chosen` and `rejected` (with or without `prompt`)"
+FORMATS = f"{TEXT_FORMATS}, or tokenised `input_ids`, or `chosen_ids` and `rejected_ids`"
 
 
 def texts_of(row: Mapping[str, Any]) -> list[Text]:
@@ -100,11 +97,11 @@ def _rules(tokenizer: Any) -> Any:
 
 
 def known_tokenizer(model: Any) -> Any:
-    """The tokenizer in the local folder that a model was loaded from, or None."""
-    folder = str(getattr(model.config, "_name_or_path", "") or "")
-    if not os.path.isdir(folder):
+    """The tokenizer of the folder or hub name that a model was loaded from, if it lies on this machine, or None."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception:  # whatever a folder without a sound tokenizer makes of it
         return None

@@ -34,6 +34,7 @@ def draw_groups(num_pairs: int, num_experts: int, *, seed: int, step: int) -> Te
         int64 [num_pairs] in [0, num_experts), on the CPU. Both answers of a pair belong in its group.
 
     Raises:
+        TypeError: `seed` or `step` is no integer.
         ValueError: no pair or no expert.
     """
     if num_pairs < 1 or num_experts < 1:
@@ -46,8 +47,18 @@ def draw_groups(num_pairs: int, num_experts: int, *, seed: int, step: int) -> Te
 
 
 def mixed_seed(seed: int, step: int) -> int:
-    """One seed of two numbers (splitmix64): neighbouring seeds and steps must not give streams that meet."""
-    z, mask = ((seed & (2**32 - 1)) << 32) ^ (step & (2**32 - 1)), 2**64 - 1
+    """One seed of two integers (splitmix64): neighbouring seeds and steps must not give streams that meet.
+
+    Raises:
+        TypeError: one is no integer.
+    """
+    for name, value in (("seed", seed), ("step", step)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    seed, step = int(seed), int(step)
+    high = seed >> 32  # 0 for a seed of 32 bits
+    z, mask = ((seed & (2**32 - 1)) << 32) ^ (step & (2**32 - 1)) ^ (high * 0x9E3779B97F4A7C15), 2**64 - 1
+    z &= mask
     z = (z + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
@@ -71,6 +82,7 @@ class RowGroups:
         row_offsets: int32 [E + 1]: expert e owns the ordered rows from offsets[e] to offsets[e + 1].
         copies: what the rows are, if not 1: so many equal blocks, of which layers that hold no experts need compute one
             alone.
+        exact: whether a matrix must have as many rows; else it may have equally many tokens of each row.
 
     Raises:
         ValueError: `groups` is no vector of integers.
@@ -80,7 +92,7 @@ class RowGroups:
     def __init__(self, groups: Tensor, num_experts: int, device: torch.device | str | None = None) -> None:
         check_groups(groups, num_experts)
         groups = groups.long()
-        self.rows, self.num_experts, self.copies = groups.shape[0], num_experts, 1
+        self.rows, self.num_experts, self.copies, self.exact = groups.shape[0], num_experts, 1, False
         self.order: Tensor | None = None
         self.inverse: Tensor | None = None
         if not _is_ascending(groups):
@@ -95,13 +107,17 @@ class RowGroups:
         """A batch repeated for every expert: `rows` rows, E times."""
         all_rows = object.__new__(cls)
         all_rows.rows, all_rows.num_experts, all_rows.copies = rows * num_experts, num_experts, num_experts
-        all_rows.order = all_rows.inverse = None
+        all_rows.order, all_rows.inverse, all_rows.exact = None, None, False
         all_rows.row_offsets = torch.arange(num_experts + 1, dtype=torch.int32, device=device) * rows
         return all_rows
 
     def ordered(self) -> RowGroups:
         """The same for rows that have been put into `order`."""
         return self if self.order is None else self._with(order=None, inverse=None)
+
+    def of_tokens(self) -> RowGroups:
+        """The same where a model that knows the number of its rows may hand tokens of them to a layer."""
+        return self._with(exact=False) if self.exact else self
 
     def as_rows(self) -> RowGroups:
         """The same for rows of which nothing says that some are equal."""
@@ -140,7 +156,7 @@ class MemberRows(RowGroups):
     """All rows of a batch of any size to one expert."""
 
     def __init__(self, member: int, num_experts: int) -> None:
-        self.rows, self.num_experts, self.copies, self.member = -1, num_experts, 1, member
+        self.rows, self.num_experts, self.copies, self.member, self.exact = -1, num_experts, 1, member, False
         self.order = self.inverse = None
 
     def offsets(self, flat: Tensor) -> Tensor:
@@ -202,11 +218,12 @@ class BySequence(nn.Module):
                     "`for _ in ummrm.members(network): network(x)`."
                 )
             groups = MemberRows(member, self.config.num_experts)
-        if groups.rows >= 0 and x.dim() > 2 and x.shape[0] != groups.rows:
+        if groups.rows >= 0 and (groups.exact or x.dim() > 2) and x.shape[0] != groups.rows:
             raise ValueError(
                 f"`groups` must have one expert for each row of the batch, got {groups.rows} for an input of "
-                f"{list(x.shape)} to a {type(self).__name__}; what is no row of the batch (position embeddings, say) "
-                'can\'t go through experts: use experts_in="ffn".'
+                f"{list(x.shape)} to a {type(self).__name__}; give each row its own (of pairs both answers: "
+                "groups.repeat(2)), anew for every batch. What is no row of the batch (position embeddings, say) can't "
+                'go through experts: use experts_in="ffn".'
             )
         self.used_groups = groups
         return groups
@@ -234,10 +251,12 @@ def _required(network: nn.Module) -> dict[str, BySequence]:
 def assign_groups(network: nn.Module, groups: Tensor | None) -> None:
     """Says which expert each row of the next forwards goes through: the one call a step of a plain training loop.
 
-    It holds until the next call. A Hugging Face model takes `groups=` in its forward instead.
+    It holds until the next call, in evaluation mode too. A Hugging Face model may get `groups=` in its forward instead,
+    which goes before.
 
     Args:
-        network: any network with `UpcycledFFN` modules assigned by sequence, called with [rows, ..., H].
+        network: any network with `UpcycledFFN` modules assigned by sequence, called with [rows, ..., H]; a Hugging Face
+            model too.
         groups: integer [rows]; ascending ones cost nothing, others an ordering of the rows in every layer. None: none,
             as before the first call.
 
@@ -252,6 +271,7 @@ def assign_groups(network: nn.Module, groups: Tensor | None) -> None:
     if groups is not None:
         device = next(first.parameters()).device
         made = RowGroups(groups, first.config.num_experts, device)
+        made.exact = True
     for module in modules.values():
         module.groups = made
 
@@ -281,7 +301,14 @@ def members(network: nn.Module) -> Iterator[int]:
 
         scores = torch.stack([network(x) for _ in ummrm.members(network)], dim=-1)
 
-    What the network computed before is put back at the end, also of a loop that is left early.
+    What the network computed before is put back at the end, also of a loop that is left early. For all members' scores
+    of a Hugging Face reward model `model.member_scores(**batch)` takes one pass.
+
+    Args:
+        network: any network with experts assigned by sequence, a Hugging Face model too.
+
+    Yields:
+        The number of the member, from 0.
 
     Raises:
         TypeError: the network holds no experts assigned by sequence.

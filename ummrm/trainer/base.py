@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         self._streams: dict[str, LengthFilter] = {}
         self._metric_prefix = "eval"
         self._spread = {"train": RewardSpread(), "eval": RewardSpread()}
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         if not isinstance(model, str):
             self._check_model(model)
         super().__init__(model, self._own_args(model) if args is None else args, *rest, **kwargs)
@@ -242,15 +244,23 @@ def _dataset_name(dataset) -> str:
 def _check_same(saved: Mapping[str, object], config, path: str) -> None:
     """A checkpoint of another phase or configuration would load with holes, which transformers only logs."""
     for key in ("umm", "umm_phase", "umm_merge"):
-        theirs, ours = saved.get(key), getattr(config, key, None)
+        theirs, ours = (_without_evaluation(one) for one in (saved.get(key), getattr(config, key, None)))
         if key == "umm_phase":
             theirs = theirs or ("mixture" if "umm" in saved else "none: a dense model")
             ours = ours or "none: a dense model"
         if theirs != ours:
+            if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+                names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+                theirs, ours = ({name: one.get(name) for name in names} for one in (theirs, ours))
             raise ValueError(
                 f"`resume_from_checkpoint` must be of the model that is trained, and {path} has {key}={theirs!r} where "
                 f"the model has {ours!r}; resume with the trainer and the configuration that wrote it."
             )
+
+
+def _without_evaluation(settings: Any) -> Any:
+    """What outside training is computed says nothing of what is trained."""
+    return {k: v for k, v in settings.items() if k != "evaluation"} if isinstance(settings, Mapping) else settings
 
 
 def phase_of(model: nn.Module) -> str | None:

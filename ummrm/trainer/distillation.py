@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ class UmmDistillConfig(RewardConfig):
     def __post_init__(self):
         super().__post_init__()
         check_rule(self.combine, self.uncertainty)
+        if self.teacher_batch_size is not None and self.teacher_batch_size < 1:
+            raise ValueError(f"`teacher_batch_size` must be at least 1 or None, got {self.teacher_batch_size!r}.")
         if self.center_rewards_coefficient is not None:
             raise ValueError(
                 "`center_rewards_coefficient` must be None in distillation, which compares no two answers, got "
@@ -110,8 +113,10 @@ class UmmDistillTrainer(UmmTrainer):
     ) -> None:
         if args is not None and not isinstance(args, UmmDistillConfig):
             raise TypeError(f"`args` must be an UmmDistillConfig, got {type(args).__name__}.")
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
-        if teacher is not None and any(one is model or (isinstance(one, str) and one == model) for one in given):
+        paths = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in given]
+        if teacher is not None and any(one is model or (isinstance(one, str) and one == model) for one in paths):
             raise ValueError(
                 "`teacher` must be another model than the student, which can't learn from its own scores; give the "
                 "mixture that it was merged from, or other reward models."
@@ -310,6 +315,10 @@ class UmmDistillTrainer(UmmTrainer):
         self._student = self._student or self._measure_student()
         return super().evaluate(*args, **kwargs)
 
+    def predict(self, *args, **kwargs):
+        self._student = self._student or self._measure_student()
+        return super().predict(*args, **kwargs)
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if not resume_from_checkpoint:
             self._student = self._measure_student()
@@ -408,7 +417,7 @@ def distill(
         teacher: a mixture whose experts get whole sequences, a reward model, or a list of such; None where the data
             has scores.
         dataset: texts without labels.
-        processing_class: the student's tokenizer; None loads that of its folder.
+        processing_class: the student's tokenizer; None loads that of the folder or name that it comes from.
         args: `UmmDistillConfig`.
         resume_from_checkpoint: True goes on from the last checkpoint of `args.output_dir`.
         kwargs: further keyword arguments of `UmmDistillTrainer`.
@@ -416,7 +425,17 @@ def distill(
     Returns:
         The student (wrapped by PEFT under `peft_config`), in evaluation mode; `ummrm.save_pretrained` saves it with a
         card that says what it was taught by.
+
+    Raises:
+        TypeError: as `UmmDistillTrainer`.
+        ValueError: as `UmmDistillTrainer`, or there is no tokenizer beside the student.
     """
+    config = getattr(student, "config", None)
+    if processing_class is None and config is not None and not getattr(config, "_name_or_path", ""):
+        raise ValueError(
+            "`processing_class` must be the student's tokenizer, got None, and no folder or name of the student's is "
+            "known that would have one; give it."
+        )
     trainer = UmmDistillTrainer(
         student, args, teacher=teacher, train_dataset=dataset, processing_class=processing_class, **kwargs
     )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from trl import RewardConfig, RewardTrainer
 
 from ..config import MergeConfig
+from ..hf.ensembles import check_reward_model
 from ..hf.merge_share import merge_share
 from ..hf.saving import save_pretrained
 from ..merge import merge, prepare_merge
@@ -128,6 +129,7 @@ class UmmMergeTrainer(UmmTrainer):
             if phase is not None:
                 remedy = "fold its adapters first: model.merge_and_unload()"
             raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
+        check_reward_model(model, "model")
         share, given = merge_share(model), self._merge_config
         if share is None or given is None:
             return

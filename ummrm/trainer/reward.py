@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
+from ..hf.ensembles import check_reward_model
 from ..nn.assignment import draw_groups, sequence_modules
 from ..nn.losses import routing_reports
+from ..nn.upcycled_linear import UpcycledLinear
 from .base import UmmTrainer, phase_of
 from .metrics import RoutingMetrics
+
+_SHARE = "share_of_step"  # of a batch: how much its loss counts beside those of the step's other batches
 
 
 class UmmRewardTrainer(UmmTrainer):
@@ -21,8 +27,9 @@ class UmmRewardTrainer(UmmTrainer):
 
     For a mixture assigned by sequence there are no routers and no auxiliary losses: every optimiser step deals its
     pairs, over all micro-batches and processes, to the experts (`ummrm.draw_groups` of `args.seed` and the step), so
-    that accumulation, several processes and resuming change nothing. An expert that gets 1/E of the pairs has 1/E of
-    the gradient; nothing is rescaled. Evaluation goes by the model's `evaluation` setting: the members' mean.
+    that accumulation, several processes and resuming change nothing, and each counts by its number of pairs, so that
+    unequal batches change nothing either. An expert that gets 1/E of the pairs has 1/E of the gradient; nothing is
+    rescaled. Evaluation goes by the model's `evaluation` setting: the members' mean.
 
     Under gradient accumulation a batch's auxiliary loss counts by its share of the step's live tokens, over all
     processes: the z-loss and the routers' mean probabilities are then exactly those of the whole step. The balancing
@@ -41,7 +48,11 @@ class UmmRewardTrainer(UmmTrainer):
         kwargs: keyword arguments of `RewardTrainer`.
 
     Raises:
-        TypeError: the model is dense, or in its merge phase.
+        TypeError: the model is dense, in its merge phase, or has no reward head.
+        ValueError: the model has several labels.
+
+    Warns:
+        UserWarning: adapters leave linear layers with experts frozen.
     """
 
     _name = "UMM-RM mixture"
@@ -51,6 +62,8 @@ class UmmRewardTrainer(UmmTrainer):
         self._preference: list[torch.Tensor] = []
         self._step_tokens: torch.Tensor | None = None
         super().__init__(model, args, *rest, log_layers=log_layers, **kwargs)
+        if hasattr(self._network, "peft_config"):
+            _warn_of_frozen_members(self._network)
 
     def _check_model(self, model: nn.Module) -> None:
         phase = phase_of(model)
@@ -61,11 +74,12 @@ class UmmRewardTrainer(UmmTrainer):
                 else "upcycle it first: ummrm.upcycle(model, UpcycleConfig()), or train it dense with trl.RewardTrainer"
             )
             raise TypeError(f"`model` must be an upcycled model, got a {type(model).__name__}; {remedy}.")
+        check_reward_model(model, "model")
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
-        if sequence_modules(self._network):
+        if batches and sequence_modules(self._network):  # none at the end of a stream
             self._assign(batches)
         elif len(batches) > 1:
             counts = torch.stack([_tokens(batch).to(device) for batch in batches])
@@ -84,6 +98,15 @@ class UmmRewardTrainer(UmmTrainer):
         groups = draw_groups(int(counts.sum()), config.num_experts, seed=self.args.seed, step=step)
         for batch, count, end in zip(batches, own.tolist(), ends.tolist(), strict=True):
             batch["groups"] = groups[end - count : end].repeat(2).to(batch["input_ids"].device)
+            # a step's loss is the mean of those of its batches and processes, which may have fewer pairs than others
+            batch[_SHARE] = count * counts.numel() / counts.sum().item()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        share = inputs.pop(_SHARE, 1.0)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss if share == 1.0 else loss * share
+        return (loss, outputs) if return_outputs else loss
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
         reports = routing_reports(model)
@@ -112,6 +135,23 @@ class UmmRewardTrainer(UmmTrainer):
             metrics["preference_loss"] = self._sum_over_processes(mean).item() / self.accelerator.num_processes
             self._preference.clear()
         return metrics
+
+
+def _warn_of_frozen_members(model: nn.Module) -> None:
+    """Adapters on FFNs alone would leave the members' other linear layers copies of each other."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    frozen = []
+    for name, module in model.named_modules():
+        place = name.partition(".base_layer")[0].partition(".original_module")[0]
+        if isinstance(module, UpcycledLinear) and not any(one.startswith(f"{place}.") for one in trained):
+            frozen.append(place)
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} linear layers whose experts differ by member have no adapter and are frozen, so that all "
+            f"members keep them equal, first {frozen[0]}; add them to `target_parameters`: "
+            f'"{frozen[0].rpartition(".")[2]}.expert_weight", ...',
+            stacklevel=4,
+        )
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:

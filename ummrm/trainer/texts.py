@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.texts import FORMATS, texts_of, token_ids
+from ..hf.texts import TEXT_FORMATS, texts_of, token_ids
 
 GIVEN = "teacher_score"  # a column of scores that are there already; of a pair, with the answer's name before it
 
@@ -64,7 +64,7 @@ def tokens_of_rows(rows: dict[str, list], tokenizer, others: list[tuple[str, Any
             if others:
                 raise ValueError(
                     f"the data must be text where a teacher has a tokenizer of its own, as {others[0][0]} has, got "
-                    f"tokens; give {FORMATS.split(', or tokenised')[0]}."
+                    f"tokens; give {TEXT_FORMATS}."
                 )
             out["input_ids"] += [row[key] for key in tokenised]
         else:
