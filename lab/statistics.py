@@ -8,6 +8,7 @@ exact. scipy has no Holm.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,12 +48,16 @@ def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
         for value in x.tolist():
             sums = torch.cat([sums + value, sums - value])
         return (sums.abs() >= least).double().mean().item()
-    generator = torch.Generator().manual_seed(seed)
-    hits = 1
-    for _ in range(20):
-        signs = torch.randint(2, (_RANDOM_PATTERNS // 20, n), generator=generator) * 2.0 - 1
-        hits += int(((signs.double() @ x).abs() >= least).sum())
+    hits = 1 + sum(int(((signs.double() @ x).abs() >= least).sum()) for signs in _random_signs(n, seed))
     return hits / (_RANDOM_PATTERNS + 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _random_signs(n: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """int8 patterns of n signs, in parts; the same for every comparison of as many seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_RANDOM_PATTERNS // 20, n)
+    return tuple((torch.randint(2, shape, generator=generator) * 2 - 1).to(torch.int8) for _ in range(20))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -15,7 +15,8 @@ from lab.compare import Runs, compare, write_comparisons
 from lab.findings import RESULTS, filled, made, prose
 from lab.store import COLUMNS, read_table
 
-PAGES = ("docs/findings.md", "docs/first-findings.md")
+PAGES = {"README.md": 1, "docs/findings.md": 6, "docs/search.md": 5, "docs/first-findings.md": 6}  # tables at least
+ELSEWHERE = {"README.md": {"3.10", "2.11", "2.0", "2512.00724"}}  # versions, a paper
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 KEPT = sorted(path.name for path in RESULTS.iterdir())
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+\.\d+(?!\w|\.\d)")
@@ -67,7 +68,7 @@ def cells(path):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_table_is_what_the_kept_studies_give(page):
     text = TEXTS[page]
-    assert text.count("<!-- table ") >= 6
+    assert text.count("<!-- table ") >= PAGES[page]
     assert filled(text) == text, "run python -m lab findings"
 
 
@@ -78,7 +79,8 @@ def test_every_number_in_the_text_stands_in_a_table_or_a_configuration(page):
     for name in KEPT:
         known |= numbers(kept(name)[0].to_dict())
     said = [number.lstrip("+") for number in NUMBER.findall(prose(text).replace("−", "-"))]
-    assert len(said) >= 10 and not sorted(set(said) - known)
+    assert len(said) >= (10 if page in ("docs/findings.md", "docs/first-findings.md") else 0)
+    assert not sorted(set(said) - known - ELSEWHERE.get(page, set()))
 
 
 @pytest.mark.parametrize("name", KEPT)
