@@ -91,7 +91,8 @@ def test_a_kept_study_is_whole_and_its_command_gives_it(name):
     assert {(row["regime"], row["seed"], row["arm"], row["optimiser"]) for row in rows} == wanted
     assert len(rows) == len(wanted)
     shipped = load_study(study.name if study.name != "lab" else "cpu").to_dict()
-    assert {**shipped, "seeds": study.seeds, "first_seed": study.first_seed} == study.to_dict()
+    free = {name: getattr(study, name) for name in ("seeds", "first_seed", "processes")}
+    assert {**shipped, **free} == study.to_dict()
     assert any(f"make lab-{name}" in text for text in TEXTS.values())
     command, *options = re.search(rf"^{name} := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     made, given = load_study(command), dict(zip(options[::2], options[1::2], strict=True))
