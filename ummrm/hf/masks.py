@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.assignment import RowGroups, sequence_modules
+from ..nn.assignment import RowGroups, going_by, sequence_modules
 from ..nn.merging_ffn import MergingFFN
 from ..nn.router import in_backward
 from ..nn.upcycled_ffn import UpcycledFFN, check_masked
@@ -120,15 +120,8 @@ class UmmLayerMixin(Generated, _Stock):
     def umm_by_sequence(self, stock_forward: Callable, rows: RowGroups, args: tuple, kwargs: dict):
         if rows.copies > 1 and self.umm_above:
             args, kwargs = (), spread(rows, bind(stock_forward, args, kwargs))
-        parts = list(sequence_modules(self).values())
-        held = [part.groups for part in parts]  # what `assign_groups` has said
-        for part in parts:
-            part.groups = rows
-        try:
+        with going_by(sequence_modules(self).values(), rows):
             return stock_forward(self, *args, **kwargs)
-        finally:
-            for part, before in zip(parts, held, strict=True):
-                part.groups = before
 
     def umm_forward(self, stock_forward: Callable, token_mask: Tensor | None, args: tuple, kwargs: dict):
         ffn = self.get_submodule(self.umm_site)

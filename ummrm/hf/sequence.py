@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.assignment import MemberRows, RowGroups, sequence_modules
+from ..nn.assignment import MemberRows, RowGroups, going_by, sequence_modules
 from .one_thread import one_thread
 
 # Arguments of transformers' models that have a row for each sequence of the batch. Others are passed on as they are.
@@ -73,18 +73,14 @@ def handed_groups(model: Any, groups: object) -> Iterator[None]:
     With experts in the head too, which has the rows in the caller's order: it takes them from `call_groups`.
     """
     masked = masked_module(model)
-    heads = list(sequence_modules(model.get_submodule(model.umm_head)).values()) if model.umm_head else []
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else one_thread(masked):
-        held = [head.groups for head in heads]
+    heads = sequence_modules(model.get_submodule(model.umm_head)).values() if model.umm_head else ()
+    rows = groups if isinstance(groups, RowGroups) else None
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else one_thread(masked), going_by(heads, rows):
         masked.umm_groups = groups
-        for head in heads:
-            head.groups = groups if isinstance(groups, RowGroups) else None
         try:
             yield
         finally:
             masked.umm_groups = None
-            for head, before in zip(heads, held, strict=True):
-                head.groups = before
 
 
 def call_groups(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> object:

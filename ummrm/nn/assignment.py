@@ -6,8 +6,9 @@ it is the business of `upcycled_ffn.py` and `upcycled_linear.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -238,6 +239,20 @@ def sequence_modules(network: nn.Module) -> dict[str, BySequence]:
     }
 
 
+@contextlib.contextmanager
+def going_by(modules: Iterable[BySequence], groups: RowGroups | None) -> Iterator[None]:
+    """What modules go by inside the `with` block; what `assign_groups` has said of them is put back after it."""
+    modules = list(modules)
+    held = [module.groups for module in modules]
+    for module in modules:
+        module.groups = groups
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, held, strict=True):
+            module.groups = before
+
+
 def _required(network: nn.Module) -> dict[str, BySequence]:
     found = sequence_modules(network)
     if not found:
@@ -313,13 +328,7 @@ def members(network: nn.Module) -> Iterator[int]:
     Raises:
         TypeError: the network holds no experts assigned by sequence.
     """
-    modules = _required(network)
-    held = {name: module.groups for name, module in modules.items()}
-    try:
-        for member in range(next(iter(modules.values())).config.num_experts):
-            for module in modules.values():
-                module.groups = MemberRows(member, module.config.num_experts)
+    modules = list(_required(network).values())
+    for member in range(modules[0].config.num_experts):
+        with going_by(modules, MemberRows(member, modules[0].config.num_experts)):
             yield member
-    finally:
-        for name, module in modules.items():
-            module.groups = held[name]
