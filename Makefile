@@ -79,8 +79,8 @@ demo-real: $(VENV)/.real
 lab: $(VENV)/.ummrm
 	$(LAB) run backbone --output build/lab
 
-# Studies whose tables are kept, which the pages of findings stand on; curves, the largest, are not, since no page reads them. An
-# interrupted study goes on when the command is given again.
+# Studies whose tables are kept, which the pages of findings stand on, those over a megabyte compressed; curves, the largest, are not,
+# since no page reads them. An interrupted study goes on when the command is given again.
 claim := cpu --first-seed 1000 --seeds 24
 ablations := ablations
 sweep := sweep
@@ -98,6 +98,7 @@ lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
 	rm lab/results/$*/curves.csv
+	find lab/results/$* -name '*.csv' -size +1000k -exec gzip -9nf {} +
 
 lab-findings: lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/

@@ -6,6 +6,7 @@ runs.csv, curves.csv and experts.csv hold what a rerun gives bit for bit; timing
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -102,14 +103,17 @@ def write_tables(folder: Path, found: Iterable[dict], columns: Mapping[str, tupl
 def read_table(folder: Path, name: str) -> list[dict]:
     """A CSV file's rows: numbers as floats, seeds as integers, empty cells as NaN where the column holds numbers.
 
+    Of a kept study it may be compressed, `name.csv.gz`.
+
     Raises:
         FileNotFoundError: there is none.
     """
     path = folder / f"{name}.csv"
-    if not path.is_file():
+    packed = path.with_suffix(".csv.gz")
+    if not path.is_file() and not packed.is_file():
         raise FileNotFoundError(f"no {path}; `python -m lab run` writes it.")
     text = {"regime", "arm", "optimiser", "layer", "measure", "regime_of_pairs"}
-    with open(path, newline="") as file:
+    with open(path, newline="") if path.is_file() else gzip.open(packed, "rt", newline="") as file:
         return [
             {k: v if k in text else int(v) if k == "seed" else float(v or "nan") for k, v in row.items()}
             for row in csv.DictReader(file)
