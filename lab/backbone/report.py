@@ -186,7 +186,10 @@ def _summary_table(study: Shown, runs: Runs) -> Table:
 
 
 def _arm_table(study: Shown, regime: str, runs: Runs) -> Table:
-    """Every arm that was run in a regime: mean and half the 95% t interval over seeds of what was measured."""
+    """Every arm that was run in a regime: mean and half the 95% t interval over seeds of what was measured there.
+
+    What a regime has nothing of, like a tail of human ratings or members where no arm is an ensemble, is no column.
+    """
     present, dense = _present(study, regime, runs)
 
     def cell(column: str, digits: int = 2) -> Callable[[str], str]:
@@ -208,5 +211,7 @@ def _arm_table(study: Shown, regime: str, runs: Runs) -> Table:
         "serving FLOPs ÷ dense": lambda arm: ratio_cell(runs, regime, arm, dense, "serving_flops"),
         "parameters": lambda arm: mean_cell(runs, regime, arm, "parameters", "{:,.0f}"),
     }
-    rows = tuple((study.label(arm), *(make(arm) for make in columns.values())) for arm in present)
-    return Table(study.title(regime), ("arm", *columns), rows)
+    cells = {name: [make(arm) for arm in present] for name, make in columns.items()}
+    measured = {name: found for name, found in cells.items() if any(found)}
+    rows = tuple(zip(map(study.label, present), *measured.values(), strict=True))
+    return Table(study.title(regime), ("arm", *measured), rows)

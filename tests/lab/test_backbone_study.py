@@ -13,7 +13,7 @@ from tiny_backbone import tiny_backbone
 from lab import load_study, study_tables, write_report
 from lab.backbone.arms import BackboneArms, in_scale_of
 from lab.backbone.choice import Search, candidates, chosen_yaml
-from lab.backbone.config import Variation
+from lab.backbone.config import BackboneStudy, Variation
 from lab.backbone.measures import Scores, calibration_error, combined
 from lab.backbone.report import Shown
 from lab.backbone.run import TABLES, _groups, _works, make_block, run_backbone_study
@@ -179,6 +179,14 @@ def test_the_choice_is_the_best_of_each_arm_and_a_claim_reads_it(finished, tmp_p
     (tmp_path / "claim.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False))
     claim = load_study(tmp_path / "claim.yaml")
     assert claim.variations("planted", "dense") == (best.variation,)
+    chosen = yaml.safe_load((tmp_path / "rates.yaml").read_text())
+    one = chosen["planted"].pop("distilled")  # its teacher's choice and its one rate say the same
+    one_less = BackboneStudy.from_dict({**claim.to_dict(), "chosen": chosen})
+    assert dataclasses.asdict(*one_less.variations("planted", "distilled")) == one
+    assert one_less.fingerprint("planted", "distilled") == claim.fingerprint("planted", "distilled")
+    del chosen["planted"]["dense"]
+    with pytest.raises(ValueError, match="one variation of every arm of the regime planted; it does not of dense"):
+        BackboneStudy.from_dict({**claim.to_dict(), "chosen": chosen})
     run_backbone_study(claim, tmp_path / "out", ("dense", "distilled"), progress=False)
     write_report(tmp_path / "out")
     rows = read_table(tmp_path / "out", "runs")

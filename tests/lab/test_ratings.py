@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import ummrm
+from lab import study_tables, write_report
 from lab.backbone.config import BackboneStudy
 from lab.backbone.measures import all_pairs_right
 from lab.backbone.mixture import TokenMixture, token_upcycled, train_token
@@ -367,6 +368,9 @@ def test_a_study_of_ratings_runs_whole(config, tmp_path, monkeypatch):
     for row in rows:
         assert all(abs(float(row[name])) < 10 for name in ("gold_at_kl", "accuracy", "accuracy_policy", "correlation"))
     assert BackboneStudy.from_dict(study.to_dict()) == study
+    write_report(tmp_path / "out")
+    head = study_tables(tmp_path / "out")["ratings"].head  # people's texts have no tail of longer shortcuts
+    assert "policy's tail" not in head and {"accuracy", "correlation of members", "seeds"} <= set(head)
     with pytest.raises(ValueError, match="pretrained: a folder or a package"):
         RatingsTaskConfig(model=ModelConfig(model_type="bert"))
 
