@@ -279,6 +279,17 @@ def test_every_evaluation_set_has_metrics_of_its_own(tmp_path):
     assert trainer.evaluate(make_dataset(3, 4))["eval_accuracy"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 
+def test_metrics_are_means_over_pairs_whatever_the_batches(tmp_path):
+    data = make_dataset(17, 3)
+    found = [
+        make_trainer(tmp_path, eval_dataset=data, per_device_eval_batch_size=size).evaluate() for size in (8, 17, 1)
+    ]
+    for key in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "std_reward"):
+        assert found[0][f"eval_{key}"] == pytest.approx(found[1][f"eval_{key}"], rel=1e-5), key
+        assert found[2][f"eval_{key}"] == pytest.approx(found[1][f"eval_{key}"], rel=1e-5), key
+    assert 17 * found[0]["eval_accuracy"] == pytest.approx(round(17 * found[0]["eval_accuracy"]), abs=1e-9)
+
+
 def test_a_prediction_counts_in_no_later_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, eval_dataset=make_dataset(5, 1), max_steps=1)
     expected = trainer.evaluate()

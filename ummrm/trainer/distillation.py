@@ -299,9 +299,8 @@ class UmmDistillTrainer(UmmTrainer):
         loss = (scores - targets).square().mean()
         # of all processes, without the texts that fill up the last batch of an evaluation
         all_rewards, all_targets = self.accelerator.gather_for_metrics((outputs.logits.detach().squeeze(-1), targets))
-        self._spread[mode].add(all_rewards)
+        self._rewards[mode].add(all_rewards)
         self._agreement[mode].add(self._student(all_rewards), all_targets)
-        self._metrics[mode]["mean_reward"].append(all_rewards.float().mean().item())
         return (loss, outputs) if return_outputs else loss
 
     def _phase_metrics(self, mode: str) -> dict[str, float]:

@@ -69,24 +69,59 @@ class RoutingMetrics:
         return averaged(layers, per_layer)
 
 
-class RewardSpread:
-    """Standard deviation of the rewards since the last `flush`, over all processes."""
+class RewardMetrics:
+    """Rewards since the last `flush`, counted one by one, so that batches and processes make no difference."""
 
     def __init__(self) -> None:
-        self._sums = DeviceSum()  # how many, their sum, the sum of their squares
+        self._rewards = DeviceSum()  # how many, their sum, the sum of their squares
+        self._pairs = DeviceSum()  # how many, those in the right order, the sum of their differences
+        self._extremes: Tensor | None = None  # of -reward and of reward
 
     def add(self, rewards: Tensor) -> None:
-        """Counts one batch's rewards, any shape."""
-        rewards = rewards.detach().to(widest(rewards.device))
+        """Counts rewards, any shape."""
+        rewards = rewards.detach().to(widest(rewards.device)).flatten()
         count = torch.full_like(rewards.sum(), rewards.numel())
-        self._sums.add(torch.stack([count, rewards.sum(), rewards.square().sum()]))
+        self._rewards.add(torch.stack([count, rewards.sum(), rewards.square().sum()]))
+        if rewards.numel():
+            extremes = torch.stack([-rewards.min(), rewards.max()])
+            self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
 
-    def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """`std_reward`, the population standard deviation; empty if there was no batch."""
-        sums = self._sums.value()
-        self._sums = DeviceSum()
-        count, total, squares = reduce(torch.zeros(3, dtype=torch.float64) if sums is None else sums).tolist()
-        return {"std_reward": max(squares / count - (total / count) ** 2, 0.0) ** 0.5} if count else {}
+    def add_pairs(self, pairs: Tensor) -> None:
+        """Counts pairs [P, 2], the preferred answer's reward first, and their rewards."""
+        difference = pairs.detach().to(widest(pairs.device)).diff(dim=1).neg()
+        count = torch.full_like(difference.sum(), len(difference))
+        self._pairs.add(torch.stack([count, (difference > 0).sum().to(difference), difference.sum()]))
+        self.add(pairs)
+
+    def flush(self, total: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What was counted since the last flush; empty if nothing was.
+
+        Args:
+            total: sums a vector over processes.
+            largest: its maximum over processes.
+
+        Returns:
+            `mean_reward`, `std_reward` (population), `min_reward`, `max_reward`; of pairs `accuracy`, the share whose
+            preferred answer has the higher reward, and `margin`, the mean difference.
+        """
+        rewards = self._rewards.value()
+        rewards = torch.zeros(3, dtype=torch.float64) if rewards is None else rewards
+        pairs = self._pairs.value()
+        sums = total(torch.cat([rewards, torch.zeros_like(rewards) if pairs is None else pairs]))
+        extremes = rewards.new_full((2,), -math.inf) if self._extremes is None else self._extremes
+        self._rewards, self._pairs, self._extremes = DeviceSum(), DeviceSum(), None
+        read = torch.cat([sums, largest(extremes).to(sums)]).tolist()  # waits for the device once
+        count, reward, squares, pairs, right, difference, minus_least, most = read
+        if not count:
+            return {}
+        mean = reward / count
+        metrics = {
+            "min_reward": -minus_least,
+            "mean_reward": mean,
+            "max_reward": most,
+            "std_reward": max(squares / count - mean**2, 0.0) ** 0.5,
+        }
+        return metrics | ({"accuracy": right / pairs, "margin": difference / pairs} if pairs else {})
 
 
 def normalized_entropy(shares: Sequence[float]) -> float:
