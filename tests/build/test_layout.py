@@ -23,7 +23,8 @@ ALLOWED = {
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
-    "cli": {"__init__", "config", "hf", "ops"},
+    "pipeline": {"config", "data", "hf", "merge", "trainer", "upcycle", "version"},
+    "cli": {"__init__", "config", "data", "hf", "ops", "pipeline"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.
@@ -37,7 +38,8 @@ OUTSIDE = {
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "data": {"datasets", "pyarrow"},
-    "cli": {"torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
+    "pipeline": {"torch", "transformers", "trl", "accelerate", "datasets", "rich", "yaml"},
+    "cli": {"datasets", "torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),
 }
 

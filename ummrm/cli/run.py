@@ -1,0 +1,78 @@
+"""`ummrm run`: a recipe, from preference pairs to a merged reward model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import UserError, blaming
+from .screen import note, quiet_libraries, say, size
+
+if TYPE_CHECKING:
+    from ..pipeline import StagePlan
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, output, and a block for each stage.")],
+    output: Annotated[str | None, typer.Option(help="Folder to write; goes before the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run; goes before the recipe's.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, its data and its model, show what it takes, and stop.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
+    ] = False,
+) -> None:
+    """Trains, merges and distils a reward model on your own preference pairs.
+
+    The shortest recipe has three lines: `model: gpt2`, `data: pairs.jsonl`,
+    `output: my-rm`. The same command goes on where it was cut off. On several
+    devices: `accelerate launch -m ummrm run recipe.yaml`.
+    """
+    try:
+        import datasets
+
+        from ..data import DataError
+        from ..pipeline import RecipeError, plan_recipe, read_recipe, run_recipe
+    except ImportError as error:
+        raise UserError(f"`ummrm run` needs more than is installed ({error}); pip install 'ummrm[run]'.") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    changes = {name: value for name, value in (("output", output), ("seed", seed)) if value is not None}
+    with blaming("", RecipeError, DataError), quiet_libraries():
+        read = read_recipe(recipe, **changes)
+        if strict:
+            read = dataclasses.replace(read, data=dataclasses.replace(read.data, strict=True))
+        if dry_run:
+            _show(plan_recipe(read, log=note))
+            return
+        outcome = run_recipe(read, log=note)
+    for name, found in outcome.metrics.items():
+        say(f"{name}: accuracy {found['accuracy']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
+    say(f"the reward model is in {outcome.folder / 'merged'}")
+
+
+def _show(plans: list[StagePlan]) -> None:
+    """The stages that train, as a table; computed, not measured."""
+    head = ("stage", "parameters", "trained", "steps", "tokens", "FLOPs", "memory")
+    rows = [
+        (
+            one.stage,
+            f"{one.parameters:,}",
+            f"{one.trained:,}",
+            f"{one.steps:,}",
+            f"{one.tokens:.2e}",
+            f"{one.flops:.2e}",
+            size(one.memory),
+        )
+        for one in plans
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        say("  ".join(cells))
+    note("computed from shapes, for one device without sharding; nothing is measured, and nothing was written")

@@ -1,0 +1,94 @@
+"""The arguments of each stage's trainer: the recipe's by TRL's own names, over defaults that a run needs.
+
+Whatever a block says goes before what `training` says, and that before the defaults here. What a run decides itself
+(folders, resuming) can't be said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import RewardConfig
+
+from ..trainer import UmmDistillConfig, UmmMergeConfig
+from .recipe import Recipe, RecipeError, check_arguments
+
+OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "seed", "push_to_hub")
+"""What a run decides; `seed` is the recipe's own."""
+_LENGTH = ("num_train_epochs", "max_steps")
+# of every stage: one epoch, a checkpoint at every tenth of it of which the last is kept, no reports to anybody
+_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "disable_tqdm": True,  # a bar of ours shows where all stages stand
+}
+_KINDS = {"dense": RewardConfig, "train": RewardConfig, "merge": UmmMergeConfig, "distill": UmmDistillConfig}
+# of a block beside the arguments
+_BESIDE = {"merge": ("weights", "shared_share", "learn_shared_share", "alpha_init", "alpha_per"), "distill": ("texts",)}
+
+
+def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1) -> Any:
+    """The arguments of a stage's trainer.
+
+    Args:
+        recipe: the recipe.
+        stage: `dense`, `train`, `merge` or `distill`.
+        folder: where it keeps its checkpoints.
+        longer: how many times what `training` says the stage takes where its own block says nothing.
+
+    Raises:
+        RecipeError: an argument that there is not, or one that TRL refuses.
+    """
+    kind, own = _KINDS[stage], stage_block(recipe, stage)
+    check_block("training", recipe.training, RewardConfig)
+    check_block(stage, own, kind)
+    common = dict(recipe.training)
+    if stage in ("merge", "distill"):  # their lengths and rates are their own: those are a reward model's
+        common = {name: value for name, value in common.items() if name not in (*_LENGTH, "learning_rate")}
+        common.pop("center_rewards_coefficient", None)
+    given = {**_DEFAULTS, **common}
+    if set(own) & set(_LENGTH):
+        given = {name: value for name, value in given.items() if name not in _LENGTH}
+    elif longer > 1:
+        given |= {name: given[name] * longer for name in _LENGTH if given.get(name, -1) > 0}
+    given |= own
+    if not torch.accelerator.is_available():
+        given = {"use_cpu": True, "bf16": False, **given}
+    try:
+        return kind(output_dir=str(folder), seed=recipe.seed, **given)
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"`{stage}`: TRL refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def stage_block(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What a stage's block says of its trainer's arguments."""
+    block = getattr(recipe, stage) or {}
+    return {name: value for name, value in block.items() if name not in _BESIDE.get(stage, ())}
+
+
+def check_block(name: str, given: Mapping[str, Any], kind: type) -> None:
+    """Raises RecipeError unless every argument is one of `kind` that a run leaves to the recipe."""
+    for one in given:
+        if one in OURS:
+            remedy = "it is the recipe's own `seed`" if one == "seed" else "a run decides it itself"
+            raise RecipeError(f"`{name}.{one}` must be left out; {remedy}.")
+    known = [one for one in inspect.signature(kind).parameters if one not in OURS]
+    check_arguments(name, given, [*known, *_BESIDE.get(name, ())])
+
+
+def said(arguments: Any) -> dict[str, Any]:
+    """What a trainer's arguments say, as plain data that is the same for the same recipe on the same machine."""
+    left_out = {"output_dir", "logging_dir", "run_name", "local_rank", "ddp_backend"}
+    found = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name not in left_out}
+    return {
+        name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+        for name, value in found.items()
+    }

@@ -1,0 +1,288 @@
+"""Runs a recipe: everything checked first, then stage after stage; the same command goes on after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig
+
+from ..data import PreferenceData, read_pairs
+from ..hf.texts import texts_of, token_ids
+from ..version import __version__
+from . import stages
+from .arguments import said, stage_arguments
+from .measure import measure
+from .plan import StagePlan, plan, shapes
+from .progress import Bar
+from .recipe import Recipe, RecipeError
+from .record import Record, locked, write_json
+from .start import Start, blaming_the_model, find_start
+
+_SOME = 500  # pairs whose lengths stand for all
+_VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        folder: its folder.
+        metrics: of each model: accuracy on the held-out pairs, with its interval.
+        stages: what each stage found.
+    """
+
+    folder: Path
+    metrics: dict[str, dict[str, Any]]
+    stages: dict[str, dict[str, Any]]
+
+
+def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome:
+    """Runs a recipe, or goes on with one.
+
+    Under `accelerate launch` every process calls this.
+
+    Args:
+        recipe: the recipe.
+        log: takes a line for each stage, in the first process.
+
+    Returns:
+        What it left: `merged`, the stock reward model; `mixture`; `dense` where the recipe has one; `metrics.json`;
+        `recipe.yaml`, the recipe with all that it says; `run.json`, data, versions and what stages found.
+
+    Raises:
+        RecipeError: the recipe, its model or its folder can't be used; nothing was written then.
+        DataError: its data can't be.
+    """
+    first = PartialState().is_main_process
+    say = log if first else (lambda _: None)
+    at = prepare(recipe, say)
+    with locked(at.folder) if first else contextlib.nullcontext():
+        return _run(at, say, first)
+
+
+def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[StagePlan]:
+    """Checks a recipe with its data and its model's files, and counts what its stages will take; writes nothing.
+
+    Raises:
+        RecipeError: as `run_recipe`.
+        DataError: as `run_recipe`.
+    """
+    at = prepare(recipe, log)
+    with blaming_the_model(recipe.model):
+        config = AutoConfig.from_pretrained(recipe.model.path, **at.start.revision())
+    dense, mixture = shapes(config, at.upcycle)
+    some = at.pairs.train.select(range(min(_SOME, len(at.pairs.train))))
+    lengths = [len(token_ids(at.start.tokenizer, text, row)) for row in some for text in texts_of(row)]
+    texts = len(at.texts) * (1 if recipe.texts() else 2)
+    members = at.upcycle.num_experts if at.upcycle.by_sequence else 0
+    sizes: dict[str, Any] = {"pairs": len(at.pairs.train), "texts": texts, "lengths": lengths, "members": members}
+    trained = {name: one for name, one in at.arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
+    return plan(dense, mixture, trained, dtype=recipe.model.dtype, **sizes)
+
+
+def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
+    """Everything that can be checked before any work, and what all stages read; writes nothing.
+
+    Raises:
+        RecipeError: as `run_recipe`.
+        DataError: as `run_recipe`.
+    """
+    folder = Path(recipe.output)
+    check_folder(folder)
+    start = find_start(recipe.model, recipe.seed)
+    upcycle = recipe.upcycle_config(start.fresh)
+    used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
+    longer = {"train": recipe.longer(upcycle)}
+    arguments = {
+        name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1)) for name in used
+    }
+    pairs = _pairs(recipe, start, arguments["train"].max_length)
+    texts = _texts(recipe, pairs)
+    for line in (*pairs.report.lines(), *start.notes):
+        say(line)
+    return stages.Setting(recipe, start, pairs, texts, folder, upcycle, arguments, lambda stage: [Bar(stage)])
+
+
+def _run(at: stages.Setting, say: Callable[[str], None], first: bool) -> Outcome:
+    recipe, record = at.recipe, Record(at.folder, writes=first)
+    work: dict[str, Callable[[stages.Setting], dict[str, Any]]] = {
+        "dense": stages.train_dense,
+        "train": stages.train_mixture,
+        "merge": stages.merge_mixture,
+        "distill": stages.distill_members,
+        "evaluate": measure,
+    }
+    todo = [name for name in work if _is_run(recipe, name)]
+    settings = _settings(at)
+    if first:
+        write_run(at, None)
+    found: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(todo, 1):
+        head = f"[{number}/{len(todo)}] {_TITLES[name]}"
+        earlier = record.start(name, settings[name])
+        PartialState().wait_for_everyone()
+        if earlier is not None:
+            found[name] = earlier
+            say(f"{head}: done before{_words(earlier)}")
+            continue
+        began = time.monotonic()
+        found[name] = {**work[name](at), "seconds": round(time.monotonic() - began, 1)}
+        record.finish(name, settings[name], found[name])
+        stages.clean(at, name)
+        gc.collect()
+        say(f"{head}: {found[name]['seconds']:.0f} s{_words(found[name])}")
+    metrics = found["evaluate"]["models"]
+    if first:
+        write_json(at.folder / "metrics.json", {"models": metrics, "stages": found})
+        write_run(at, found)
+    return Outcome(at.folder, metrics, found)
+
+
+_TITLES = {
+    "dense": "dense control",
+    "train": "upcycle and train",
+    "merge": "merge",
+    "distill": "distill",
+    "evaluate": "evaluate",
+}
+
+
+def _is_run(recipe: Recipe, stage: str) -> bool:
+    """Whether a recipe has a stage."""
+    if stage in ("dense", "distill"):
+        return getattr(recipe, stage) is not None
+    return True
+
+
+def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
+    """Of each stage all that its result depends on."""
+    recipe = at.recipe
+    common: dict[str, Any] = {
+        "seed": recipe.seed,
+        "model": {**stages.plain(recipe.model), **at.start.digest()},
+        "data": {**_digests(at.pairs)},
+    }
+    arguments = {name: said(one) for name, one in at.arguments.items()}
+    dense = {**common, "arguments": arguments.get("dense")}
+    train = {**common, "upcycle": at.upcycle.to_dict(), "arguments": arguments["train"]}
+    config = recipe.merge_config()
+    learned = {"arguments": arguments["merge"]} if recipe.merge_weights == "learned" else {}
+    merged = {
+        "train": train,
+        "weights": recipe.merge_weights,
+        "merge": None if config is None else config.to_dict(),
+        "distill": recipe.distill is not None,  # it decides where the merged model goes
+        **learned,
+    }
+    distilled = {"merge": merged, "texts": _digest(at.texts), "arguments": arguments.get("distill")}
+    made: dict[str, dict[str, Any]] = {"dense": dense, "train": train, "merge": merged, "distill": distilled}
+    every = {name: made[name] for name in ("dense", "merge", "distill") if _is_run(recipe, name)}
+    return {**made, "evaluate": every}
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def _pairs(recipe: Recipe, start: Start, max_length: int | None) -> PreferenceData:
+    def length(texts: Sequence[Any]) -> list[int]:
+        return [len(token_ids(start.tokenizer, text)) for text in texts]
+
+    return read_pairs(recipe.data, length=length, max_length=max_length)
+
+
+def _texts(recipe: Recipe, pairs: PreferenceData) -> Dataset:
+    """Texts for distillation: those that the recipe names, or the training answers."""
+    sources = recipe.texts()
+    if recipe.distill is None or not sources:
+        return pairs.train
+    for source in sources:
+        if not Path(source).is_file():
+            raise RecipeError(f"`distill.texts` must name files of texts, and {source} is none.")
+    kinds = {Path(source).suffix.lstrip(".") for source in sources}
+    kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}.get(next(iter(kinds)))
+    if len(kinds) != 1 or kind is None:
+        raise RecipeError(
+            f"`distill.texts` must be files of one kind, jsonl, json, csv or parquet, got {sorted(kinds)}."
+        )
+    try:
+        texts: Any = load_dataset(kind, data_files=list(sources), split="train")
+    except Exception as error:  # whatever the reader makes of a broken file
+        said_there = " ".join(str(error.__cause__ or error).split())
+        raise RecipeError(f"`distill.texts` can't be read: {said_there[:300]}") from error
+    for number, row in enumerate(texts, 1):
+        try:
+            texts_of(row)
+        except ValueError as error:
+            raise RecipeError(f"`distill.texts`: row {number}: {error}") from error
+    return texts
+
+
+def _digest(rows: Dataset) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def _digests(pairs: PreferenceData) -> dict[str, str]:
+    return {"train": _digest(pairs.train), "held_out": _digest(pairs.held_out)}
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Raises RecipeError unless a run can write a folder: there is none, it is empty, or a run made it."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"`output` must be a folder, and {folder} is a file; give another.")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and "run.json" not in held and set(held) - {".lock"}:
+        raise RecipeError(
+            f"`output` must be a new folder or one of an earlier run, and {folder} holds {held[0]} and no run.json; "
+            "give another."
+        )
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    try:
+        probe = place / f".ummrm-{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:8]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RecipeError(f"`output` {folder} can't be written: {error.strerror}; give another.") from error
+
+
+def write_run(at: stages.Setting, found: dict[str, Any] | None) -> None:
+    """The recipe with all that it says, and what it was run on."""
+    text = yaml.safe_dump(at.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    (at.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    facts = {
+        "ummrm": __version__,
+        **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processes": PartialState().num_processes,
+    }
+    data = at.pairs.report.to_dict()
+    write_json(at.folder / "run.json", {"versions": facts, "notes": at.start.notes, "data": data, "stages": found})
+
+
+def _words(found: dict[str, Any]) -> str:
+    """What a stage found, behind a line."""
+    if "models" in found:
+        return "".join(f"; {name} {one['accuracy']:.3f}" for name, one in found["models"].items())
+    accuracy = f", held-out accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
+    gap = f", gap to the members {found['eval_teacher_gap']:.3f}" if "eval_teacher_gap" in found else ""
+    return (f", {found['steps']} steps" if "steps" in found else "") + accuracy + gap

@@ -1,0 +1,207 @@
+"""The stages of a run, each from the folder of the one before it to a folder of its own.
+
+A stage that trains keeps checkpoints and goes on from the last whole one. Models pass between stages on disk alone, so
+that a run that was cut off and one that was not compute the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from ..config import UpcycleConfig
+from ..data import PreferenceData
+from ..hf.loading import load_checkpoint
+from ..hf.saving import save_pretrained
+from ..merge import merge, prepare_merge
+from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
+from ..trainer.dense import DenseRewardTrainer
+from ..upcycle import upcycle
+from .recipe import Recipe
+from .record import write_json
+from .start import Start
+
+DENSE, MIXTURE, MERGED = "dense", "mixture", "merged"
+"""Folders of models that a run leaves."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all stages read.
+
+    Attributes:
+        recipe: the recipe.
+        start: the model that it starts from.
+        pairs: its pairs.
+        texts: for distillation, without labels.
+        folder: the run's.
+        upcycle: what becomes of the model.
+        arguments: of each stage that trains.
+        callbacks: a stage's, for its trainer.
+    """
+
+    recipe: Recipe
+    start: Start
+    pairs: PreferenceData
+    texts: Dataset
+    folder: Path
+    upcycle: UpcycleConfig
+    arguments: Mapping[str, Any]
+    callbacks: Callable[[str], list]
+
+    def model(self, name: str) -> Path:
+        """The folder of a model that the run leaves."""
+        return self.folder / name
+
+    @property
+    def undistilled(self) -> Path:
+        """The merged model before distillation, or the one that the run leaves where there is none."""
+        return self.model(MERGED) if self.recipe.distill is None else self.folder / "stages" / "merge" / "model"
+
+
+def train_dense(at: Setting) -> dict[str, Any]:
+    """The dense control: the same start, pairs and head."""
+    trainer = _trainer(DenseRewardTrainer, at, DENSE, at.start.reward_model())
+    return _fit(trainer, at, DENSE, at.model(DENSE))
+
+
+def train_mixture(at: Setting) -> dict[str, Any]:
+    """Upcycles the model and trains the mixture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the run's log says that the head is fresh
+        torch.manual_seed(at.recipe.seed)  # of routers
+        if at.start.fresh and at.upcycle.has_head_experts:
+            moe = upcycle(at.start.load(), at.upcycle, new_head=True, tokenizer=at.start.tokenizer, seed=at.recipe.seed)
+        else:
+            moe = upcycle(at.start.reward_model(), at.upcycle)
+    at.start.name_padding(moe)
+    return _fit(_trainer(UmmRewardTrainer, at, "train", moe), at, "train", at.model(MIXTURE))
+
+
+def merge_mixture(at: Setting) -> dict[str, Any]:
+    """Merges the mixture's experts, by their mean or by weights that are learned first."""
+    found: dict[str, Any] = {}
+    config = at.recipe.merge_config()
+    moe: Any = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
+    if at.recipe.merge_weights == "learned":
+        trainer = _trainer(UmmMergeTrainer, at, "merge", moe, merge_config=config)
+        found = _fit(trainer, at, "merge", None)
+        moe = trainer.accelerator.unwrap_model(trainer.model)
+    elif config is not None:
+        moe = prepare_merge(moe, config)
+    _in_first(lambda: _save(merge(moe), at, at.undistilled))
+    return found
+
+
+def distill_members(at: Setting) -> dict[str, Any]:
+    """Teaches the merged model the scores of the mixture's members."""
+    student = load_checkpoint(at.undistilled, expect="dense", dtype=_dtype(at))
+    teacher = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
+    trainer = _trainer(
+        UmmDistillTrainer, at, "distill", student, teacher=teacher, data=at.texts, held_out=at.pairs.held_out
+    )
+    found = _fit(trainer, at, "distill", at.model(MERGED))
+    return {"gap_at_start": trainer.gap_at_start, **found}
+
+
+def _trainer(
+    kind: Any, at: Setting, stage: str, model: Any, *, data: Any = None, held_out: Any = None, **more: Any
+) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = kind(
+            model,
+            at.arguments[stage],
+            train_dataset=at.pairs.train if data is None else data,
+            eval_dataset=at.pairs.held_out if held_out is None else held_out,
+            processing_class=at.start.tokenizer,
+            callbacks=at.callbacks(stage),
+            **more,
+        )
+    trainer.remove_callback(PrinterCallback)  # the log has a line for a stage
+    return trainer
+
+
+def _fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str, Any]:
+    """Trains, from the last checkpoint where there is one; saves the model and what was found."""
+    folder = at.folder / "stages" / stage
+    checkpoint = last_checkpoint(folder)
+    done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = {name: value for name, value in trainer.evaluate().items() if isinstance(value, (int, float))}
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if target is not None and sharded:
+        trainer.save_model(str(target))  # gathers what processes hold
+
+    def save() -> None:
+        if target is not None and not sharded:
+            _save(trainer.accelerator.unwrap_model(trainer.model).eval(), at, target)
+        write_json(folder / "log.json", trainer.state.log_history)
+
+    _in_first(save)
+    steps = trainer.state.global_step
+    timed = ("runtime", "per_second")
+    return {
+        "steps": steps,
+        "loss": done.training_loss,
+        **{name: value for name, value in metrics.items() if not any(one in name for one in timed)},
+    }
+
+
+def clean(at: Setting, stage: str) -> None:
+    """Removes the checkpoints of a stage that is done."""
+
+    def remove() -> None:
+        for path in (at.folder / "stages" / stage).glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+    _in_first(remove)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written whole.
+
+    transformers writes `trainer_state.json` after all else, and removes older checkpoints only then.
+    """
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.rpartition("-")[2]
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdecimal():
+            found.append((int(number), path))
+    return max(found)[1] if found else None
+
+
+def _in_first(work: Callable[[], Any]) -> None:
+    """Does something in the first process alone, while the others wait."""
+    state = PartialState()
+    if state.is_main_process:
+        work()
+    state.wait_for_everyone()
+
+
+def _save(model: Any, at: Setting, target: Path) -> None:
+    save_pretrained(model, target)
+    at.start.tokenizer.save_pretrained(target)
+
+
+def _dtype(at: Setting) -> torch.dtype:
+    return getattr(torch, at.recipe.model.dtype)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as plain data."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,160 @@
+"""The model and the tokenizer that a run starts from.
+
+A finished reward model keeps its head; anything else gets a fresh one, and the log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from ..hf.head import gives_scores
+from ..hf.loading import load_checkpoint
+from ..hf.reward_head import reward_model
+from .recipe import ModelSource, RecipeError
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that can be loaded as often as stages need it.
+
+    Attributes:
+        source: where it is.
+        tokenizer: its tokenizer, with a padding and an end-of-sequence token.
+        fresh: whether its reward head is fresh.
+        seed: of the fresh head.
+        notes: what was made up, for the log.
+    """
+
+    source: ModelSource
+    tokenizer: Any
+    fresh: bool
+    seed: int
+    notes: tuple[str, ...] = ()
+
+    def load(self) -> PreTrainedModel:
+        """The model as it is, without a fresh head."""
+        with blaming_the_model(self.source):
+            model: Any = load_checkpoint(self.source.path, expect="dense", **_where(self.source))
+        return model
+
+    def reward_model(self) -> PreTrainedModel:
+        """The dense reward model, under its own head or a fresh one; the same numbers at every call."""
+        model: Any = self.load()
+        if self.fresh:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the run's log says it
+                model = reward_model(_bare(model), self.tokenizer, seed=self.seed)
+        self.name_padding(model)
+        return model
+
+    def revision(self) -> dict[str, str]:
+        """For `from_pretrained`."""
+        return {"revision": self.source.revision} if self.source.revision else {}
+
+    def name_padding(self, model: Any) -> None:
+        """Tells a model what batches are padded with."""
+        if model.config.get_text_config().pad_token_id is None:
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+
+    def digest(self) -> dict[str, Any]:
+        """What the model is, as plain data: its revision, or its files' names, sizes and times."""
+        folder = Path(self.source.path)
+        if not folder.is_dir():
+            return {"path": self.source.path, "revision": _commit(self.source)}
+        files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in (".safetensors", ".bin", ".json")]
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return {"path": str(folder.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+
+
+def find_start(source: ModelSource, seed: int) -> Start:
+    """Looks a model up: its configuration and its tokenizer, not yet its weights.
+
+    Raises:
+        RecipeError: there is none, or none that a reward model can be made of.
+    """
+    where = {key: value for key, value in _where(source).items() if key != "dtype"}
+    if os.path.sep in source.path and not Path(source.path).is_dir() and source.path.startswith((".", "/", "~")):
+        raise RecipeError(f"`model.path` must be a folder or a name on the hub, and there is no folder {source.path}.")
+    with blaming_the_model(source):
+        config: Any = AutoConfig.from_pretrained(source.path, **where)
+    if getattr(config, "umm", None) is not None:
+        raise RecipeError(
+            f"`model.path` must be a dense model, and {source.path} is upcycled already; give the model that it was "
+            "made of, or train it with UmmRewardTrainer."
+        )
+    named = (config.architectures or [""])[0]
+    has_head = named.endswith("ForSequenceClassification") and config.num_labels == 1
+    if source.head == "keep" and not has_head:
+        raise RecipeError(
+            f"`model.head` must be auto or fresh: {source.path} is a {named or 'backbone'} with {config.num_labels} "
+            "labels and has no reward head to keep."
+        )
+    if source.head == "auto" and named.endswith("ForSequenceClassification") and not has_head:
+        raise RecipeError(
+            f"`model.path` must be a reward model or a backbone, and {source.path} is a classifier of "
+            f"{config.num_labels} labels; set `model.head: fresh` to put a reward head in the place of its own."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
+    except Exception as error:  # whatever a folder without a sound tokenizer makes of it
+        raise RecipeError(
+            f"`model.path` must have a tokenizer, and that of {source.path} can't be loaded: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    fresh = source.head == "fresh" or not has_head
+    notes = [f"the reward head is fresh (seed {seed})"] if fresh else []
+    return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)))
+
+
+def _complete(tokenizer: Any) -> list[str]:
+    """Names the tokens that a reward model's training needs, where the tokenizer does not; says which."""
+    notes = []
+    if tokenizer.eos_token is None:
+        if tokenizer.sep_token is None:
+            raise RecipeError(
+                f"the tokenizer ({type(tokenizer).__name__}) must have an end-of-sequence or a separator token, and "
+                "has neither; set `eos_token` in its tokenizer_config.json."
+            )
+        tokenizer.eos_token = tokenizer.sep_token
+        notes.append(f"the tokenizer has no end-of-sequence token; its separator {tokenizer.sep_token} ends texts")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer has no padding token; {tokenizer.eos_token} pads")
+    return notes
+
+
+def _bare(model: Any) -> Any:
+    """Without a head of another kind."""
+    return model.base_model if gives_scores(type(model)) else model
+
+
+def _where(source: ModelSource) -> dict[str, Any]:
+    given: dict[str, Any] = {"dtype": getattr(torch, source.dtype)}
+    return given | ({"revision": source.revision} if source.revision else {})
+
+
+def _commit(source: ModelSource) -> str:
+    with blaming_the_model(source):
+        config: Any = AutoConfig.from_pretrained(source.path, revision=source.revision or "main")
+    return str(getattr(config, "_commit_hash", None) or source.revision or "main")
+
+
+@contextlib.contextmanager
+def blaming_the_model(source: ModelSource) -> Iterator[None]:
+    """Turns what loading a model raises into a RecipeError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise RecipeError(f"`model.path` ({source.path}) can't be loaded: {said[:400]}") from error
