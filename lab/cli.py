@@ -28,7 +28,9 @@ from .demo import (
 )
 from .findings import filled
 from .ratings.archive import fetched_archive
+from .ratings.pairs import write_pairs
 from .ratings.smollm import saved_smollm
+from .ratings.task import RatingsTaskConfig
 from .ratings.texts import SOURCES, read_ratings
 from .store import read_table
 
@@ -134,6 +136,16 @@ def fetch_ratings() -> None:
         )
         _say(f"{source}: {len(rated)} texts; left out: {left_out}; {rated.disagreeing} means not those of the ratings")
     _say(f"{path}: vaderSentiment (MIT licence; the texts are their authors')")
+
+
+@app.command("ratings-pairs")
+def ratings_pairs(
+    folder: Annotated[Path, typer.Argument(help="Folder for train.jsonl, held_out.jsonl and texts.jsonl.")],
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Writes preference pairs of human ratings as JSONL, for `ummrm run`."""
+    for path in write_pairs(RatingsTaskConfig(unlabelled_texts=1024), seed, folder):
+        _say(str(path))
 
 
 @app.command("fetch-smollm")

@@ -206,6 +206,22 @@ def test_a_reward_model_keeps_its_head(finished, inputs, tmp_path):
     assert mixture.config.umm["experts_in"] == "linear"
 
 
+def test_frozen_parameters_stay_in_every_stage(inputs, tmp_path):
+    model = {"path": str(inputs / "backbone"), "frozen": ["model.embed_tokens", "model.layers.0."]}
+    run_recipe(recipe(inputs, tmp_path / "out", model=model, dense=True, upcycle={"layers": [1]}), log=lambda _: None)
+    load = ummrm.hf.loading.load_checkpoint
+    before = load(inputs / "backbone").state_dict()
+    for name in ("dense", "mixture", "merged"):
+        after = load(tmp_path / "out" / name).state_dict()
+        for key, tensor in before.items():
+            if key.startswith(tuple(model["frozen"])):
+                assert torch.equal(after[key], tensor), (name, key)
+        assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+    with pytest.raises(RecipeError, match="no parameter of a LlamaForSequenceClassification begins with 'bert'"):
+        run_recipe(recipe(inputs, tmp_path / "no", model={**model, "frozen": ["bert"]}), log=lambda _: None)
+    assert not (tmp_path / "no").exists()
+
+
 def test_texts_of_ones_own_are_distilled_on(inputs, tmp_path):
     Dataset.from_list([{"prompt": f"w{i}", "completion": f" w{i + 1}"} for i in range(12)]).to_json(
         tmp_path / "texts.jsonl"

@@ -37,18 +37,21 @@ class ModelSource:
         revision: of a hub name: a branch, tag or commit.
         dtype: of the weights in training.
         head: `"auto"`: a fresh reward head where there is none; `"fresh"`: always; `"keep"`: none must be missing.
+        frozen: beginnings of the names of parameters that no stage trains, such as `model.embed_tokens`.
     """
 
     path: str
     revision: str | None = None
     dtype: str = "float32"
     head: str = "auto"
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
             "model.path", isinstance(self.path, str) and self.path.strip() != "", "a folder or hub name", self.path
         )
         _require("model.dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}", self.dtype)
+        object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         _require("model.head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
 
 

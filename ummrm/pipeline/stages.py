@@ -86,6 +86,7 @@ def train_mixture(at: Setting) -> dict[str, Any]:
         else:
             moe = upcycle(at.start.reward_model(), at.upcycle)
     at.start.name_padding(moe)
+    at.start.freeze(moe)
     return _fit(_trainer(UmmRewardTrainer, at, "train", moe), at, "train", at.model(MIXTURE))
 
 
@@ -106,7 +107,8 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
 
 def distill_members(at: Setting) -> dict[str, Any]:
     """Teaches the merged model the scores of the mixture's members."""
-    student = load_checkpoint(at.undistilled, expect="dense", dtype=_dtype(at))
+    student: Any = load_checkpoint(at.undistilled, expect="dense", dtype=_dtype(at))
+    at.start.freeze(student)
     teacher = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
     trainer = _trainer(
         UmmDistillTrainer, at, "distill", student, teacher=teacher, data=at.texts, held_out=at.pairs.held_out

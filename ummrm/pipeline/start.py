@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from ..hf.head import gives_scores
 from ..hf.loading import load_checkpoint
@@ -56,7 +61,14 @@ class Start:
                 warnings.simplefilter("ignore", UserWarning)  # the run's log says it
                 model = reward_model(_bare(model), self.tokenizer, seed=self.seed)
         self.name_padding(model)
+        self.freeze(model)
         return model
+
+    def freeze(self, model: Any) -> None:
+        """Excludes from training what the recipe says."""
+        for name, parameter in model.named_parameters():
+            if name.startswith(self.source.frozen):
+                parameter.requires_grad_(False)
 
     def revision(self) -> dict[str, str]:
         """For `from_pretrained`."""
@@ -105,6 +117,7 @@ def find_start(source: ModelSource, seed: int) -> Start:
             f"`model.path` must be a reward model or a backbone, and {source.path} is a classifier of "
             f"{config.num_labels} labels; set `model.head: fresh` to put a reward head in the place of its own."
         )
+    _check_frozen(source, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
     except Exception as error:  # whatever a folder without a sound tokenizer makes of it
@@ -115,6 +128,21 @@ def find_start(source: ModelSource, seed: int) -> Start:
     fresh = source.head == "fresh" or not has_head
     notes = [f"the reward head is fresh (seed {seed})"] if fresh else []
     return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)))
+
+
+def _check_frozen(source: ModelSource, config: Any) -> None:
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    stock = mapping.get(type(config), None)
+    if stock is None or not source.frozen:
+        return
+    with torch.device("meta"):
+        names = [name for name, _ in stock(config).named_parameters()]
+    for beginning in source.frozen:
+        if not any(name.startswith(beginning) for name in names):
+            raise RecipeError(
+                f"`model.frozen` must be beginnings of names of parameters, and no parameter of a {stock.__name__} "
+                f"begins with {beginning!r}; its first is {names[0]}."
+            )
 
 
 def _complete(tokenizer: Any) -> list[str]:
