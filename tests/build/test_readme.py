@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkout import ROOT
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_tokenizer
+from typer.testing import CliRunner
 
 import ummrm
+from ummrm.cli import app
+from ummrm.pipeline import Recipe, read_recipe
+from ummrm.pipeline.arguments import stage_arguments
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # what a page asks its reader to bring
@@ -53,6 +58,37 @@ def test_the_readmes_code_makes_a_stock_model_of_a_model_and_pairs(tmp_path, mon
     assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in namespace["moe"].parameters())
 
 
+def test_the_readmes_recipe_runs_by_its_commands(tmp_path, monkeypatch):
+    tiny_model("llama", "CausalLM").save_pretrained(tmp_path / "my-model")
+    make_tokenizer().save_pretrained(tmp_path / "my-model")
+    rows = [{"prompt": f"w{i}", "chosen": " w1 w2", "rejected": f" w3 w{i}"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (recipe,) = blocks("README.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        line.partition("#")[0].split() for line in text("README.md").splitlines() if line.startswith("ummrm run")
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(app, command[1:])
+        assert result.exit_code == 0, result.output
+    assert type(AutoModelForSequenceClassification.from_pretrained("my-rm/merged")) is type(tiny_model("llama"))
+    assert set(json.loads(Path("my-rm/metrics.json").read_text())["models"]) >= {"dense", "distilled"}
+
+
+def test_the_recipes_of_the_documentation_are_some(tmp_path):
+    whole, data, stages = (yaml.safe_load(block) for block in blocks("docs/recipes.md", "yaml"))
+    recipe = Recipe.from_dict({**whole, **data, **stages})
+    assert recipe.data.train[1].weight == 0.5 and recipe.texts() == ("prompts-with-answers.jsonl",)
+    for stage in ("dense", "train", "distill"):
+        stage_arguments(recipe, stage, tmp_path)
+    default = Recipe.from_dict(whole).upcycle_config(fresh=True)
+    assert default == recipe.upcycle_config(fresh=True) and Recipe.from_dict(whole).longer(default) == 4
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert read_recipe(path).output, path
+
+
 def test_the_quickstarts_code_runs(tmp_path, monkeypatch):
     namespace = run("docs/quickstart.md", tmp_path, monkeypatch)
     assert type(namespace["merged"]).__name__ == "LlamaForSequenceClassification"
@@ -87,4 +123,6 @@ TARGETS = sorted({target for page in PAGES for target in re.findall(r"(?:`|^)mak
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_make_targets_exist(target):
-    assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", (ROOT / "Makefile").read_text(), re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    studies = re.search(r"^STUDIES := \$\(addprefix lab-,(.+?)\)", makefile, re.M | re.S)[1].replace("\\", " ").split()
+    assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", makefile, re.M) or target.removeprefix("lab-") in studies
