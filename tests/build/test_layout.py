@@ -23,7 +23,7 @@ ALLOWED = {
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
-    "pipeline": {"config", "data", "hf", "merge", "trainer", "upcycle", "version"},
+    "pipeline": {"config", "data", "hf", "merge", "nn", "trainer", "upcycle", "version"},
     "cli": {"__init__", "config", "data", "hf", "ops", "pipeline"},
     "__main__": {"cli"},
 }
@@ -38,7 +38,7 @@ OUTSIDE = {
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "data": {"datasets", "pyarrow"},
-    "pipeline": {"torch", "transformers", "trl", "accelerate", "datasets", "rich", "yaml"},
+    "pipeline": {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "rich", "yaml"},
     "cli": {"datasets", "torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),
 }

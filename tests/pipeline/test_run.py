@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -155,28 +156,26 @@ def test_settings_of_stages_that_have_not_begun_may_change(inputs, tmp_path, mon
         run_recipe(recipe(inputs, tmp_path / "out", **made, distill={"max_steps": 3}), log=lambda _: None)
 
 
-@pytest.mark.parametrize("kills", [2])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_a_killed_run_ends_with_the_same_bits(inputs, tmp_path, kills):
-    path = tmp_path / "recipe.yaml"
-    whole = recipe(inputs, tmp_path / "whole", dense=False)
-    run_recipe(whole, log=lambda _: None)
-    path.write_text(yaml.safe_dump(recipe(inputs, tmp_path / "killed").to_dict()))
+    made = {"train": {"num_train_epochs": kills}}
+    run_recipe(recipe(inputs, tmp_path / "whole", **made), log=lambda _: None)
+    path, draw = tmp_path / "recipe.yaml", random.Random(kills)
+    path.write_text(yaml.safe_dump(recipe(inputs, tmp_path / "killed", **made).to_dict()))
     child = [sys.executable, str(SUPPORT / "pipeline_child.py"), str(path)]
-    seen = 0
+    stages = tmp_path / "killed/stages"
+
+    def reached():
+        return [last_checkpoint(stages / stage) for stage in ("train", "distill")]
+
     for kill in range(kills):
-        process = subprocess.Popen([*child, "0.3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        stage = ("train", "distill")[kill % 2]
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and process.poll() is None:
-            if len(list((tmp_path / f"killed/stages/{stage}").glob("checkpoint-*"))) and last_checkpoint(
-                tmp_path / f"killed/stages/{stage}"
-            ):
-                time.sleep(0.1 * kill)
-                break
+        process = subprocess.Popen([*child, "0.3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, wait = reached(), draw.uniform(0, 0.5)
+        while process.poll() is None and (reached() == before or (kill == 1 and not (stages / "distill").exists())):
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        seen += process.wait() == -signal.SIGKILL
-    assert seen == kills, "the run was over before it was killed"
+        time.sleep(wait)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
     done = subprocess.run(child, capture_output=True, text=True, check=True)
     assert "done before" in done.stdout
     for name in ("mixture", "merged"):
@@ -204,6 +203,33 @@ def test_a_reward_model_keeps_its_head(finished, inputs, tmp_path):
     assert not any("fresh" in line for line in said)
     mixture = ummrm.hf.loading.load_checkpoint(tmp_path / "out/mixture")
     assert mixture.config.umm["experts_in"] == "linear"
+
+
+@pytest.mark.parametrize("assignment", ["sequence", "token"])
+def test_adapters_train_in_every_stage_and_are_folded_in(inputs, tmp_path, assignment):
+    made = recipe(
+        inputs,
+        tmp_path / "out",
+        dense=True,
+        lora={"r": 2, "lora_alpha": 8},
+        upcycle={"assignment": assignment},
+        merge={"max_steps": 1} if assignment == "token" else {},
+    )
+    outcome = run_recipe(made, log=lambda _: None)
+    load = ummrm.hf.loading.load_checkpoint
+    before = load(inputs / "backbone").state_dict()
+    moved = {name: load(tmp_path / "out" / name).state_dict() for name in ("dense", "mixture", "merged")}
+    for name, after in moved.items():
+        assert not any("lora" in key for key in after)
+        assert torch.equal(after["model.norm.weight"], before["model.norm.weight"]), name  # has no adapter
+    for name in ("self_attn.q_proj.weight", "mlp.gate_proj.weight", "mlp.down_proj.weight"):
+        key = f"model.layers.1.{name}"
+        assert not torch.equal(moved["dense"][key], before[key]) and not torch.equal(moved["merged"][key], before[key])
+        difference = (moved["dense"][key] - before[key]).float()
+        assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
+    experts = moved["mixture"]["model.layers.0.mlp.experts.down_proj"]
+    assert all(not torch.equal(experts[0], other) for other in experts[1:])
+    assert set(outcome.metrics) >= {"dense", "mixture", "merged"}
 
 
 def test_frozen_parameters_stay_in_every_stage(inputs, tmp_path):
@@ -247,6 +273,7 @@ MISTAKES = [
     ({"model": "./not/there"}, "there is no folder ./not/there"),
     ({"train": {"lr_scheduler_type": "steep"}}, "`train`: TRL refuses its arguments"),
     ({"data": {"train": "pairs.jsonl", "held_out_shares": 1}}, "`data` has no field `held_out_shares`; did you mean"),
+    ({"lora": {"rank": 4}}, "`lora` has no field `rank`"),
     ({"distill": {"texts": "no.jsonl"}}, "`distill.texts` must name files of texts, and no.jsonl is none"),
 ]
 

@@ -65,6 +65,7 @@ class Recipe:
         output: the folder that it leaves.
         seed: of heads, routers, orders and groups.
         training: arguments of TRL's RewardConfig for every stage that trains.
+        lora: arguments of `peft.LoraConfig`; None trains all weights. Adapters are folded in when a stage is done.
         dense: those of a dense control on the same pairs; None leaves it out.
         upcycle: fields of `UpcycleConfig`; `experts_in` is `"all"` under a fresh head and `"linear"` under a trained
             one where nothing is said.
@@ -79,6 +80,7 @@ class Recipe:
     output: str
     seed: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
     dense: Mapping[str, Any] | None = None
     upcycle: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class Recipe:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
         for name in ("training", "upcycle", "train", "merge"):
             given[name] = _block(name, data.get(name), {})
-        given["dense"] = _optional(data, "dense", default=False)
+        given |= {name: _optional(data, name, default=False) for name in ("dense", "lora")}
         upcycle = given["upcycle"]
         given["distill"] = _optional(data, "distill", default=upcycle.get("assignment", "sequence") == "sequence")
         return cls(**given)
@@ -125,7 +127,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which `from_dict` reads."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        for name in ("dense", "distill"):
+        for name in ("dense", "distill", "lora"):
             if plain[name] is None:
                 plain[name] = False
         return plain

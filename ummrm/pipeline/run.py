@@ -23,6 +23,7 @@ from ..data import PreferenceData, read_pairs
 from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
+from .adapters import check_lora
 from .arguments import said, stage_arguments
 from .measure import measure
 from .plan import StagePlan, plan, shapes
@@ -110,6 +111,8 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     arguments = {
         name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1)) for name in used
     }
+    if recipe.lora is not None:
+        check_lora(recipe.lora)
     pairs = _pairs(recipe, start, arguments["train"].max_length)
     texts = _texts(recipe, pairs)
     for line in (*pairs.report.lines(), *start.notes):
@@ -173,6 +176,7 @@ def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
     recipe = at.recipe
     common: dict[str, Any] = {
         "seed": recipe.seed,
+        "lora": None if recipe.lora is None else dict(recipe.lora),
         "model": {**stages.plain(recipe.model), **at.start.digest()},
         "data": {**_digests(at.pairs)},
     }

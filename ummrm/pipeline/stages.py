@@ -28,6 +28,7 @@ from ..merge import merge, prepare_merge
 from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.dense import DenseRewardTrainer
 from ..upcycle import upcycle
+from .adapters import folded, lora_config
 from .recipe import Recipe
 from .record import write_json
 from .start import Start
@@ -120,6 +121,8 @@ def distill_members(at: Setting) -> dict[str, Any]:
 def _trainer(
     kind: Any, at: Setting, stage: str, model: Any, *, data: Any = None, held_out: Any = None, **more: Any
 ) -> Any:
+    if at.recipe.lora is not None and stage != "merge":  # which trains merge weights alone
+        more["peft_config"] = lora_config(at.recipe.lora, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = kind(
@@ -147,7 +150,7 @@ def _fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str
 
     def save() -> None:
         if target is not None and not sharded:
-            _save(trainer.accelerator.unwrap_model(trainer.model).eval(), at, target)
+            _save(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), at, target)
         write_json(folder / "log.json", trainer.state.log_history)
 
     _in_first(save)
