@@ -257,6 +257,41 @@ def test_texts_of_ones_own_are_distilled_on(inputs, tmp_path):
     assert outcome.stages["distill"]["steps"] == 2  # 12 texts in batches of 8
 
 
+def test_two_processes_make_what_one_makes(inputs, tmp_path):
+    made = {"dense": True, "train": {"max_steps": 3}, "distill": {"max_steps": 3}}
+
+    def training(batch):
+        return {**recipe_of(inputs)["training"], "per_device_train_batch_size": batch}
+
+    run_recipe(recipe(inputs, tmp_path / "one", training=training(8), **made), log=lambda _: None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(inputs, tmp_path / "two", training=training(4), **made).to_dict()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, str(SUPPORT / "pipeline_child.py"), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        done.stdout.count("[1/5]") == 1
+        and json.loads((tmp_path / "two/run.json").read_text())["versions"]["processes"] == 2
+    )
+    for name in ("dense", "mixture", "merged"):
+        one, two = (ummrm.hf.loading.load_checkpoint(tmp_path / which / name).state_dict() for which in ("one", "two"))
+        for key, tensor in one.items():
+            torch.testing.assert_close(
+                two[key], tensor, rtol=2e-3, atol=2e-5, msg=lambda text, at=(name, key): f"{at}: {text}"
+            )
+    found = [json.loads((tmp_path / which / "metrics.json").read_text())["stages"] for which in ("one", "two")]
+    for stage in ("dense", "train"):
+        for key in (
+            "eval_accuracy",
+            "eval_margin",
+            "eval_mean_reward",
+            "eval_std_reward",
+            "eval_loss",
+            "eval_max_reward",
+        ):
+            assert found[1][stage][key] == pytest.approx(found[0][stage][key], rel=1e-2, abs=1e-4), (stage, key)
+
+
 MISTAKES = [
     ({"modle": "x"}, "a recipe has no field `modle`; did you mean `model`"),
     ({"training": {"learning_rat": 1}}, "`training` has no field `learning_rat`; did you mean `learning_rate`"),

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig
 
@@ -27,6 +26,7 @@ from .adapters import check_lora
 from .arguments import said, stage_arguments
 from .measure import measure
 from .plan import StagePlan, plan, shapes
+from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
 from .record import Record, locked, write_json
@@ -68,7 +68,7 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
         RecipeError: the recipe, its model or its folder can't be used; nothing was written then.
         DataError: its data can't be.
     """
-    first = PartialState().is_main_process
+    first = processes().is_main_process
     say = log if first else (lambda _: None)
     at = prepare(recipe, say)
     with locked(at.folder) if first else contextlib.nullcontext():
@@ -137,7 +137,7 @@ def _run(at: stages.Setting, say: Callable[[str], None], first: bool) -> Outcome
     for number, name in enumerate(todo, 1):
         head = f"[{number}/{len(todo)}] {_TITLES[name]}"
         earlier = record.start(name, settings[name])
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         if earlier is not None:
             found[name] = earlier
             say(f"{head}: done before{_words(earlier)}")
@@ -277,7 +277,7 @@ def write_run(at: stages.Setting, found: dict[str, Any] | None) -> None:
         **{name: importlib.metadata.version(name) for name in _VERSIONS},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "processes": PartialState().num_processes,
+        "processes": processes().num_processes,
     }
     data = at.pairs.report.to_dict()
     write_json(at.folder / "run.json", {"versions": facts, "notes": at.start.notes, "data": data, "stages": found})

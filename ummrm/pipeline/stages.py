@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback
 
@@ -29,6 +28,7 @@ from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.dense import DenseRewardTrainer
 from ..upcycle import upcycle
 from .adapters import folded, lora_config
+from .processes import processes
 from .recipe import Recipe
 from .record import write_json
 from .start import Start
@@ -192,7 +192,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _in_first(work: Callable[[], Any]) -> None:
     """Does something in the first process alone, while the others wait."""
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         work()
     state.wait_for_everyone()
