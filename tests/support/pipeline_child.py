@@ -20,12 +20,12 @@ class _Slow(TrainerCallback):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 2:  # so that a kill finds it at work
-        fit = stages._trainer
+        make = stages.make_trainer
 
         def slow(*args, **kwargs):
-            trainer = fit(*args, **kwargs)
+            trainer = make(*args, **kwargs)
             trainer.add_callback(_Slow(float(sys.argv[2])))
             return trainer
 
-        stages._trainer = slow
+        stages.make_trainer = slow
     run_recipe(read_recipe(sys.argv[1]), log=lambda line: print(line, flush=True))

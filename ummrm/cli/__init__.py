@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import info, merge, run, upcycle
+from . import info, merge, run, train, upcycle
 from .errors import UserError, one_line
 from .screen import note, say
 
@@ -21,6 +21,7 @@ app = typer.Typer(name="ummrm", no_args_is_help=True, add_completion=False, pret
 app.command()(upcycle.upcycle)
 app.command()(merge.merge)
 app.command()(run.run)
+app.command()(train.train)
 app.command()(info.info)
 
 _log = logging.getLogger(__name__)

@@ -5,8 +5,19 @@ a record of what it was made with (`record.py`), so that the same command goes o
 `plan.py` says beforehand what it will take. Needs `ummrm[run]`.
 """
 
+from .alone import train_folder
 from .plan import StagePlan
 from .recipe import ModelSource, Recipe, RecipeError, read_recipe
 from .run import Outcome, plan_recipe, run_recipe
 
-__all__ = ["ModelSource", "Outcome", "Recipe", "RecipeError", "read_recipe", "StagePlan", "plan_recipe", "run_recipe"]
+__all__ = [
+    "ModelSource",
+    "Outcome",
+    "Recipe",
+    "RecipeError",
+    "read_recipe",
+    "StagePlan",
+    "plan_recipe",
+    "run_recipe",
+    "train_folder",
+]

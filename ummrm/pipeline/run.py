@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     }
     if recipe.lora is not None:
         check_lora(recipe.lora)
-    pairs = _pairs(recipe, start, arguments["train"].max_length)
+    pairs = read_data(recipe, start, arguments["train"].max_length)
     texts = _texts(recipe, pairs)
     for line in (*pairs.report.lines(), *start.notes):
         say(line)
@@ -174,12 +174,7 @@ def _is_run(recipe: Recipe, stage: str) -> bool:
 def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
     """Of each stage all that its result depends on."""
     recipe = at.recipe
-    common: dict[str, Any] = {
-        "seed": recipe.seed,
-        "lora": None if recipe.lora is None else dict(recipe.lora),
-        "model": {**stages.plain(recipe.model), **at.start.digest()},
-        "data": {**_digests(at.pairs)},
-    }
+    common = stages.common_settings(at)
     arguments = {name: said(one) for name, one in at.arguments.items()}
     dense = {**common, "arguments": arguments.get("dense")}
     train = {**common, "upcycle": at.upcycle.to_dict(), "arguments": arguments["train"]}
@@ -192,7 +187,7 @@ def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
         "distill": recipe.distill is not None,  # it decides where the merged model goes
         **learned,
     }
-    distilled = {"merge": merged, "texts": _digest(at.texts), "arguments": arguments.get("distill")}
+    distilled = {"merge": merged, "texts": stages.digest(at.texts), "arguments": arguments.get("distill")}
     made: dict[str, dict[str, Any]] = {"dense": dense, "train": train, "merge": merged, "distill": distilled}
     every = {name: made[name] for name in ("dense", "merge", "distill") if _is_run(recipe, name)}
     return {**made, "evaluate": every}
@@ -201,7 +196,13 @@ def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(recipe: Recipe, start: Start, max_length: int | None) -> PreferenceData:
+def read_data(recipe: Recipe, start: Start, max_length: int | None) -> PreferenceData:
+    """The recipe's pairs, those that are longer than `max_length` tokens left out.
+
+    Raises:
+        DataError: as `ummrm.data.read_pairs`.
+    """
+
     def length(texts: Sequence[Any]) -> list[int]:
         return [len(token_ids(start.tokenizer, text)) for text in texts]
 
@@ -235,28 +236,22 @@ def _texts(recipe: Recipe, pairs: PreferenceData) -> Dataset:
     return texts
 
 
-def _digest(rows: Dataset) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode(errors="surrogatepass"))
-    return digest.hexdigest()[:16]
-
-
-def _digests(pairs: PreferenceData) -> dict[str, str]:
-    return {"train": _digest(pairs.train), "held_out": _digest(pairs.held_out)}
-
-
 # ---- the folder ----------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path) -> None:
-    """Raises RecipeError unless a run can write a folder: there is none, it is empty, or a run made it."""
+def check_folder(folder: Path, made_by: str = "run.json") -> None:
+    """Raises RecipeError unless a run can write a folder: there is none, it is empty, or a run made it.
+
+    Args:
+        folder: the folder.
+        made_by: what a run that made it has left there.
+    """
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"`output` must be a folder, and {folder} is a file; give another.")
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held and "run.json" not in held and set(held) - {".lock"}:
+    if held and made_by not in held and set(held) - {".lock"}:
         raise RecipeError(
-            f"`output` must be a new folder or one of an earlier run, and {folder} holds {held[0]} and no run.json; "
+            f"`output` must be a new folder or one of an earlier run, and {folder} holds {held[0]} and no {made_by}; "
             "give another."
         )
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())

@@ -7,6 +7,7 @@ that a run that was cut off and one that was not compute the same.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import warnings
@@ -73,8 +74,8 @@ class Setting:
 
 def train_dense(at: Setting) -> dict[str, Any]:
     """The dense control: the same start, pairs and head."""
-    trainer = _trainer(DenseRewardTrainer, at, DENSE, at.start.reward_model())
-    return _fit(trainer, at, DENSE, at.model(DENSE))
+    trainer = make_trainer(DenseRewardTrainer, at, DENSE, at.start.reward_model())
+    return fit(trainer, at, DENSE, at.model(DENSE))
 
 
 def train_mixture(at: Setting) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def train_mixture(at: Setting) -> dict[str, Any]:
             moe = upcycle(at.start.reward_model(), at.upcycle)
     at.start.name_padding(moe)
     at.start.freeze(moe)
-    return _fit(_trainer(UmmRewardTrainer, at, "train", moe), at, "train", at.model(MIXTURE))
+    return fit(make_trainer(UmmRewardTrainer, at, "train", moe), at, "train", at.model(MIXTURE))
 
 
 def merge_mixture(at: Setting) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
     config = at.recipe.merge_config()
     moe: Any = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
     if at.recipe.merge_weights == "learned":
-        trainer = _trainer(UmmMergeTrainer, at, "merge", moe, merge_config=config)
-        found = _fit(trainer, at, "merge", None)
+        trainer = make_trainer(UmmMergeTrainer, at, "merge", moe, merge_config=config)
+        found = fit(trainer, at, "merge", None)
         moe = trainer.accelerator.unwrap_model(trainer.model)
     elif config is not None:
         moe = prepare_merge(moe, config)
@@ -111,14 +112,14 @@ def distill_members(at: Setting) -> dict[str, Any]:
     student: Any = load_checkpoint(at.undistilled, expect="dense", dtype=_dtype(at))
     at.start.freeze(student)
     teacher = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
-    trainer = _trainer(
+    trainer = make_trainer(
         UmmDistillTrainer, at, "distill", student, teacher=teacher, data=at.texts, held_out=at.pairs.held_out
     )
-    found = _fit(trainer, at, "distill", at.model(MERGED))
+    found = fit(trainer, at, "distill", at.model(MERGED))
     return {"gap_at_start": trainer.gap_at_start, **found}
 
 
-def _trainer(
+def make_trainer(
     kind: Any, at: Setting, stage: str, model: Any, *, data: Any = None, held_out: Any = None, **more: Any
 ) -> Any:
     if at.recipe.lora is not None and stage != "merge":  # which trains merge weights alone
@@ -138,7 +139,7 @@ def _trainer(
     return trainer
 
 
-def _fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str, Any]:
+def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str, Any]:
     """Trains, from the last checkpoint where there is one; saves the model and what was found."""
     folder = at.folder / "stages" / stage
     checkpoint = last_checkpoint(folder)
@@ -161,6 +162,25 @@ def _fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str
         "loss": done.training_loss,
         **{name: value for name, value in metrics.items() if not any(one in name for one in timed)},
     }
+
+
+def common_settings(at: Setting) -> dict[str, Any]:
+    """What every stage's result depends on, as plain data."""
+    recipe = at.recipe
+    return {
+        "seed": recipe.seed,
+        "lora": None if recipe.lora is None else dict(recipe.lora),
+        "model": {**plain(recipe.model), **at.start.digest()},
+        "data": {"train": digest(at.pairs.train), "held_out": digest(at.pairs.held_out)},
+    }
+
+
+def digest(rows: Dataset) -> str:
+    """Of the content of a data set, 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode(errors="surrogatepass"))
+    return found.hexdigest()[:16]
 
 
 def clean(at: Setting, stage: str) -> None:

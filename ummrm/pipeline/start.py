@@ -39,6 +39,7 @@ class Start:
         fresh: whether its reward head is fresh.
         seed: of the fresh head.
         notes: what was made up, for the log.
+        upcycled: whether it is a mixture already.
     """
 
     source: ModelSource
@@ -46,6 +47,7 @@ class Start:
     fresh: bool
     seed: int
     notes: tuple[str, ...] = ()
+    upcycled: bool = False
 
     def load(self) -> PreTrainedModel:
         """The model as it is, without a fresh head."""
@@ -89,8 +91,13 @@ class Start:
         return {"path": str(folder.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
 
 
-def find_start(source: ModelSource, seed: int) -> Start:
+def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Start:
     """Looks a model up: its configuration and its tokenizer, not yet its weights.
+
+    Args:
+        source: where it is.
+        seed: of a fresh head.
+        upcycled: whether one with experts will do.
 
     Raises:
         RecipeError: there is none, or none that a reward model can be made of.
@@ -100,7 +107,8 @@ def find_start(source: ModelSource, seed: int) -> Start:
         raise RecipeError(f"`model.path` must be a folder or a name on the hub, and there is no folder {source.path}.")
     with blaming_the_model(source):
         config: Any = AutoConfig.from_pretrained(source.path, **where)
-    if getattr(config, "umm", None) is not None:
+    has_experts = getattr(config, "umm", None) is not None
+    if has_experts and not upcycled:
         raise RecipeError(
             f"`model.path` must be a dense model, and {source.path} is upcycled already; give the model that it was "
             "made of, or train it with UmmRewardTrainer."
@@ -127,7 +135,7 @@ def find_start(source: ModelSource, seed: int) -> Start:
         ) from error
     fresh = source.head == "fresh" or not has_head
     notes = [f"the reward head is fresh (seed {seed})"] if fresh else []
-    return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)))
+    return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)), has_experts)
 
 
 def _check_frozen(source: ModelSource, config: Any) -> None:

@@ -1,0 +1,68 @@
+"""`ummrm train`: the training stage alone, of a dense model, a mixture, or one in its merge phase."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UserError, blaming
+from .options import read_options
+from .screen import note, quiet_libraries, say
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a dense or an upcycled model.")],
+    data: Annotated[str, typer.Argument(help="Preference pairs: a file, a folder, or a data set on the hub.")],
+    out: Annotated[str, typer.Argument(help="Folder for the trained model, of the same kind.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON file of arguments of TRL's RewardConfig; options given here go before it."),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate (TRL's default: 1e-4).")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option(help="Passes over the pairs (default: 1).")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in the place of passes.")] = None,
+    per_device_train_batch_size: Annotated[
+        int | None, typer.Option(help="Pairs a step and device (TRL's default: 8).")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens; longer pairs are left out (TRL's: 1024).")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Held-out pairs; by default 5% are split off by prompt.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights in training: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of heads, orders and groups.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
+    ] = False,
+) -> None:
+    """Trains a reward model on preference pairs: dense, a mixture from `ummrm upcycle`, or merge weights.
+
+    ummrm train moe-rm pairs.jsonl trained-rm --num-train-epochs 4
+
+    The same command goes on where it was cut off. `ummrm run` does this and
+    all stages around it.
+    """
+    try:
+        import datasets
+
+        from ..data import DataError
+        from ..pipeline import Recipe, RecipeError, train_folder
+    except ImportError as error:
+        raise UserError(f"`ummrm train` needs more than is installed ({error}); pip install 'ummrm[run]'.") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    given: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "num_train_epochs": num_train_epochs,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "max_length": max_length,
+    }
+    arguments = {} if config is None else read_options(config)
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    pairs = {"train": data, "strict": strict} | ({"held_out": held_out} if held_out is not None else {})
+    plain = {"model": {"path": model, "dtype": dtype}, "data": pairs, "output": out, "seed": seed, "train": arguments}
+    with blaming("", RecipeError, DataError), quiet_libraries():
+        found = train_folder(Recipe.from_dict(plain), log=note)
+    accuracy = f", held-out accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
+    say(f"{found['steps']} steps{accuracy}, saved in {out}")
