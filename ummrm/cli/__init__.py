@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import info, merge, run, train, upcycle
+from . import info, inspect, merge, run, train, upcycle
 from .errors import UserError, one_line
 from .screen import note, say
 
@@ -23,6 +23,7 @@ app.command()(merge.merge)
 app.command()(run.run)
 app.command()(train.train)
 app.command()(info.info)
+app.command()(inspect.inspect)
 
 _log = logging.getLogger(__name__)
 
