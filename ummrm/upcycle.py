@@ -22,7 +22,7 @@ from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
 from .hf.reward_head import draw_heads, reward_model, with_fresh_head
-from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe
+from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe, emptied
 from .nn.dense import Projection
 from .nn.upcycled_ffn import UpcycledFFN
 from .nn.upcycled_linear import UpcycledLinear, mixture_parts
@@ -143,7 +143,8 @@ def write_upcycled(
     _carry_out(job)
     shards.take(job.moe.state_dict())
     shards.check_complete()
-    return job.moe.to("meta")
+    emptied(job.moe, None)
+    return job.moe
 
 
 class _Job(NamedTuple):

@@ -23,7 +23,7 @@ ALLOWED = {
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
-    "cli": {"__init__", "config", "hf", "ops"},
+    "cli": {"__init__", "config", "hf", "merge", "ops", "upcycle"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.

@@ -161,7 +161,7 @@ def cast_on_disk(model: nn.Module, dtypes: Iterable[torch.dtype], folder: str | 
         for dtype in dtypes:
             new = new.to(dtype)
         # A mapping each: transformers takes views of one storage for tied tensors.
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
             _reserve(file.fileno(), max(new.nbytes, 1))
             place = _mapped(file.fileno(), max(new.nbytes, 1))
         place = place[: new.nbytes].view(new.dtype).view(new.shape)
@@ -174,7 +174,7 @@ def can_map(folder: str | os.PathLike) -> bool:
     Raises:
         OSError: nothing can be written there.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
         os.truncate(file.fileno(), mmap.PAGESIZE)
         try:
             _mapped(file.fileno(), mmap.PAGESIZE).fill_(1)
