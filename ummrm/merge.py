@@ -123,7 +123,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         other = copy.deepcopy(moe, {id(held[name]): module for name, module in merged.items()})
         return other.requires_grad_(True).eval()
     dense = _stock_model(moe)
-    for _ in _fold(moe, parts, dense):
+    for _ in _fold(moe, parts, dense, in_place=False):
         pass
     transplant(moe, dense, clone=True)
     card.remember(dense, _card(moe, parts, share, card_notes))  # beside the model, which stays a stock object
@@ -173,13 +173,14 @@ def write_merged(
     kept = emptied(dense, dtype)
     describe(dense, folder)
     shards = MappedShards(folder, dense, max_shard_size)
-    for name in _fold(moe, parts, dense):
+    shards.lend(dense)
+    for name in _fold(moe, parts, dense, in_place=True):
         for home in homes[name]:
-            module = dense.get_submodule(home)
-            shards.take({f"{home}.{key}": tensor for key, tensor in module.named_parameters(recurse=False)})
-            module.to("meta")
+            merged = dense.get_submodule(home).named_parameters(recurse=False)
+            shards.take({f"{home}.{key}": tensor for key, tensor in merged})
     shards.take(kept)
     shards.check_complete()
+    emptied(dense, None)
     card.remember(dense, _card(moe, parts, share, card_notes))
     return dense.requires_grad_(True).eval()
 
@@ -194,21 +195,29 @@ def _stock_model(moe: UmmPreTrainedMixin) -> Any:
 
 
 def _fold(
-    moe: UmmPreTrainedMixin, parts: Mapping[str, MergingFFN | MergingLinear], dense: PreTrainedModel
+    moe: UmmPreTrainedMixin,
+    parts: Mapping[str, MergingFFN | MergingLinear],
+    dense: PreTrainedModel,
+    *,
+    in_place: bool,
 ) -> Iterator[str]:
-    """Gives a stock model the merged tensors, one part after the other; yields the name of each when it is done."""
+    """Gives a stock model the merged tensors, one part after the other; yields the name of each when it is done.
+
+    In place where the model has parameters of its own: beside the merged tensors nothing is allocated, since a heap of
+    many layers' leftovers was seen to grow to the size of the model.
+    """
     layers = moe.family.layer_list(dense.base_model)
-    for index, site in ffn_sites(moe).items():
-        tensors = parts[site].merged_tensors()
-        _check_finite(site, parts[site], tensors)
-        moe.family.dense_ffn(layers[index], dense.config).write(tensors)
-        yield site
-    for name, part in parts.items():
-        if isinstance(part, MergingLinear):
-            tensors = part.merged_tensors()
-            _check_finite(name, part, tensors)
-            Projection(dense.get_submodule(name)).write(**tensors)
-            yield name
+    homes: dict[str, Any] = {
+        site: moe.family.dense_ffn(layers[index], dense.config) for index, site in ffn_sites(moe).items()
+    }
+    homes |= {name: Projection(dense.get_submodule(name)) for name, p in parts.items() if isinstance(p, MergingLinear)}
+    for name, home in homes.items():
+        tensors = parts[name].merged_tensors()
+        _check_finite(name, parts[name], tensors)
+        given = {"tensors": tensors} if isinstance(parts[name], MergingFFN) else tensors
+        (home.fill if in_place else home.write)(**given)
+        del tensors, given
+        yield name
 
 
 def _homes(moe: UmmPreTrainedMixin, name: str, part: MergingFFN | MergingLinear) -> list[str]:

@@ -1,18 +1,20 @@
 """A process that runs commands in children of its own, each watched or killed (see test_streaming.py).
 
-It imports once what the commands need, so that what a child takes beyond it is the command's own memory.
+It runs them on a tiny model first, so that what a child takes beyond that is the checkpoint's memory, not that of
+imports.
 """
 
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 
 import torch
-import transformers.models.llama.modeling_llama
 import transformers.utils.logging
+from tiny_models import tiny_model
 
 from ummrm.cli import main
 
@@ -34,10 +36,9 @@ def run(arguments):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    sys.argv = ["ummrm", *arguments]
+    sys.argv, status = ["ummrm", *arguments], 0
     try:
         main()
-        status = 0
     except SystemExit as exit:
         status = exit.code or 0
     done.set()
@@ -52,6 +53,14 @@ def serve():
     """
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()  # it has a thread, whose locks a child would wait for
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory() as root:
+        tiny_model("llama").save_pretrained(f"{root}/dense")
+        for arguments in (("upcycle", f"{root}/dense", f"{root}/moe"), ("merge", f"{root}/moe", f"{root}/merged")):
+            assert run(arguments)[0] == 0
+    os.dup2(answers, 1)
+    assert threading.active_count() == 1
     print("READY", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 # The one place that knows these internal names; tests/hf/test_shards.py says when they go or change.
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging
 
 MAX_SHARD_SIZE = "5GB"  # nobody's readers like larger files; the hub's own default
 _INDEX, _PATTERN = "model.safetensors.index.json", "model{suffix}.safetensors"
@@ -114,7 +115,13 @@ def describe(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     Call it before the weight files are made: a save removes weight files that it did not write.
     """
     stock: Any = getattr(type(model), "stock_class", type(model))
-    stock.save_pretrained(model, folder, state_dict={})
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of no files
+    try:
+        stock.save_pretrained(model, folder, state_dict={})
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def emptied(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -157,15 +164,15 @@ def cast_on_disk(model: nn.Module, dtypes: Iterable[torch.dtype], folder: str | 
     for parameter in dict.fromkeys(model.parameters()):
         if not parameter.is_floating_point() or not dtypes or parameter.dtype == dtypes[-1] == dtypes[0]:
             continue
-        new = parameter.detach()
-        for dtype in dtypes:
-            new = new.to(dtype)
+        size = parameter.numel() * dtypes[-1].itemsize
         # A mapping each: transformers takes views of one storage for tied tensors.
         with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
-            _reserve(file.fileno(), max(new.nbytes, 1))
-            place = _mapped(file.fileno(), max(new.nbytes, 1))
-        place = place[: new.nbytes].view(new.dtype).view(new.shape)
-        parameter.data = place.copy_(new)
+            _reserve(file.fileno(), max(size, 1))
+            place = _mapped(file.fileno(), max(size, 1))
+        old = parameter.detach()
+        for dtype in dtypes[:-1]:
+            old = old.to(dtype)
+        parameter.data = place[:size].view(dtypes[-1]).view(parameter.shape).copy_(old)
 
 
 def can_map(folder: str | os.PathLike) -> bool:
