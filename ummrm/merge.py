@@ -1,22 +1,26 @@
 """Merging: freeze the experts, learn merge weights, fold the experts back into one dense model.
 
-`prepare_merge` and `merge` serve Hugging Face models and any other network with `UpcycledFFN` modules alike.
+`prepare_merge` and `merge` serve Hugging Face models and any other network with `UpcycledFFN` modules alike;
+`write_merged` merges a Hugging Face model straight into the files of a checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import MergeConfig
 from .hf import card
 from .hf.merge_share import SHARE_NAME
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge
 from .hf.registry import stock_config
+from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe, emptied
 from .nn.dense import Projection
 from .nn.experts import Experts
 from .nn.merge_weights import MergeShare
@@ -118,34 +122,125 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         held = dict(moe.named_modules())
         other = copy.deepcopy(moe, {id(held[name]): module for name, module in merged.items()})
         return other.requires_grad_(True).eval()
-    config = moe.config
-    stock = stock_config(config)
-    # loading the mixture has written its own class and folder there
-    stock.architectures, stock.name_or_path = [moe.stock_class.__name__], config.umm_base_model or ""
-    with torch.device("meta"):
-        dense: Any = moe.stock_class(stock)
-    layers = moe.family.layer_list(dense.base_model)
-    for index, site in ffn_sites(moe).items():
-        tensors = parts[site].merged_tensors()
-        _check_finite(site, parts[site], tensors)
-        moe.family.dense_ffn(layers[index], dense.config).write(tensors)
-    for name, part in parts.items():
-        if isinstance(part, MergingLinear):
-            tensors = part.merged_tensors()
-            _check_finite(name, part, tensors)
-            Projection(dense.get_submodule(name)).write(**tensors)
+    dense = _stock_model(moe)
+    for _ in _fold(moe, parts, dense, in_place=False):
+        pass
     transplant(moe, dense, clone=True)
-    text = card.merged_card(
-        type(dense).__name__,
+    card.remember(dense, _card(moe, parts, share, card_notes))  # beside the model, which stays a stock object
+    return dense.requires_grad_(True).eval()
+
+
+def write_merged(
+    moe: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    card_notes: str = "",
+) -> PreTrainedModel:
+    """Merges straight into weight files, for a model whose merged weights would not fit into memory beside it.
+
+    The files are, tensor by tensor, those that `merge` and then `ummrm.save_pretrained` write. Beside the memory that
+    `moe` takes (none, for one that was just loaded from safetensors in its own dtype on a CPU), it needs room for one
+    dense FFN a few times.
+
+    Args:
+        moe: as in `merge`; a Hugging Face model.
+        folder: an empty one, written file by file: `ummrm.hf.saving.save_written` calls this for a folder in use.
+        dtype: that everything is rounded to, once, after merging; None keeps the dtypes of `moe`.
+        max_shard_size: bytes, or a text such as `"5GB"`: a weight file holds no more, but for a single larger tensor.
+        card_notes: as in `merge`.
+
+    Returns:
+        The merged model on the meta device: its class, its configuration, its shapes; and its card for `save_written`.
+
+    Raises:
+        TypeError: `moe` is no Hugging Face model in its merge phase.
+        ValueError: as `merge`; what is in the folder is then incomplete.
+        NotStreamable: transformers converts the tensors of such a model when it saves them.
+        OSError: the files can't be written.
+    """
+    parts, share = _merge_parts(moe)
+    if not isinstance(moe, UmmPreTrainedMixin):
+        raise TypeError(f"`moe` must be a Hugging Face model, got a {type(moe).__name__}; call ummrm.merge(moe).")
+    dense = _stock_model(moe)
+    homes = {name: _homes(moe, name, part) for name, part in parts.items()}
+    for name, part in parts.items():
+        experts = part.experts.down_proj if isinstance(part, MergingFFN) else part.expert_weight
+        for home in homes[name]:
+            dense.get_submodule(home).to(experts.dtype)
+    transplant(moe, dense, clone=False, complete=False)
+    kept = emptied(dense, dtype)
+    describe(dense, folder)
+    shards = MappedShards(folder, dense, max_shard_size)
+    shards.lend(dense)
+    for name in _fold(moe, parts, dense, in_place=True):
+        for home in homes[name]:
+            merged = dense.get_submodule(home).named_parameters(recurse=False)
+            shards.take({f"{home}.{key}": tensor for key, tensor in merged})
+    shards.take(kept)
+    shards.check_complete()
+    emptied(dense, None)
+    card.remember(dense, _card(moe, parts, share, card_notes))
+    return dense.requires_grad_(True).eval()
+
+
+def _stock_model(moe: UmmPreTrainedMixin) -> Any:
+    """The stock model of a merge, on the meta device."""
+    config: Any = stock_config(moe.config)
+    # loading the mixture has written its own class and folder there
+    config.architectures, config.name_or_path = [moe.stock_class.__name__], moe.config.umm_base_model or ""
+    with torch.device("meta"):
+        return moe.stock_class(config)
+
+
+def _fold(
+    moe: UmmPreTrainedMixin,
+    parts: Mapping[str, MergingFFN | MergingLinear],
+    dense: PreTrainedModel,
+    *,
+    in_place: bool,
+) -> Iterator[str]:
+    """Gives a stock model the merged tensors, one part after the other; yields the name of each when it is done.
+
+    In place where the model has parameters of its own: beside the merged tensors nothing is allocated, since a heap of
+    many layers' leftovers was seen to grow to the size of the model.
+    """
+    layers = moe.family.layer_list(dense.base_model)
+    homes: dict[str, Any] = {
+        site: moe.family.dense_ffn(layers[index], dense.config) for index, site in ffn_sites(moe).items()
+    }
+    homes |= {name: Projection(dense.get_submodule(name)) for name, p in parts.items() if isinstance(p, MergingLinear)}
+    for name, home in homes.items():
+        tensors = parts[name].merged_tensors()
+        _check_finite(name, parts[name], tensors)
+        given = {"tensors": tensors} if isinstance(parts[name], MergingFFN) else tensors
+        (home.fill if in_place else home.write)(**given)
+        del tensors, given
+        yield name
+
+
+def _homes(moe: UmmPreTrainedMixin, name: str, part: MergingFFN | MergingLinear) -> list[str]:
+    """Names of the stock modules that a part's merged tensors go to."""
+    if isinstance(part, MergingLinear):
+        return [name]
+    layer = name.removesuffix(moe.family.site)
+    return [f"{layer}{path}" for path in moe.family.paths.modules]
+
+
+def _card(
+    moe: UmmPreTrainedMixin, parts: Mapping[str, MergingFFN | MergingLinear], share: MergeShare, notes: str
+) -> str:
+    config = moe.config
+    return card.merged_card(
+        moe.stock_class.__name__,
         config.umm_base_model,
         config.umm,
         share.merge_config.to_dict(),
         {name: part.coefficients().detach() for name, part in parts.items()},
         config.upcycle_config.num_shared_experts,
-        card_notes,
+        notes,
     )
-    card.remember(dense, text)  # beside the model, which stays a stock object
-    return dense.requires_grad_(True).eval()
 
 
 def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:

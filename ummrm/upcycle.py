@@ -1,10 +1,15 @@
-"""Upcycling a whole Hugging Face model: every chosen dense FFN becomes experts, the rest moves over unchanged."""
+"""Upcycling a whole Hugging Face model: every chosen dense FFN becomes experts, the rest moves over unchanged.
+
+In memory, or straight into the files of a checkpoint, by the same steps on the same random numbers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy as copy_module
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +22,7 @@ from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
 from .hf.reward_head import draw_heads, reward_model, with_fresh_head
+from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe, emptied
 from .nn.dense import Projection
 from .nn.upcycled_ffn import UpcycledFFN
 from .nn.upcycled_linear import UpcycledLinear, mixture_parts
@@ -85,13 +91,82 @@ def upcycle(
             quantised, on several devices, not finite) or the configuration does not fit it (`experts_in="all"` and no
             reward head with one output). `dense` is then unchanged.
     """
+    job = _prepare(dense, config, new_head, tokenizer, seed)
+    _carry_out(job)
+    if copy:
+        transplant(job.dense, job.moe, clone=True)
+    _keep_checkpointing(job.dense, job.moe)
+    if not copy:
+        dense.__dict__.clear()
+        dense.__class__ = ConsumedModel  # type: ignore[assignment]
+    return job.moe
+
+
+def write_upcycled(
+    dense: PreTrainedModel,
+    folder: str | os.PathLike,
+    config: UpcycleConfig,
+    *,
+    new_head: bool = False,
+    tokenizer: Any = None,
+    seed: int = 0,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> PreTrainedModel:
+    """Upcycles straight into weight files, for a model whose experts would not fit into memory.
+
+    The files are, tensor by tensor, those that `upcycle` and then the model's `save_pretrained` write from the same
+    random state. Each layer's experts are made and proven in the files. Beside the memory that `dense` takes (none, for
+    one that was just loaded from safetensors in its own dtype on a CPU), it needs room for one dense FFN a few times.
+
+    Args:
+        dense: as in `upcycle`, on the CPU; it is left as it is.
+        folder: an empty one, written file by file: `ummrm.hf.saving.save_written` calls this for a folder in use.
+        config: as in `upcycle`.
+        new_head: as in `upcycle`.
+        tokenizer: as in `upcycle`.
+        seed: as in `upcycle`.
+        max_shard_size: bytes, or a text such as `"5GB"`: a weight file holds no more, but for a single larger tensor.
+
+    Returns:
+        The upcycled model on the meta device: its class, its configuration, its shapes.
+
+    Raises:
+        TypeError, ValueError: as `upcycle`; what is in the folder is then incomplete.
+        NotStreamable: transformers converts the tensors of such a model when it saves them.
+        OSError: the files can't be written.
+    """
+    job = _prepare(dense, config, new_head, tokenizer, seed)
+    transplant(job.dense, job.moe, clone=False, complete=False)  # so that it has the dtypes, and the ties
+    describe(job.moe, folder)
+    shards = MappedShards(folder, job.moe, max_shard_size)
+    shards.lend(job.moe)
+    _carry_out(job)
+    shards.take(job.moe.state_dict())
+    shards.check_complete()
+    emptied(job.moe, None)
+    return job.moe
+
+
+class _Job(NamedTuple):
+    """What is upcycled, and into what."""
+
+    dense: PreTrainedModel
+    moe: Any
+    stock: PreTrainedModel
+    indices: tuple[int, ...]
+    config: UpcycleConfig
+    fresh_heads: bool
+    seed: int
+
+
+def _prepare(dense: PreTrainedModel, config: UpcycleConfig, new_head: bool, tokenizer: Any, seed: int) -> _Job:
+    """Checks what can be checked; the upcycled model and the stock one of a later merge are on the meta device."""
     if not isinstance(config, UpcycleConfig):
         raise TypeError(f"`config` must be an UpcycleConfig, got {type(config).__name__}.")
     _check_upcyclable(dense)
-    given = dense
     if new_head:
         make = with_fresh_head if config.has_head_experts else reward_model
-        dense = make(given, tokenizer, seed=seed)
+        dense = make(dense, tokenizer, seed=seed)
     elif tokenizer is not None:
         raise ValueError("`tokenizer` must be None without new_head=True, which alone reads it; leave it out.")
     elif seed:
@@ -108,47 +183,61 @@ def upcycle(
         moe: Any = umm_class(type(dense))(upcycled_config(dense.config, config, family))
         stock = moe.stock_class(stock_config(moe.config))
     _check_nothing_added(dense, stock)
+    for experts, dtype in _experts(dense, moe):
+        experts.to(dtype)
+    return _Job(dense, moe, stock, indices, config, new_head and config.has_head_experts, seed)
+
+
+def _carry_out(job: _Job) -> None:
+    """Fills and proves the upcycled model; it shares the other tensors with the dense one."""
+    dense, moe, noisy = job.dense, job.moe, job.config.expert_noise > 0
     # Proven without noise, on shared tensors: nothing is copied, and a refusal leaves the dense model as it was.
-    noisy = config.expert_noise > 0
     with _random_state_kept(dense) if noisy else contextlib.nullcontext():
         _fill(dense, moe, noise=False)
     transplant(dense, moe, clone=False)
-    transplant(moe, stock, clone=False, complete=False)
-    prove_layers(dense, moe, stock, indices)
-    del stock
+    transplant(moe, job.stock, clone=False, complete=False)
+    prove_layers(dense, moe, job.stock, job.indices)
     if noisy:
         _fill(dense, moe, noise=True)
-    if new_head and config.has_head_experts:
-        draw_heads(moe, dense, seed)
-    if copy:
-        transplant(dense, moe, clone=True)
-    _keep_checkpointing(dense, moe)
-    if not copy:
-        given.__dict__.clear()
-        given.__class__ = ConsumedModel  # type: ignore[assignment]
-    return moe
+    if job.fresh_heads:
+        draw_heads(moe, dense, job.seed)
+
+
+def _experts(dense: PreTrainedModel, moe: UmmPreTrainedMixin) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """The modules of a model that hold experts, and the dtype of what they are copies of."""
+    layers = moe.family.layer_list(dense.base_model)
+    for index, site in ffn_sites(moe).items():
+        ffn: Any = moe.get_submodule(site)
+        dtype = moe.family.dense_ffn(layers[index], dense.config).up.weight.dtype
+        yield from ((experts, dtype) for experts in (ffn.experts, ffn.shared_experts) if experts is not None)
+    for name, part in mixture_parts(moe).items():
+        if isinstance(part, UpcycledLinear):
+            yield part, Projection(dense.get_submodule(name)).weight.dtype
 
 
 def _fill(dense: PreTrainedModel, moe: UmmPreTrainedMixin, *, noise: bool) -> None:
-    """Gives the FFNs of a model built on the meta device real parameters: copied experts and fresh routers."""
+    """Gives the FFNs of a model built on the meta device their values: copied experts and fresh routers.
+
+    The parameters that it has been given already are written to.
+    """
     family, layers = moe.family, moe.family.layer_list(dense.base_model)
     for index, site in ffn_sites(moe).items():
         ffn, source = moe.get_submodule(site), family.dense_ffn(layers[index], dense.config)
         assert isinstance(ffn, UpcycledFFN)
-        weight = source.up.weight
-        for experts in (ffn.experts, ffn.shared_experts):
-            if experts is not None:
-                experts.to_empty(device=weight.device).to(weight.dtype)
+        _make_real(ffn, source.up.weight.device)
         if ffn.router is not None:
-            ffn.router.to_empty(device=weight.device)
             ffn.router.reset_parameters()
         ffn.copy_experts(source, ffn.config.expert_noise if noise else 0.0)
     for name, linear in mixture_parts(moe).items():
         if isinstance(linear, UpcycledLinear):
             origin = dense.get_submodule(name)
-            weight = Projection(origin).weight
-            linear.to_empty(device=weight.device).to(weight.dtype)
+            _make_real(linear, Projection(origin).weight.device)
             linear.copy_from(origin, linear.config.expert_noise if noise else 0.0)
+
+
+def _make_real(module: nn.Module, device: torch.device) -> None:
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device=device)
 
 
 def _random_state_kept(dense: PreTrainedModel) -> contextlib.AbstractContextManager:

@@ -24,7 +24,7 @@ ALLOWED = {
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
     "pipeline": {"config", "data", "hf", "merge", "nn", "trainer", "upcycle", "version"},
-    "cli": {"__init__", "config", "data", "hf", "ops", "pipeline"},
+    "cli": {"__init__", "config", "data", "hf", "merge", "ops", "pipeline", "upcycle"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.

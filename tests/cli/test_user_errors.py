@@ -206,7 +206,7 @@ def test_a_bug_still_shows_where(models, monkeypatch):
     def broken(*_, **__):
         raise TypeError("a bug of ours")
 
-    monkeypatch.setattr("ummrm.upcycle", broken)
+    monkeypatch.setattr(sys.modules["ummrm.upcycle"], "write_upcycled", broken)
     monkeypatch.setattr(sys, "argv", ["ummrm", "upcycle", "dense", "out"])
     with pytest.raises(TypeError, match="a bug of ours"):
         main()

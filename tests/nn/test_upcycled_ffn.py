@@ -10,6 +10,7 @@ from test_dense import Gated
 from torch import nn
 
 from ummrm import FFNPaths, UpcycleConfig, UpcycledFFN
+from ummrm.nn import experts
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -30,6 +31,19 @@ def test_from_dense_takes_named_paths_dtype_device_and_mode():
     assert moe.experts.down_proj.dtype == torch.float64 and moe.router.weight.dtype == torch.float32
     x = torch.randn(6, HIDDEN, dtype=torch.float64)
     torch.testing.assert_close(moe(x), ffn(x), rtol=1e-6, atol=1e-6)
+
+
+def test_noise_that_is_drawn_in_parts_is_that_of_the_whole(monkeypatch):
+    for shape in ((3, 5), (2, 7, 9), (4, 16, 16)):
+        drawn = []
+        for part in (1 << 20, 32):
+            monkeypatch.setattr(experts, "_NOISE_PART", part)
+            torch.manual_seed(7)
+            drawn.append(torch.ones(shape, dtype=torch.bfloat16))
+            experts.add_noise(drawn[-1], 0.5)
+        torch.manual_seed(7)
+        whole = torch.ones(shape, dtype=torch.bfloat16) + (torch.randn(shape) * 0.5).bfloat16()
+        assert torch.equal(drawn[0], whole) and torch.equal(drawn[1], whole)
 
 
 def test_expert_noise_makes_routed_experts_distinct_and_keeps_the_shared_one():

@@ -51,33 +51,58 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
     Raises:
         UserError: there are no weights, a file that the index names is missing, or a file is not what it should be.
     """
+    index: dict[str, str] = {}
     if (folder / _WEIGHTS).is_file():
         files = [folder / _WEIGHTS]
     elif (folder / _INDEX).is_file():
-        files = _shards(folder)
+        index = _read_index(folder)
+        files = [folder / name for name in sorted(set(index.values()))]
     elif any((folder / name).is_file() for name in _PICKLED):
         return None
     else:
         raise UserError(f"{folder} holds no weights ({_WEIGHTS} or {_INDEX}); download or save the model again.")
     found: dict[str, TensorHeader] = {}
     for path in files:
-        found |= _read_file(path)
+        held = _read_file(path)
+        lacking = sorted(name for name, file in index.items() if file == path.name and name not in held)
+        twice = sorted(held.keys() & found.keys())
+        if lacking or twice:
+            what = f"must hold {lacking[0]}, which {_INDEX} names there, and does not"
+            if not lacking:
+                what = f"holds {twice[0]}, and so does another file of {_INDEX}"
+            raise UserError(f"{path} {what}; download or save the model again.")
+        found |= held
     return found
 
 
-def _shards(folder: Path) -> list[Path]:
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, all of which are there and in the folder."""
     names = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{folder / _INDEX} must hold a `weight_map` of tensor names to files; save the model again.")
+    for name in sorted(set(names.values())):
+        if name in ("", ".", "..") or Path(name).name != name or not _stays_in(folder, folder / name):
+            raise UserError(
+                f"{folder / _INDEX} must name files of its own folder, got {name[:200]!r}, which leads out of it; "
+                "download or save the model again."
+            )
     files = [folder / name for name in sorted(set(names.values()))]
-    missing = [path for path in files if path.parent != folder or not path.is_file()]
+    missing = [path for path in files if not path.is_file()]
     if missing or not files:
         first = f"first {missing[0].name}" if missing else "it names none"
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(files)} weight files that {_INDEX} names, {first}; download or "
             "save the model again."
         )
-    return files
+    return names
+
+
+def _stays_in(folder: Path, path: Path) -> bool:
+    """Whether a file is in the folder once links are followed; a snapshot in the hub's cache is made of such links."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parents[2]
+    return path.resolve().is_relative_to(home)
 
 
 def _read_file(path: Path) -> dict[str, TensorHeader]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES
-from .outputs import check_output, check_space, replaced, save
-from .screen import Steps, quiet_libraries, say, size
+from .outputs import check_output, check_space, replaced, save, streams
+from .screen import Steps, note, quiet_libraries, say, size
 from .source import Source, open_source
+from .weights import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def merge(
@@ -29,6 +34,15 @@ def merge(
         typer.Option(help="float32, bfloat16 or float16: merged as saved, then rounded once (default: that of MOE)."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub name: a branch, tag or commit (default: main).")
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            help="No weight file is larger, but for a single larger tensor (default: 5GB).", show_default=False
+        ),
+    ] = "5GB",
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Allow an OUT that holds something: model files are replaced, others stay."),
@@ -39,41 +53,67 @@ def merge(
     A model saved in its merge phase brings its learned merge weights; one saved
     before gets uniform ones. The tokenizer and all else that is not weights or
     config comes along.
+
+    On a CPU the weights go from file to file: a model that is larger than
+    memory is merged too.
     """
     options.check_dtype(dtype)
     options.check_device(device)
+    shard_size = options.read_shard_size(max_shard_size)
     with quiet_libraries():
-        run(moe, out, shared_share, dtype, device, overwrite)
+        run(moe, out, shared_share, dtype, device, revision=revision, shard_size=shard_size, overwrite=overwrite)
 
 
-def run(moe: str, out: str, shared_share: float | None, dtype: str | None, device: str, overwrite: bool) -> None:
+def run(
+    moe: str,
+    out: str,
+    shared_share: float | None,
+    dtype: str | None,
+    device: str,
+    *,
+    revision: str | None,
+    shard_size: int,
+    overwrite: bool,
+) -> None:
     """The command with its options read."""
     import torch
 
     import ummrm
 
-    from ..hf.loading import load_checkpoint
+    from ..hf.shards import NotStreamable
+    from ..merge import write_merged
 
     with blaming("", ValueError):
         settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)
-    source = open_source(moe)
+    source = open_source(moe, revision)
     phase = check_upcycled(source)
     if phase == "merging" and shared_share is not None:
         raise UserError("--shared-share must be left out for a model in its merge phase: it has its own lambda.")
     target = check_output(out, source.folder, overwrite)
+    streamed = streams(target, device)
     check_space(target, _merged_bytes(source, dtype))
     steps, was_there = Steps(3), replaced(target)
     with steps.step(f"loading {moe} ({size(source.num_bytes)})", own_bar=True):
-        with blaming(f"{moe} can't be loaded", Exception):
-            model: Any = load_checkpoint(source.folder, expect="upcycled")
-            model.to(device)
-    with steps.step("merging experts"), blaming(f"{moe} can't be merged", ValueError):
-        if phase == "mixture":
-            ummrm.prepare_merge(model, settings)
-        dense: Any = ummrm.merge(model)  # of the model's stock class
-        if dtype is not None:
-            dense.to(getattr(torch, dtype))
-    save(dense, target, source, steps)
+        model: Any = load(source, expect="upcycled", out=target, streamed=streamed)
+        model.to(device)
+    rounded = None if dtype is None else getattr(torch, dtype)
+
+    def write(folder: Path) -> PreTrainedModel:
+        with steps.step("merging experts"), blaming(f"{moe} can't be merged", ValueError):
+            if phase == "mixture":
+                ummrm.prepare_merge(model, settings)
+            if streamed:
+                try:
+                    return write_merged(model, folder, dtype=rounded, max_shard_size=shard_size)
+                except NotStreamable as reason:
+                    note(f"note: {reason}, so all of them are merged in memory first")
+            dense: Any = ummrm.merge(model)  # of the model's stock class
+            if rounded is not None:
+                dense.to(rounded)
+        dense.save_pretrained(folder, max_shard_size=shard_size)
+        return dense
+
+    dense = save(write, target, source, steps)
     how = "learned" if phase == "merging" else "uniform"
     say(f"{type(dense).__name__}, {how} merge weights, saved in {out}{was_there}; stock transformers loads it")
 

@@ -7,6 +7,7 @@ keys given twice, megabytes of anything) is refused.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ def check_dtype(name: str | None) -> None:
     """Raises UserError unless `name` is None or a dtype that a model can be saved in."""
     if name is not None and name not in DTYPES:
         raise UserError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def read_shard_size(text: str) -> int:
+    """Bytes of `--max-shard-size`, such as 5GB or 300MB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s?([KMGT])B", text.strip().upper())
+    num_bytes = int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2]))) if match else 0
+    if num_bytes < 1:
+        raise UserError(f"`--max-shard-size` must be a number and KB, MB, GB or TB, such as 300MB, got {text!r}.")
+    return num_bytes
 
 
 def check_device(name: str) -> None:

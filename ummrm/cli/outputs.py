@@ -6,10 +6,12 @@ only with --overwrite, since a model in it would be replaced.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,20 +97,59 @@ def replaced(out: Path) -> str:
     return " (replaced the model that was there)" if (out / "config.json").exists() else ""
 
 
-def save(model: PreTrainedModel, target: Path, source: Source, steps: Steps) -> None:
-    """Saves a model into a folder that was checked, and takes along what its source has beside weights and config."""
+def streams(out: Path, device: str) -> bool:
+    """Whether a model can be written into `out` tensor by tensor, beside little memory; else it is made in memory.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    from ..hf.shards import can_map
+
+    if device != "cpu":
+        return False
+    with blaming(f"{out} can't be written", OSError, remedy=_OTHER):
+        if can_map(disk_of(out)):
+            return True
+    note(f"note: files on the disk of {out} can't be mapped into memory, so the whole model is made there first")
+    return False
+
+
+def disk_of(out: Path) -> Path:
+    """A folder that is there and on the disk of `out`."""
+    return _existing(out.resolve())
+
+
+def save(write: Callable[[Path], PreTrainedModel], target: Path, source: Source, steps: Steps) -> PreTrainedModel:
+    """Saves a model into a folder that was checked, and takes along what its source has beside weights and config.
+
+    Args:
+        write: writes the model into a new, empty folder, from which the files get into their places; returns it, maybe
+            on the meta device.
+        target: the folder that was checked.
+        source: what was read.
+        steps: the last one of which is this.
+
+    Returns:
+        What `write` returned.
+    """
     from safetensors import SafetensorError
 
-    from ..hf.saving import copy_companions, save_pretrained
+    from ..hf.saving import copy_companions, save_written
 
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    check_space(target, num_bytes)
-    with steps.step(f"saving {target} ({size(num_bytes)})", own_bar=True):
+    with contextlib.ExitStack() as last_step:
+
+        def written(folder: str | os.PathLike) -> PreTrainedModel:
+            model = write(Path(folder))
+            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+            last_step.enter_context(steps.step(f"saving {target} ({size(num_bytes)})"))
+            return model
+
         remedy = "make room or give another folder; a model that was there before is as it was."
         with blaming(f"{target} can't be written", OSError, ValueError, SafetensorError, remedy=remedy):
-            save_pretrained(model, target)
+            model = save_written(written, target)
             copy_companions(source.folder, target)
             _warn_of_old_tokenizer(target, source)
+    return model
 
 
 def _warn_of_old_tokenizer(out: Path, source: Source) -> None:

@@ -11,9 +11,10 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
-from .outputs import check_output, check_space, replaced, save
+from .outputs import check_output, check_space, replaced, save, streams
 from .screen import Steps, note, quiet_libraries, say, size
 from .source import Source, has_tokenizer, open_source
+from .weights import load, scratch_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +95,8 @@ def upcycle(
     dtype: Annotated[str | None, _output("float32, bfloat16 or float16.", "that of DENSE")] = None,
     device: Annotated[str, _output("Where to compute: cpu, cuda or cuda:N.", "cpu")] = "cpu",
     seed: Annotated[int, _output("Of routers, noise and head, from 0.", 0)] = 0,
+    revision: Annotated[str | None, _output("Of a hub name: a branch, tag or commit.", "main")] = None,
+    max_shard_size: Annotated[str, _output("No weight file is larger, but for a single larger tensor.", "5GB")] = "5GB",
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -108,6 +111,9 @@ def upcycle(
     OUT is a Hugging Face model folder: after `import ummrm` the Auto classes
     load it, any loop trains it, and `ummrm merge` makes it dense again. The
     tokenizer and all else that is not weights or config comes along.
+
+    On a CPU the weights go from file to file: a model that is larger than
+    memory is upcycled too.
     """
     given = {
         "assignment": assignment,
@@ -135,8 +141,20 @@ def upcycle(
     options.check_seed(seed)
     options.check_dtype(dtype)
     options.check_device(device)
+    shard_size = options.read_shard_size(max_shard_size)
     with quiet_libraries():
-        run(dense, out, fields, new_head=new_head, dtype=dtype, device=device, seed=seed, overwrite=overwrite)
+        run(
+            dense,
+            out,
+            fields,
+            new_head=new_head,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            revision=revision,
+            shard_size=shard_size,
+            overwrite=overwrite,
+        )
 
 
 def run(
@@ -148,6 +166,8 @@ def run(
     dtype: str | None,
     device: str,
     seed: int,
+    revision: str | None,
+    shard_size: int,
     overwrite: bool,
 ) -> None:
     """The command with its options read."""
@@ -155,31 +175,53 @@ def run(
 
     import ummrm
 
-    from ..hf.loading import load_checkpoint
+    from ..hf.shards import NotStreamable
+    from ..upcycle import write_upcycled
 
     with blaming("", ValueError):
         settings = ummrm.UpcycleConfig.from_dict(fields)
-    source = open_source(dense)
+    source = open_source(dense, revision)
     _check_source(source, new_head)
     target = check_output(out, source.folder, overwrite)
+    streamed = streams(target, device)
     with blaming("", ValueError):
-        check_space(target, _upcycled_bytes(source, settings, dtype))
+        check_space(
+            target, _upcycled_bytes(source, settings, dtype) + (scratch_bytes(source, dtype) if streamed else 0)
+        )
     steps, was_there = Steps(3), replaced(target)
     torch.manual_seed(seed)
     with steps.step(f"loading {dense} ({size(source.num_bytes)})", own_bar=True):
-        with blaming(f"{dense} can't be loaded", Exception):
-            nameless = not source.config.get("architectures")
-            model: Any = load_checkpoint(source.folder, expect="dense", new_head=bool(new_head) and nameless)
-            model = model.base_model if new_head and nameless else model
-            model.config.name_or_path = dense  # a hub name, rather than its place in the cache
-            model.to(device=device, dtype=getattr(torch, dtype) if dtype else None)
+        nameless = not source.config.get("architectures")
+        model: Any = load(
+            source,
+            expect="dense",
+            out=target,
+            streamed=streamed,
+            new_head=bool(new_head) and nameless,
+            dtype=dtype,
+        )
+        model = model.base_model if new_head and nameless else model
+        model.config.name_or_path = dense  # a hub name, rather than its place in the cache
+        model.to(device)
         if new_head and model.config.pad_token_id is None:
             _name_padding(model, source, out)
     what = "FFNs" if not settings.has_linear_experts else "linear layers"
-    with steps.step(f"copying {what} into experts"), blaming("", ValueError):
-        fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head else {}
-        moe = ummrm.upcycle(model, settings, **fresh)
-    save(moe, target, source, steps)
+    fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head else {}
+
+    def write(folder: Path) -> PreTrainedModel:
+        with steps.step(f"copying {what} into experts"), blaming("", ValueError):
+            if streamed:
+                state = torch.get_rng_state()
+                try:
+                    return write_upcycled(model, folder, settings, max_shard_size=shard_size, **fresh)
+                except NotStreamable as reason:
+                    note(f"note: {reason}, so all of them are made in memory first")
+                    torch.set_rng_state(state)
+            moe: Any = ummrm.upcycle(model, settings, **fresh)
+        moe.stock_class.save_pretrained(moe, folder, max_shard_size=shard_size)
+        return moe
+
+    moe = save(write, target, source, steps)
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
 
 

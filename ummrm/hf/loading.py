@@ -14,19 +14,21 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from . import replacing
 
 _SHOWN = 3  # names of tensors in an error
+_FLOATS = ("float32", "bfloat16", "float16", "float64")  # of plain weights
 _WHERE = ("subfolder", "revision", "local_files_only", "token", "cache_dir")  # of a folder or hub name, for its config
 
 
@@ -175,6 +177,41 @@ def load_checkpoint(
         raise OSError(f"{source}: {_one_line(error)}") from error
     check_loaded(model, info, source, new_head=new_head)
     return model
+
+
+def check_headers(source: str | os.PathLike, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Compares what weight files say that they hold with the model that config.json describes; reads no weights.
+
+    Loading would make room for what the configuration says before it finds the weights to be others. Tensors that are
+    missing, or that transformers renames, are left to it.
+
+    Args:
+        source: the folder.
+        headers: dtype, by torch's name, and shape of each tensor in its weight files.
+
+    Raises:
+        OSError, ValueError: the configuration can't be used, or a tensor does not fit it; names the tensor.
+    """
+    config = _config(source, {})
+    with torch.device("meta"):
+        model = _saved_class(source, config)(config) if config.architectures else AutoModel.from_config(config)
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in model.state_dict().items():
+        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in headers), None)
+        if key is None:
+            continue
+        dtype, shape = headers[key]
+        if tensor.is_floating_point() and dtype not in _FLOATS:
+            raise ValueError(
+                f"{source}: {key} must be of {', '.join(_FLOATS[:-1])} or {_FLOATS[-1]}, and is of {dtype}; save the "
+                "model with plain float weights."
+            )
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{source} must hold the tensors of a {type(model).__name__} as config.json describes it; of another "
+                f"shape: {key} is {list(shape)} and should be {list(tensor.shape)}. The checkpoint is of another "
+                "configuration; save the model again or get it anew."
+            )
 
 
 def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:

@@ -68,6 +68,32 @@ def save_pretrained(
     save_atomically(save, save_directory, **kwargs)
 
 
+def save_written(
+    write: Callable[[str | os.PathLike], PreTrainedModel], save_directory: str | os.PathLike
+) -> PreTrainedModel:
+    """Saves, atomically, a model that is in no memory: a function writes its files (`ummrm.upcycle.write_upcycled`).
+
+    Args:
+        write: called with a new, empty folder; returns a model that may be on the meta device, whose card is written.
+        save_directory: as in `save_pretrained`.
+
+    Returns:
+        What `write` returned.
+
+    Raises, and warns, as `save_pretrained`.
+    """
+    made: list[PreTrainedModel] = []
+
+    def save(path: str | os.PathLike) -> None:
+        made.append(write(path))
+        text = card.recall(made[0])
+        if text is not None:
+            card.write(path, text, previous=save_directory)
+
+    save_atomically(save, save_directory)
+    return made[0]
+
+
 def copy_companions(
     source: str | os.PathLike,
     target: str | os.PathLike,

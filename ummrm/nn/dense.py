@@ -120,6 +120,14 @@ class Projection:
         if bias is not None:
             _put(self.module, "bias", bias)
 
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Copies `weight` [out, in] and `bias` [out] into the parameters that there are, rounded to their dtype."""
+        self.weight.copy_(weight)
+        own = self.bias
+        if own is not None and bias is not None:
+            own.copy_(bias)
+
 
 @dataclass(frozen=True)
 class DenseFFN:
@@ -203,6 +211,15 @@ class DenseFFN:
             for module in dict.fromkeys(projection.module for projection, _ in pairs):
                 own = sorted(((p.half or 0, t) for p, t in pairs if p.module is module), key=lambda pair: pair[0])
                 _put(module, kind, torch.cat([tensor.detach() for _, tensor in own]))
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies `tensors` (as `fused` returns them) into the parameters that there are, rounded to their dtype."""
+        ups = [projection for name, projection in self.projections() if name != "down"]
+        weights = tensors["up"].chunk(len(ups))
+        biases = tensors["up_bias"].chunk(len(ups)) if self.up.bias is not None else [None] * len(ups)
+        for projection, weight, bias in zip(ups, weights, biases, strict=True):
+            projection.fill(weight, bias)
+        self.down.fill(tensors["down"], tensors.get("down_bias"))
 
 
 def _put(module: nn.Module, kind: str, tensor: torch.Tensor) -> None:

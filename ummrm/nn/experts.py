@@ -14,6 +14,9 @@ from torch import nn
 from ..config import UpcycleConfig
 from .dense import DenseFFN, FFNSpec
 
+# Elements. torch draws 16 at a time on a CPU: the parts of a tensor get the numbers that the whole would.
+_NOISE_PART = 16 << 16
+
 
 class Experts(nn.Module):
     """The stacked parameters of n experts of one layer; they are run by `ops.moe_ffn` and `ops.merged_ffn`.
@@ -93,8 +96,7 @@ class Experts(nn.Module):
         for name, tensor in self.tensors().items():
             tensor.copy_(fused[name].unsqueeze(0).expand_as(tensor))
             if noise > 0 and not name.endswith("bias"):
-                std = noise * fused[name].float().std().item()
-                tensor.add_((torch.randn_like(tensor, dtype=torch.float32) * std).to(tensor.dtype))
+                add_noise(tensor, noise * fused[name].float().std().item())
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -114,6 +116,23 @@ def expert_arguments(shared: Experts | None, routed: Experts, x: torch.Tensor) -
 def no_experts(like: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
     """Stacks of no expert, beside those in `like`."""
     return {name: None if t is None else t.new_empty(0, *t.shape[1:]) for name, t in like.items()}
+
+
+@torch.no_grad()
+def add_noise(tensor: torch.Tensor, std: float) -> None:
+    """Adds normal noise, drawn in fp32, in place: on a CPU part by part, beside little memory.
+
+    Args:
+        tensor: contiguous.
+        std: its standard deviation.
+    """
+    flat = tensor.view(-1)
+    step, start = _NOISE_PART if tensor.device.type == "cpu" else flat.numel(), 0
+    while start < flat.numel():
+        end = start + step if flat.numel() - start >= 2 * step else flat.numel()
+        part = flat[start:end]
+        part.add_((torch.randn_like(part, dtype=torch.float32) * std).to(part.dtype))
+        start = end
 
 
 def flatten_tokens(x: torch.Tensor, hidden_size: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .. import ops
 from ..config import UpcycleConfig
 from .assignment import BySequence, RowGroups
 from .dense import Projection, is_linear
+from .experts import add_noise
 from .upcycled_ffn import UpcycledFFN
 
 
@@ -98,9 +99,7 @@ class UpcycledLinear(BySequence):
         dense = Projection(linear)
         self.expert_weight.copy_(dense.weight.unsqueeze(0).expand_as(self.expert_weight))
         if noise > 0:
-            std = noise * dense.weight.float().std().item()
-            added = torch.randn_like(self.expert_weight, dtype=torch.float32) * std
-            self.expert_weight.add_(added.to(self.expert_weight.dtype))
+            add_noise(self.expert_weight, noise * dense.weight.float().std().item())
         if self.expert_bias is not None and dense.bias is not None:
             self.expert_bias.copy_(dense.bias.unsqueeze(0).expand_as(self.expert_bias))
 

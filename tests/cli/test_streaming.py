@@ -1,0 +1,120 @@
+"""Commands on a checkpoint of several times the memory that they may take, and killed at random moments."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkout import SUPPORT
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
+
+SHARD = 8_000_000
+MIXTURE = ("-e", "2", "-k", "1", "--max-shard-size", f"{SHARD // 1000}KB")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a command in a child of a process that has imported what it needs, killed after so many seconds or not."""
+    script = SUPPORT / "streaming_child.py"
+    server = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "READY\n"
+
+    def ask(*arguments, seconds=None):
+        server.stdin.write(json.dumps({"arguments": [str(a) for a in arguments], "seconds": seconds}) + "\n")
+        server.stdin.flush()
+        line = next(line for line in server.stdout if line.startswith("RESULT "))
+        return SimpleNamespace(**json.loads(line.removeprefix("RESULT ")))
+
+    yield ask
+    server.stdin.close()
+    assert server.wait(60) == 0
+
+
+def make_dense(folder, layers, width):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    tiny_model("llama", **sizes).save_pretrained(folder, max_shard_size="20MB")
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+class Written:
+    """A dense model, its mixture and what that is merged into: where they are, and what the commands took."""
+
+    def __init__(self, run, root, layers, width, rounded=False):
+        self.root = root
+        make_dense(root / "dense", layers, width)
+        self.commands = {
+            "upcycle": ("upcycle", root / "dense", root / "moe", *MIXTURE),
+            "merge": ("merge", root / "moe", root / "merged", *MIXTURE[4:]),
+        }
+        if rounded:
+            self.commands["rounded"] = ("upcycle", root / "dense", root / "half", *MIXTURE, "--dtype", "bfloat16")
+        self.took = {name: run(*command) for name, command in self.commands.items()}
+        assert {done.status for done in self.took.values()} == {0}
+        self.contents = {name: contents(root / name) for name in ("dense", "moe", "merged")}
+        self.largest = 2 * 8 * width**2 * 4  # gate_up_proj [2, 2I, H] in fp32
+
+    def check_memory(self):
+        dense, moe = size_of(self.root / "dense"), size_of(self.root / "moe")
+        allowed = self.largest + SHARD + (32 << 20)  # of which 10 to 25 MB were seen, much of it a heap's gaps
+        assert allowed < 0.6 * dense and allowed < moe / 4, "or the test says nothing"
+        assert {name: done.most >> 20 for name, done in self.took.items() if done.most > allowed} == {}
+        assert all(path.stat().st_size <= SHARD + 10_000 for path in (self.root / "moe").glob("*.safetensors"))
+
+    def kill(self, run, name, out, moment):
+        """Kills a command that writes what there is a copy of, looks at what it left, and gives it again."""
+        folder = self.root / "again"
+        command = [folder if part == self.root / out else part for part in self.commands[name]]
+        killed = run(*command, seconds=moment * self.took[name].seconds)
+        assert killed.status in (-9, 0)
+        if (folder / "config.json").exists():  # all that makes it load was in its place then
+            weights = {k: v for k, v in self.contents[out].items() if k.endswith((".safetensors", ".index.json"))}
+            assert weights.items() <= contents(folder).items()
+            command.append("--overwrite")
+        else:
+            left = os.listdir(folder) if folder.exists() else []
+            assert all(entry.startswith(".ummrm-save") for entry in left), "nothing that anybody could load"
+        assert run(*command).status == 0
+        assert contents(folder) == self.contents[out] and len(os.listdir(folder)) == len(self.contents[out])
+        assert all(contents(self.root / source) == self.contents[source] for source in ("dense", "moe"))
+        shutil.rmtree(folder)
+        return killed.status
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    return Written(run, tmp_path_factory.mktemp("big"), layers=24, width=224)
+
+
+def test_memory_stays_below_a_part_of_the_checkpoint(written):
+    written.check_memory()
+
+
+def test_kill_9_at_random_moments(run, written):
+    for name, out in (("upcycle", "moe"), ("merge", "merged")):
+        written.kill(run, name, out, random.uniform(0.3, 0.9))
+
+
+@pytest.mark.full
+def test_memory_and_kill_9_at_length(run, tmp_path):
+    large = Written(run, tmp_path, layers=40, width=512, rounded=True)  # 670 MB, and a mixture of 1.7 GB
+    large.check_memory()
+    killed = [large.kill(run, "upcycle", "moe", random.uniform(0.05, 1)) for _ in range(12)]
+    killed += [large.kill(run, "merge", "merged", random.uniform(0.05, 1)) for _ in range(8)]
+    assert killed.count(-9) >= 10, killed
