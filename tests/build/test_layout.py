@@ -23,7 +23,8 @@ ALLOWED = {
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
-    "cli": {"__init__", "config", "hf", "ops"},
+    "evaluation": {"data", "hf"},
+    "cli": {"__init__", "config", "data", "evaluation", "hf", "ops"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.
@@ -37,6 +38,7 @@ OUTSIDE = {
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "data": {"datasets", "pyarrow"},
+    "evaluation": {"torch", "transformers", "numpy", "scipy", "matplotlib", "jinja2"},
     "cli": {"torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
     "__main__": set(),
 }

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import info, merge, upcycle
+from . import evaluate, info, merge, score, upcycle
 from .errors import UserError, one_line
 from .screen import note, say
 
@@ -20,6 +20,8 @@ from .screen import note, say
 app = typer.Typer(name="ummrm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(upcycle.upcycle)
 app.command()(merge.merge)
+app.command()(score.score)
+app.command()(evaluate.evaluate)
 app.command()(info.info)
 
 _log = logging.getLogger(__name__)

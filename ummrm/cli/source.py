@@ -79,16 +79,18 @@ class Source:
         return sum(path.stat().st_size for path in self.folder.glob("*.bin"))
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, revision: str | None = None) -> Source:
     """Finds a model and reads what describes it.
 
     Args:
         name: a folder, or a hub name `organisation/model`.
+        revision: of a hub name: a branch, tag or commit.
 
     Raises:
-        UserError: there is no such model, or its configuration or weight files can't be read.
+        UserError: there is no such model, its configuration or weight files can't be read, or a folder is given a
+            revision.
     """
-    return read_folder(name, _folder_of(name))
+    return read_folder(name, _folder_of(name, revision))
 
 
 def read_folder(name: str, folder: Path) -> Source:
@@ -123,15 +125,17 @@ def has_tokenizer(folder: Path) -> bool:
     return any(TOKENIZER.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _folder_of(name: str) -> Path:
+def _folder_of(name: str, revision: str | None = None) -> Path:
     path = Path(name)
     if name and os.path.isdir(path):
+        if revision is not None:
+            raise UserError(f"--revision must be left out for {name}, which is a folder; it is that of a hub name.")
         return path
     if name and os.path.lexists(path):
         what = "is a file" if path.is_file() else "is no folder"
         raise UserError(f"{name} {what}; give the folder that holds config.json and the weights.")
     if _HUB_NAME.fullmatch(name) and ".." not in name:
-        return _from_hub(name)
+        return _from_hub(name, revision)
     shown = name if len(name) < 200 else f"{name[:200]}..."
     raise UserError(f"there is no folder {shown!r}{_similar(path)}; a model of the hub is given as organisation/model.")
 
@@ -146,23 +150,30 @@ def _similar(path: Path) -> str:
     return f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, IncompleteSnapshotError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        IncompleteSnapshotError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    answer = _ask_hub(name)
+    answer = _ask_hub(name, revision)
     no_folder = f"there is no folder {name!r}{_similar(Path(name))}, and"
     if isinstance(answer, GatedRepoError):
         raise UserError(f"{no_folder} the hub wants its conditions accepted first: log in with `hf auth login`.")
+    if isinstance(answer, RevisionNotFoundError):
+        raise UserError(f"--revision must be a branch, tag or commit of {name}, and the hub has no {revision!r} there.")
     if isinstance(answer, RepositoryNotFoundError):
         raise UserError(f"{no_folder} the hub has no such model, or a private one; check the name or log in.")
     if not isinstance(answer, BaseException):
         ignored = [*_OTHER_FORMATS, "*.bin"] if any(f.endswith(".safetensors") for f in answer) else _OTHER_FORMATS
         with blaming(f"{name} can't be fetched from the hub", Exception, remedy="try again, or give a local folder."):
-            return Path(snapshot_download(name, ignore_patterns=list(ignored)))
+            return Path(snapshot_download(name, revision=revision, ignore_patterns=list(ignored)))
     why = f"the hub can't be reached ({one_line(answer)})"
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except IncompleteSnapshotError as error:
         folder = Path(error.snapshot_path)
     except (OSError, ValueError) as error:
@@ -172,7 +183,7 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def _ask_hub(name: str) -> Iterable[str] | BaseException:
+def _ask_hub(name: str, revision: str | None) -> Iterable[str] | BaseException:
     """The names of a repository's files, or why there is no answer within `HUB_SECONDS`.
 
     The request has a time limit, which does not cover looking its server up; the thread, which nobody waits for, does.
@@ -183,7 +194,7 @@ def _ask_hub(name: str) -> Iterable[str] | BaseException:
 
     def ask() -> None:
         try:
-            info = HfApi().model_info(name, timeout=HUB_SECONDS)
+            info = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
             answers.append([file.rfilename for file in info.siblings or ()])
         except Exception as error:
             answers.append(error)
