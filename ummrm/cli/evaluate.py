@@ -133,7 +133,7 @@ def evaluate(
         with blaming("", ValueError):
             config = EvaluationConfig(too_long=too_long, probes=names, probe_pairs=probe_pairs, seed=seed)
             more = {} if split is None else {"split": split}
-            kinds = {"columns": _columns(columns), "as_messages": as_messages, **more}
+            kinds: dict[str, Any] = {"columns": _columns(columns), "as_messages": as_messages, **more}
             sources = [PairSource(path, **kinds) for path in data]
             answers = None if candidates is None else PairSource(candidates, as_messages=as_messages)
 
@@ -145,7 +145,7 @@ def evaluate(
         steps = Steps(2 + len(judged) + (judge is not None))
         with steps.step("reading the data"):
             read, held = _read(sources, answers, subset, data_format, strict, gold_model=judge is not None)
-        for line in read.lines() + ([] if held is None else held.report.lines()):
+        for line in read.lines() + ([] if held is None else held.lines()):
             note(line)
         flatten = all(pair.benchmark != "pairs" for pair in read.pairs)
         if any(pair.benchmark == "pairs" and not isinstance(pair.chosen, str) for pair in read.pairs):

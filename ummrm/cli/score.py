@@ -108,7 +108,7 @@ def _run(scorer: RewardScorer, file: str, *, plain: bool, as_messages: bool, kee
                 continue
             answers[line.number] = answer = {"line": line.number, "reward": reward}
             if found.members is not None and found.spread is not None:
-                answer["members"] = found.members[i].tolist()  # type: ignore[assignment]
+                answer["members"] = found.members[i].tolist()
                 answer["spread"] = float(found.spread[i])
             if found.cut[i]:
                 answer["cut"] = True

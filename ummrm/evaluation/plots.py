@@ -286,7 +286,7 @@ def _best_of_n(result: Evaluation) -> Figure | None:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 28 else f"{text[:25]}..."
+    return text if len(text) <= 34 else f"{text[:31]}..."
 
 
 def _sentence(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.config import DataError, PairSource
@@ -231,7 +231,12 @@ class Candidates:
 
     texts: list[list[Text]]
     gold: list[list[float]] | None
-    report: SourceReport = field(compare=False)
+    report: SourceReport
+
+    def lines(self) -> list[str]:
+        """What was read, in words."""
+        first = f"{self.report.name}: candidates for {len(self.texts):,} prompts of {self.report.rows:,} rows"
+        return [first, *self.report.lines()[1:]]
 
 
 def read_candidates(source: PairSource, *, gold_model: bool) -> Candidates:

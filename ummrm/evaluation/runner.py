@@ -245,7 +245,7 @@ def evaluate(
         differences[name] = rewards[:, 0] - rewards[:, 1]
     keys = [data.pairs[i].key for i in kept]
     comparisons = compare_models(differences, keys) if len(kept) and len(models) > 1 else []
-    lines = data.lines() + (candidates.report.lines() if candidates is not None else [])
+    lines = data.lines() + (candidates.lines() if candidates is not None else [])
     notes = _notes(data, results, places, int(long.sum()), config)
     prompts = len(set(keys))
     return Evaluation(results, comparisons, lines, notes, len(kept), prompts, int(long.sum()), gold_name, config)
