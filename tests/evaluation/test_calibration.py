@@ -22,7 +22,9 @@ def test_the_table_and_ece_by_hand():
     bins = {}
     for d in differences:
         confidence = sigmoid(abs(d))
-        bins.setdefault(min(int((confidence - 0.5) * 2 * BINS), BINS - 1), []).append((confidence, (d > 0) + (d == 0) / 2))
+        bins.setdefault(min(int((confidence - 0.5) * 2 * BINS), BINS - 1), []).append(
+            (confidence, (d > 0) + (d == 0) / 2)
+        )
     ece = sum(abs(sum(right for _, right in rows) - sum(c for c, _ in rows)) for rows in bins.values()) / 8
     assert found.ece == pytest.approx(ece) and ece > 0.1
     for b, one in enumerate(found.bins):
@@ -61,7 +63,12 @@ def test_the_temperature_is_where_the_loss_is_least():
 
 @pytest.mark.parametrize(
     ("differences", "why"),
-    [([], "no two rewards differ"), ([0, 0], "no two rewards differ"), ([1, -3], "a coin"), ([1, 2], "no pair is wrong")],
+    [
+        ([], "no two rewards differ"),
+        ([0, 0], "no two rewards differ"),
+        ([1, -3], "a coin"),
+        ([1, 2], "no pair is wrong"),
+    ],
 )
 def test_there_may_be_no_temperature(differences, why):
     found, reason = fit_temperature(np.array(differences, dtype=float))

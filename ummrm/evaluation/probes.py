@@ -167,6 +167,8 @@ def length_effect(pairs: Sequence[LabelledPair], rewards: np.ndarray) -> LengthE
     Returns:
         None where all rewards are equal, or no two answers of a pair differ in length.
     """
+    if not pairs:
+        return None
     std = float(rewards.std())
     lengths = np.array([_lengths(pair) for pair in pairs], dtype=np.float64)
     differ = (lengths[:, 0] != lengths[:, 1]) & (lengths > 0).all(1)

@@ -17,7 +17,7 @@ import jinja2
 from .edits import PROBES
 from .intervals import Estimate
 from .plots import draw
-from .runner import Evaluation, ModelResult
+from .runner import Evaluation, ModelResult, counted
 
 JSON, PAGE = "evaluation.json", "report.html"
 
@@ -67,6 +67,7 @@ def page(result: Evaluation) -> str:
     drawings = {drawing.name: drawing for drawing in draw(result)}
     return environment.get_template("report.html.j2").render(
         result=result,
+        counted=counted,
         drawings=drawings,
         probe_drawings=[drawings[name] for p in PROBES if (name := f"probe-{p.name}") in drawings],
         summary=summary(result),
@@ -79,7 +80,7 @@ def summary(result: Evaluation) -> list[str]:
     said = []
     for name, model in result.models.items():
         if model.accuracy is not None:
-            said.append(f"{name}: accuracy {_percent(model.accuracy.share)} on {result.pairs:,} pairs.")
+            said.append(f"{name}: accuracy {_percent(model.accuracy.share)} on {counted(result.pairs, 'pair')}.")
         for benchmark in model.benchmarks:
             whole = math.isfinite(benchmark.score)
             said.append(

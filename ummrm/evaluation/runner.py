@@ -152,6 +152,11 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 pair, 2,000 pairs."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 @dataclass
 class _Texts:
     """Different texts, each once."""
@@ -338,16 +343,15 @@ def _notes(
 ) -> list[str]:
     notes = []
     if dropped:
-        notes.append(f"{dropped:,} pairs have a text over a model's limit and are left out for all models.")
+        notes.append(f"{counted(dropped, 'pair')} with a text over a model's limit left out for all models.")
     for name, result in results.items():
         if result.cut:
-            what = f"{result.cut_pairs:,} pairs" if result.cut_pairs else "no pair"
             notes.append(
                 f"{name}: {result.cut:,} of {result.scored:,} texts are longer than {result.max_length:,} tokens and "
-                f"are scored by what is within; {what} among them."
+                f"are scored by what is within; {counted(result.cut_pairs, 'pair')} among them."
             )
         if result.accuracy is not None and result.accuracy.ties:
-            notes.append(f"{name}: {result.accuracy.ties:,} pairs have equal rewards, which count half.")
+            notes.append(f"{name}: equal rewards in {counted(result.accuracy.ties, 'pair')}, which count half.")
         if data.pairs and result.std == 0:
             notes.append(f"{name}: all rewards are equal, so that nothing can be told in units of their spread.")
     used = min(len(data.pairs), config.probe_pairs)
