@@ -66,7 +66,7 @@ def evaluate(
     ] = None,
     as_messages: Annotated[
         bool,
-        typer.Option("--as-messages", help="Make messages of texts.", rich_help_panel=_DATA),
+        typer.Option("--as-messages", help="Make a user's and an assistant's message of texts.", rich_help_panel=_DATA),
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="A row that makes no pair is an error.", rich_help_panel=_DATA)
@@ -107,8 +107,9 @@ def evaluate(
 ) -> None:
     """Evaluates reward models, ummrm's or any other, on the same data.
 
-    Accuracy by subset, scores of RewardBench, calibration, shortcut probes, agreement of several models, best-of-n
-    against a gold model: each with its interval. docs/evaluation.md says what a number means.
+    Accuracy by subset, scores of RewardBench, calibration, shortcut probes,
+    agreement of several models, best-of-n against a gold model: each with its
+    interval. docs/evaluation.md says what a number means.
 
     Example: ummrm evaluate merged --data pairs.jsonl --output report
     """

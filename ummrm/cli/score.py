@@ -51,9 +51,10 @@ def score(
 ) -> None:
     """Scores texts with a reward model: a line of JSON out for every line in, in order.
 
-    A line has `text`, `prompt` and `response`, or `messages`. The output has `line`, `reward`, with --members `members`
-    (their rewards) and `spread` (their standard deviation), and `cut` where a text was too long and was cut. Blank
-    lines of JSON are passed over.
+    A line has `text`, `prompt` and `response`, or `messages`. The output has
+    `line`, `reward`, with --members `members` (their rewards) and `spread`
+    (their standard deviation), and `cut` where a text was too long and was cut.
+    Blank lines of JSON are passed over.
 
     Example: ummrm score merged answers.jsonl > rewards.jsonl
     """
