@@ -127,7 +127,11 @@ ext_modules, cmdclass = extension() if COMPILES & set(sys.argv) else ([], {})
 setup(
     packages=find_packages(include=["ummrm", "ummrm.*"]),
     include_package_data=False,  # what the source archive holds beside the package stays there
-    package_data={"ummrm": ["py.typed"], "ummrm.ops.triton_kernels": ["tuned.json"]},
+    package_data={
+        "ummrm": ["py.typed"],
+        "ummrm.evaluation": ["report.html.j2"],
+        "ummrm.ops.triton_kernels": ["tuned.json"],
+    },
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

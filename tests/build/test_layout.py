@@ -23,8 +23,9 @@ ALLOWED = {
     "merge": {"config", "hf", "nn", "upcycle"},
     "trainer": {"config", "hf", "merge", "nn"},
     "data": set(),
-    "pipeline": {"config", "data", "hf", "merge", "nn", "trainer", "upcycle", "version"},
-    "cli": {"__init__", "config", "data", "hf", "merge", "ops", "pipeline", "upcycle"},
+    "evaluation": {"data", "hf"},
+    "pipeline": {"config", "data", "evaluation", "hf", "merge", "nn", "trainer", "upcycle", "version"},
+    "cli": {"__init__", "config", "data", "evaluation", "hf", "merge", "ops", "pipeline", "upcycle"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.
@@ -38,8 +39,19 @@ OUTSIDE = {
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},
     "data": {"datasets", "pyarrow"},
+    "evaluation": {"torch", "transformers", "numpy", "scipy", "matplotlib", "jinja2"},
     "pipeline": {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "rich", "yaml"},
-    "cli": {"datasets", "torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "yaml"},
+    "cli": {
+        "datasets",
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "typer",
+        "rich",
+        "yaml",
+        "matplotlib",
+    },
     "__main__": set(),
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import info, inspect, merge, run, train, upcycle
+from . import evaluate, info, inspect, merge, run, score, train, upcycle
 from .errors import UserError, one_line
 from .screen import note, say
 
@@ -22,6 +22,8 @@ app.command()(upcycle.upcycle)
 app.command()(merge.merge)
 app.command()(run.run)
 app.command()(train.train)
+app.command()(score.score)
+app.command()(evaluate.evaluate)
 app.command()(info.info)
 app.command()(inspect.inspect)
 

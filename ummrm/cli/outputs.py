@@ -64,13 +64,38 @@ def check_output(out: str, source: Path, overwrite: bool) -> Path:
     return target
 
 
-def _check_place(out: str, target: Path, source: Path) -> None:
+def check_report_folder(out: str, names: tuple[str, ...], overwrite: bool) -> Path:
+    """Checks the folder that a report is written into.
+
+    Args:
+        out: as the user gave it; it may hold other things.
+        names: of the files that will be written.
+        overwrite: whether such files may be there.
+
+    Raises:
+        UserError: it can't be written, or holds such a file.
+    """
+    if not out:
+        raise UserError(f'--output must be the name of a folder, got ""; {_OTHER}')
+    shown = out if len(out) < 200 else f"{out[:200]}..."
+    with blaming(f"{shown} can't be written", OSError, ValueError, RuntimeError, remedy=_OTHER):
+        _check_place(out, Path(out), None)
+        there = [name for name in names if (Path(out) / name).exists()]
+    for name in there:
+        if not (Path(out) / name).is_file():
+            raise UserError(f"{Path(out) / name} must be a file, and {_kind(Path(out) / name)} stands there; {_OTHER}")
+    if there and not overwrite:
+        raise UserError(f"{out} holds {there[0]} already; {_OTHER[:-1]}, or give --overwrite to replace it.")
+    return Path(out)
+
+
+def _check_place(out: str, target: Path, source: Path | None) -> None:
     """Raises UserError or OSError if no folder can be at `target`, or be written there, or it touches `source`."""
     if target.is_symlink() and not target.exists():
         raise UserError(f"{out} is a symbolic link that leads nowhere; remove it, or {_OTHER}")
     resolved = target.resolve()
     for place in (resolved, *resolved.parents):
-        if place.exists() and place.samefile(source):
+        if source is not None and place.exists() and place.samefile(source):
             where = "is" if place == resolved else "lies inside"
             raise UserError(f"{out} {where} the folder that is read ({source}); {_OTHER}")
     if target.exists() and not target.is_dir():

@@ -93,7 +93,8 @@ def open_source(name: str, revision: str | None = None) -> Source:
         revision: branch, tag or commit of a hub name; None is its main branch.
 
     Raises:
-        UserError: there is no such model, or its configuration or weight files can't be read.
+        UserError: there is no such model, its configuration or weight files can't be read, or a folder is given a
+            revision.
     """
     return read_folder(name, _folder_of(name, revision))
 
