@@ -116,7 +116,7 @@ def test_what_is_refused(folders, refused):
         ("dense", "texts.jsonl", "--batch-size", 0): "`--batch-size` must be at least 1, got 0",
         ("dense", "texts.jsonl", "--dtype", "int8"): "`--dtype` must be one of",
         ("dense", "texts.jsonl", "--device", "tpu"): "`--device` must be cpu",
-        ("dense", "texts.jsonl", "--revision", "main"): "--revision must be left out for dense, which is a folder",
+        ("dense", "texts.jsonl", "--revision", "main"): "--revision must be left out for a folder, which has none",
     }.items():
         assert message in refused("score", *arguments), arguments
 

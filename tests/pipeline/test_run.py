@@ -101,6 +101,9 @@ def test_a_run_is_what_the_library_does_by_hand(finished, inputs, tmp_path):
         scores = torch.tensor([distilled.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in held_out])
     right = (scores[::2] > scores[1::2]).double().mean().item()
     assert outcome.metrics["distilled"]["accuracy"] == pytest.approx(right)
+    told = json.loads((out / "evaluation.json").read_text())
+    assert told["models"]["distilled"]["accuracy"]["share"]["value"] == pytest.approx(right)
+    assert all(name in (out / "report.html").read_text() for name in outcome.metrics)
     assert outcome.metrics["distilled"]["pairs"] == len(pairs.held_out)
 
 
@@ -308,6 +311,7 @@ MISTAKES = [
     ({"model": "./not/there"}, "there is no folder ./not/there"),
     ({"train": {"lr_scheduler_type": "steep"}}, "`train`: TRL refuses its arguments"),
     ({"data": {"train": "pairs.jsonl", "held_out_shares": 1}}, "`data` has no field `held_out_shares`; did you mean"),
+    ({"evaluate": {"probes": ["lenght"]}}, "evaluate: EvaluationConfig: `probes` must be names of length"),
     ({"lora": {"rank": 4}}, "`lora` has no field `rank`"),
     ({"distill": {"texts": "no.jsonl"}}, "`distill.texts` must name files of texts, and no.jsonl is none"),
 ]

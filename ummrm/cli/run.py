@@ -53,7 +53,7 @@ def run(
         outcome = run_recipe(read, log=note)
     for name, found in outcome.metrics.items():
         say(f"{name}: accuracy {found['accuracy']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
-    say(f"the reward model is in {outcome.folder / 'merged'}")
+    say(f"the reward model is in {outcome.folder / 'merged'}, its evaluation in {outcome.folder / 'report.html'}")
 
 
 def _show(plans: list[StagePlan]) -> None:

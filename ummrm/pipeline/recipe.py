@@ -17,10 +17,12 @@ import yaml
 
 from ..config import MergeConfig, UpcycleConfig
 from ..data import PairsConfig, PairSource
+from ..evaluation import EvaluationConfig
 
 HEADS = ("auto", "fresh", "keep")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("mean", "learned")
+_PROBE_PAIRS = 200  # a probe scores two texts of each by every model
 _LARGEST = 64 << 10  # bytes of a recipe
 
 
@@ -73,6 +75,7 @@ class Recipe:
         merge: `weights`, `"mean"` or `"learned"`; fields of `MergeConfig`; arguments of learning them.
         distill: `texts`, sources of texts without labels (default: the training answers); arguments of
             `UmmDistillConfig`. None leaves it out; it is there by default where sequences are assigned.
+        evaluate: fields of `ummrm.evaluation.EvaluationConfig`; edits are made on 200 held-out pairs.
     """
 
     model: ModelSource
@@ -86,6 +89,7 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
     distill: Mapping[str, Any] | None = field(default_factory=dict)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require("output", isinstance(self.output, str) and self.output.strip() != "", "a folder", self.output)
@@ -96,6 +100,7 @@ class Recipe:
             _require("merge", not extra, "without arguments of training where `weights` is mean", ", ".join(extra))
         self.upcycle_config(fresh=True)
         self.merge_config()
+        self.evaluation_config()
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
@@ -117,7 +122,7 @@ class Recipe:
             given["data"] = _pairs(data["data"], data.get("seed", 0))
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
-        for name in ("training", "upcycle", "train", "merge"):
+        for name in ("training", "upcycle", "train", "merge", "evaluate"):
             given[name] = _block(name, data.get(name), {})
         given |= {name: _optional(data, name, default=False) for name in ("dense", "lora")}
         upcycle = given["upcycle"]
@@ -164,6 +169,14 @@ class Recipe:
             return MergeConfig(**fields) if fields else None
         except (TypeError, ValueError) as error:
             raise RecipeError(f"merge: {error}") from error
+
+    def evaluation_config(self) -> EvaluationConfig:
+        """What is measured of the models."""
+        _check_names("`evaluate`", self.evaluate, _names(EvaluationConfig))
+        try:
+            return EvaluationConfig(**{"probe_pairs": _PROBE_PAIRS, "seed": self.seed, **self.evaluate})
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"evaluate: {error}") from error
 
     def longer(self, config: UpcycleConfig) -> int:
         """How many times a dense model's training the mixture gets where nothing is said (docs/findings.md).

@@ -61,8 +61,9 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
         log: takes a line for each stage, in the first process.
 
     Returns:
-        What it left: `merged`, the stock reward model; `mixture`; `dense` where the recipe has one; `metrics.json`;
-        `recipe.yaml`, the recipe with all that it says; `run.json`, data, versions and what stages found.
+        What it left: `merged`, the stock reward model; `mixture`; `dense` where the recipe has one; `report.html` and
+        `evaluation.json`, what they are worth; `metrics.json`; `recipe.yaml`, the recipe with all that it says;
+        `run.json`, data, versions and what stages found.
 
     Raises:
         RecipeError: the recipe, its model or its folder can't be used; nothing was written then.
@@ -190,6 +191,7 @@ def _settings(at: stages.Setting) -> dict[str, dict[str, Any]]:
     distilled = {"merge": merged, "texts": stages.digest(at.texts), "arguments": arguments.get("distill")}
     made: dict[str, dict[str, Any]] = {"dense": dense, "train": train, "merge": merged, "distill": distilled}
     every = {name: made[name] for name in ("dense", "merge", "distill") if _is_run(recipe, name)}
+    every["config"] = stages.plain(recipe.evaluation_config())
     return {**made, "evaluate": every}
 
 

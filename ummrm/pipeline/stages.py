@@ -103,7 +103,7 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
         moe = trainer.accelerator.unwrap_model(trainer.model)
     elif config is not None:
         moe = prepare_merge(moe, config)
-    _in_first(lambda: _save(merge(moe), at, at.undistilled))
+    in_first(lambda: _save(merge(moe), at, at.undistilled))
     return found
 
 
@@ -154,7 +154,7 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
             _save(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), at, target)
         write_json(folder / "log.json", trainer.state.log_history)
 
-    _in_first(save)
+    in_first(save)
     steps = trainer.state.global_step
     timed = ("runtime", "per_second")
     return {
@@ -190,7 +190,7 @@ def clean(at: Setting, stage: str) -> None:
         for path in (at.folder / "stages" / stage).glob("checkpoint-*"):
             shutil.rmtree(path)
 
-    _in_first(remove)
+    in_first(remove)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -210,7 +210,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _in_first(work: Callable[[], Any]) -> None:
+def in_first(work: Callable[[], Any]) -> None:
     """Does something in the first process alone, while the others wait."""
     state = processes()
     if state.is_main_process:
