@@ -179,7 +179,8 @@ def test_long_texts_are_cut_or_dropped_and_always_said(tmp_path):
     model = {"short": scorer(1, "short", max_length=30)}
     cut = evaluate(model, data, EvaluationConfig(probes=("praise",)))
     assert cut.pairs == 11 and cut.models["short"].cut_pairs == 1 and cut.dropped == 0
-    assert any("longer than 30 tokens and are scored by what is within; 1 pair" in note for note in cut.notes)
+    assert any("longer than 30 tokens and are scored by what is within" in note for note in cut.notes)
+    assert "short: 1 pair with a text that is cut." in cut.notes
     assert cut.models["short"].edits["praise"].left_out >= 1, "where the end is cut off, so is the praise"
     dropped = evaluate(model, data, EvaluationConfig(probes=(), too_long="drop"))
     assert (
@@ -220,6 +221,11 @@ def test_benchmarks_on_disk_make_their_scores(models, tmp_path):
         texts = [[message("user", row["prompt"]), message("assistant", a)] for a in row["chosen"] + row["rejected"]]
         best += int(np.argmax(models["one"].score(texts).rewards) == 0)
     assert two.parts["Focus"].value == pytest.approx(best / 6) and result.pairs == 8 + 18 and result.prompts == 14
+    assert not any("chat template" in note for note in result.notes)
+    plain = scorer(1, "plain", flatten=True, max_length=12)
+    plain.tokenizer.chat_template = None
+    flat = evaluate({"plain": plain}, read_evaluation_data(sources[:1]), EvaluationConfig(probes=()))
+    assert any("plain: its tokenizer has no chat template; 16 conversations scored as text" in n for n in flat.notes)
     html = page(result)
     assert "<h2>RewardBench</h2>" in html and "<h2>RewardBench 2</h2>" in html
 

@@ -151,6 +151,8 @@ def evaluate(
         flatten = all(pair.benchmark != "pairs" for pair in read.pairs)
         if any(pair.benchmark == "pairs" and not isinstance(pair.chosen, str) for pair in read.pairs):
             _check_templates([*judged.values()], trust_remote_code)
+        if held is not None and any(not isinstance(text, str) for texts in held.texts for text in texts):
+            _check_templates([*judged.values(), *([] if judge is None else [judge])], trust_remote_code)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         options |= {"batch_size": batch_size, "max_length": max_length, "flatten": flatten}
 

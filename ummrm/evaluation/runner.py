@@ -75,6 +75,7 @@ class ModelResult:
         max_length: most tokens that it takes; None if it names no limit.
         scored: different texts, those that probes and benchmarks made included.
         cut: how many of them were longer than the limit.
+        flattened: conversations that were scored as texts, since the tokenizer has no chat template.
         cut_pairs: pairs with such a text.
         seconds: time of scoring, tokenisation included.
         mean: of the rewards of the pairs' answers.
@@ -95,6 +96,7 @@ class ModelResult:
     max_length: int | None
     scored: int
     cut: int
+    flattened: int
     cut_pairs: int
     seconds: float
     mean: float
@@ -230,9 +232,10 @@ def evaluate(
     facts: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         found[name], facts[name] = _score(model, texts.texts, progress(name))
+    gold_notes: list[str] = []
     gold_name, gold_rewards = None, None
     if candidates is not None:
-        gold_name, gold_rewards = _gold(candidates, gold, progress)
+        gold_name, gold_rewards, gold_notes = _gold(candidates, gold, progress)
     long = np.zeros(len(data.pairs), dtype=bool)
     if config.too_long == "drop":
         for scores in found.values():
@@ -251,7 +254,7 @@ def evaluate(
     keys = [data.pairs[i].key for i in kept]
     comparisons = compare_models(differences, keys) if len(kept) and len(models) > 1 else []
     lines = data.lines() + (candidates.lines() if candidates is not None else [])
-    notes = _notes(data, results, places, int(long.sum()), config)
+    notes = _notes(data, results, places, int(long.sum()), config) + gold_notes
     prompts = len(set(keys))
     return Evaluation(results, comparisons, lines, notes, len(kept), prompts, int(long.sum()), gold_name, config)
 
@@ -274,6 +277,7 @@ def _score(model: Model, texts: Sequence[Text], progress: str | None) -> tuple[S
         "max_length": scorer.max_length,
         "scored": len(texts),
         "cut": int(scores.cut.sum()),
+        "flattened": sum(scorer.flattens(text) for text in texts),
         "seconds": seconds,
     }
     return scores, facts
@@ -281,15 +285,15 @@ def _score(model: Model, texts: Sequence[Text], progress: str | None) -> tuple[S
 
 def _gold(
     candidates: Candidates, gold: Model | None, progress: Callable[[str], str | None]
-) -> tuple[str, list[np.ndarray]]:
+) -> tuple[str, list[np.ndarray], list[str]]:
     if candidates.gold is not None:
-        return f"the column `gold` of {candidates.report.name}", [np.array(one) for one in candidates.gold]
+        return f"the column `gold` of {candidates.report.name}", [np.array(one) for one in candidates.gold], []
     assert gold is not None  # checked by the caller
     texts = _Texts()
     places = [texts.add(answers) for answers in candidates.texts]
     scorer = gold if isinstance(gold, RewardScorer) else gold()
-    scores, _ = _score(scorer, texts.texts, progress(scorer.name))
-    return scorer.name, [scores.rewards[place] for place in places]
+    scores, facts = _score(scorer, texts.texts, progress(scorer.name))
+    return scorer.name, [scores.rewards[place] for place in places], _model_notes(f"{scorer.name} (gold)", facts)
 
 
 def _result(
@@ -338,6 +342,22 @@ def _result(
     )
 
 
+def _model_notes(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """What was done to a model's texts."""
+    notes = []
+    if facts["cut"]:
+        notes.append(
+            f"{name}: {facts['cut']:,} of {facts['scored']:,} texts are longer than {facts['max_length']:,} tokens and "
+            "are scored by what is within."
+        )
+    if facts["flattened"]:
+        notes.append(
+            f"{name}: its tokenizer has no chat template; {counted(facts['flattened'], 'conversation')} scored as text "
+            "with an empty line between messages."
+        )
+    return notes
+
+
 def _notes(
     data: EvaluationData, results: dict[str, ModelResult], places: _Places, dropped: int, config: EvaluationConfig
 ) -> list[str]:
@@ -345,11 +365,9 @@ def _notes(
     if dropped:
         notes.append(f"{counted(dropped, 'pair')} with a text over a model's limit left out for all models.")
     for name, result in results.items():
-        if result.cut:
-            notes.append(
-                f"{name}: {result.cut:,} of {result.scored:,} texts are longer than {result.max_length:,} tokens and "
-                f"are scored by what is within; {counted(result.cut_pairs, 'pair')} among them."
-            )
+        notes += _model_notes(name, vars(result))
+        if result.cut_pairs:
+            notes.append(f"{name}: {counted(result.cut_pairs, 'pair')} with a text that is cut.")
         if result.accuracy is not None and result.accuracy.ties:
             notes.append(f"{name}: equal rewards in {counted(result.accuracy.ties, 'pair')}, which count half.")
         if data.pairs and result.std == 0:

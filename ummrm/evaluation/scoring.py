@@ -156,14 +156,16 @@ class RewardScorer:
         Raises:
             ValueError: a conversation, which the tokenizer has no chat template for, or one that its template refuses.
         """
-        if not isinstance(text, str) and self.flatten and not getattr(self.tokenizer, "chat_template", None):
-            text = flattened(text)
         try:
-            return token_ids(self.tokenizer, text)
+            return token_ids(self.tokenizer, flattened(text) if self.flattens(text) else text)
         except ValueError:
             raise
         except Exception as error:  # a template raises what it likes: jinja2's own errors, and what its code meets
             raise ScoringError(f"the chat template can't be applied: {' '.join(str(error).split())[:200]}") from error
+
+    def flattens(self, text: Text) -> bool:
+        """Whether a text is a conversation that is scored as plain text."""
+        return self.flatten and not isinstance(text, str) and not getattr(self.tokenizer, "chat_template", None)
 
     def score(self, texts: Sequence[Text], *, progress: str | None = None) -> Scores:
         """Rewards of texts.
