@@ -22,7 +22,7 @@ def measure(at: stages.Setting) -> dict[str, Any]:
     folders |= {"mixture": at.model(stages.MIXTURE), "merged": at.undistilled}
     if at.recipe.distill is not None:
         folders["distilled"] = at.model(stages.MERGED)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     batch_size = at.arguments["train"].per_device_eval_batch_size
 
     def loader(name: str, folder: Path) -> Any:
