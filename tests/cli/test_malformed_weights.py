@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import UpcycleConfig
+from ummrm.cli.source import open_source
 
 INDEX = "model.safetensors.index.json"
 
@@ -41,9 +42,9 @@ def edit_tensors(path, change):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_an_index_leads_nowhere_but_to_its_own_folder(command, sharded, refused):
-    folder = sharded / command[1]
+@pytest.mark.parametrize("job", COMMANDS, ids=lambda job: job[0])
+def test_an_index_leads_nowhere_but_to_its_own_folder(job, sharded, refused):
+    folder = sharded / job[1]
     kept = (folder / INDEX).read_text()
     first = next(iter(json.loads(kept)["weight_map"].values()))
     shutil.copy(folder / first, sharded / "outside.safetensors")
@@ -51,70 +52,71 @@ def test_an_index_leads_nowhere_but_to_its_own_folder(command, sharded, refused)
     shutil.copy(folder / first, folder / "below/inside.safetensors")
     for place in (str(sharded / "outside.safetensors"), "../outside.safetensors", "below/inside.safetensors", "..", ""):
         edit_index(folder, lambda files, place=place: files.update({k: place for k, f in files.items() if f == first}))
-        line = refused(*command)
+        line = refused(*job)
         assert f"must name files of its own folder, got {place!r}" in line
         (folder / INDEX).write_text(kept)
     (folder / first).unlink()
     (folder / first).symlink_to("../outside.safetensors")
-    assert f"got {first!r}, which leads out of it" in refused(*command)
+    assert f"got {first!r}, which leads out of it" in refused(*job)
     (folder / first).unlink()
     shutil.copy(sharded / "outside.safetensors", folder / "elsewhere")
     (folder / first).symlink_to("elsewhere")  # which stays in the folder
+    assert open_source(job[1]).headers
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_files_and_tensors_that_do_not_fit_are_named(command, sharded, refused):
-    folder = sharded / command[1]
+@pytest.mark.parametrize("job", COMMANDS, ids=lambda job: job[0])
+def test_files_and_tensors_that_do_not_fit_are_named(job, sharded, refused):
+    folder = sharded / job[1]
     files = json.loads((folder / INDEX).read_text())["weight_map"]
     key = "model.layers.1.self_attn.q_proj.weight"
     path = folder / files[key]
     kept = path.read_bytes()
 
     os.truncate(path, len(kept) - 8)
-    assert f"{path.name} can't be read" in refused(*command)
+    assert f"{path.name} can't be read" in refused(*job)
     path.write_bytes(kept)
 
     edit_tensors(path, lambda tensors: tensors.pop(key))
-    line = refused(*command)
+    line = refused(*job)
     assert f"{path.name} must hold {key}, which {INDEX} names there, and does not" in line
     path.write_bytes(kept)
 
     other = next(folder / file for file in files.values() if file != path.name)
     kept_other = other.read_bytes()
     edit_tensors(other, lambda tensors: tensors.update({key: torch.zeros(24, 24)}))
-    assert f"holds {key}, and so does another file" in refused(*command)
+    assert f"holds {key}, and so does another file" in refused(*job)
     other.write_bytes(kept_other)
 
     for kind in (torch.int32, torch.float8_e4m3fn):
         edit_tensors(path, lambda tensors, kind=kind: tensors.update({key: torch.ones(24, 24).to(kind)}))
-        line = refused(*command)
+        line = refused(*job)
         assert f"{key} must be of float32, bfloat16, float16 or float64, and is of {kind}".replace("torch.", "") in line
         path.write_bytes(kept)
 
     edit_tensors(path, lambda tensors: tensors.update({"model.layers.1.more.weight": torch.ones(3)}))
-    assert "unexpected: model.layers.1.more.weight" in refused(*command)
+    assert "unexpected: model.layers.1.more.weight" in refused(*job)
     path.write_bytes(kept)
 
     edit_tensors(path, lambda tensors: tensors.pop(key))
     edit_index(folder, lambda names: names.pop(key))
-    assert f"missing: {key}" in refused(*command)
+    assert f"missing: {key}" in refused(*job)
 
 
 def test_a_configuration_of_another_size_is_found_before_room_is_made_for_it(models, refused, monkeypatch):
-    for command in COMMANDS:
-        path = models / command[1] / "config.json"
+    for job in COMMANDS:
+        path = models / job[1] / "config.json"
         config = json.loads(path.read_text())
         path.write_text(json.dumps({**config, "intermediate_size": 10**9}))
         monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
-        line = refused(*command)
-        assert "of another shape: model.layers.0.mlp." in line and "1000000000" in line
+        line = refused(*job)
+        assert "of another shape: model.layers.0.mlp." in line and "000000000, 24]" in line
         monkeypatch.undo()
         monkeypatch.chdir(models)
 
 
 def folder_in_memory(source, dtype, out, config):
-    dense = ummrm.hf.loading.load_checkpoint(source).to(dtype)
     torch.manual_seed(0)
+    dense = ummrm.hf.loading.load_checkpoint(source).to(dtype)
     ummrm.save_pretrained(ummrm.upcycle(dense, config), out)
     return load_file(out / "model.safetensors")
 

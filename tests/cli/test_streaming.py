@@ -106,6 +106,7 @@ def test_memory_stays_below_a_part_of_the_checkpoint(written):
     written.check_memory()
 
 
+@pytest.mark.full
 def test_kill_9_at_random_moments(run, written):
     for name, out in (("upcycle", "moe"), ("merge", "merged")):
         written.kill(run, name, out, random.uniform(0.3, 0.9))

@@ -67,8 +67,9 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
         lacking = sorted(name for name, file in index.items() if file == path.name and name not in held)
         twice = sorted(held.keys() & found.keys())
         if lacking or twice:
-            what = f"must hold {lacking[0]}, which {_INDEX} names there, and does not"
-            if not lacking:
+            if lacking:
+                what = f"must hold {lacking[0]}, which {_INDEX} names there, and does not"
+            else:
                 what = f"holds {twice[0]}, and so does another file of {_INDEX}"
             raise UserError(f"{path} {what}; download or save the model again.")
         found |= held
