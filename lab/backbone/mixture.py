@@ -44,13 +44,13 @@ class TokenMixture:
         """`data.MixtureFFN`. Rows that aren't live come out zero, which nothing reads."""
         config, names = self.config, self.network.ffns[layer]
         replicas, rows, hidden = x.shape
-        clean = torch.bmm(x, self.parameters[f"{layer}.router"].transpose(1, 2))
+        clean = _logits(x, self.parameters[f"{layer}.router"], live)
         if config.router == "mlp":
-            clean = torch.bmm(clean.tanh(), self.parameters[f"{layer}.router_output"].transpose(1, 2))
+            clean = _logits(clean.tanh(), self.parameters[f"{layer}.router_output"], live)
         noisy = clean
         if config.router_noise == "learned" and self.draws is not None:
             noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in self.draws])
-            std = F.softplus(torch.bmm(x, self.parameters[f"{layer}.router_noise"].transpose(1, 2))) + NOISE_FLOOR
+            std = F.softplus(_logits(x, self.parameters[f"{layer}.router_noise"], live)) + NOISE_FLOOR
             noisy = clean + noise * std
         routes = [
             ops.route(
@@ -225,3 +225,16 @@ def learn_alpha(
         {"alpha": alpha}, loss, steps, rates_of(rate, block.seeds), frozenset(["alpha"]), settings, on_step
     )
     return found["alpha"]
+
+
+def _logits(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
+    """Each replica's live rows of x [R, N, D] by its router [R, E, D], one product after the other; zeros elsewhere.
+
+    As one batched product, or with rows that others' texts pad, a replica's logits have other last bits beside others
+    than alone: on AMD's Zen, not on Intel's cores with AVX-512.
+    """
+    logits = []
+    for rows, one, lives in zip(x, weight, live, strict=True):
+        at = lives.nonzero().flatten()
+        logits.append(x.new_zeros(len(rows), len(one)).index_copy(0, at, F.linear(rows[at], one)))
+    return torch.stack(logits)
