@@ -70,12 +70,13 @@ class Written:
         self.contents = {name: contents(root / name) for name in ("dense", "moe", "merged")}
         self.largest = 2 * 8 * width**2 * 4  # gate_up_proj [2, 2I, H] in fp32
 
-    def check_memory(self):
+    def check_memory(self, beside=32 << 20):  # of which 10 to 25 MB were seen, much of it a heap's gaps
         dense, moe = size_of(self.root / "dense"), size_of(self.root / "moe")
-        allowed = self.largest + SHARD + (32 << 20)  # of which 10 to 25 MB were seen, much of it a heap's gaps
+        allowed = self.largest + SHARD + beside
         assert allowed < 0.6 * dense and allowed < moe / 4, "or the test says nothing"
         assert {name: done.most >> 20 for name, done in self.took.items() if done.most > allowed} == {}
-        assert all(path.stat().st_size <= SHARD + 10_000 for path in (self.root / "moe").glob("*.safetensors"))
+        most = max(SHARD, self.largest) + 10_000
+        assert all(path.stat().st_size <= most for path in (self.root / "moe").glob("*.safetensors"))
 
     def kill(self, run, name, out, moment):
         """Kills a command that writes what there is a copy of, looks at what it left, and gives it again."""
@@ -115,7 +116,7 @@ def test_kill_9_at_random_moments(run, written):
 @pytest.mark.full
 def test_memory_and_kill_9_at_length(run, tmp_path):
     large = Written(run, tmp_path, layers=40, width=512, rounded=True)  # 670 MB, and a mixture of 1.7 GB
-    large.check_memory()
+    large.check_memory(beside=64 << 20)  # 50 MB were seen, for 40 layers
     killed = [large.kill(run, "upcycle", "moe", random.uniform(0.05, 1)) for _ in range(12)]
     killed += [large.kill(run, "merge", "merged", random.uniform(0.05, 1)) for _ in range(8)]
     assert killed.count(-9) >= 10, killed
