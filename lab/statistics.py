@@ -3,7 +3,7 @@
 The seed is the unit. Bootstrap intervals are left out on purpose: at 6 seeds they cover 86% where 95% is promised.
 Student's t is scipy's. The sign-flip test is written out: scipy's takes 15 s for the 2^20 patterns of 20 seeds, this
 one a second, and its random patterns are not those of the kept studies; a test holds the two equal where both are
-exact. scipy has no Holm.
+exact.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from scipy import stats
+
+from ummrm.evaluation.intervals import holm as holm  # scipy has none
 
 EXACT_UP_TO = 20  # 2^20 sign patterns take a second; beyond, random ones
 _RANDOM_PATTERNS = 200_000
@@ -58,16 +60,6 @@ def _random_signs(n: int, seed: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shape = (_RANDOM_PATTERNS // 20, n)
     return tuple((torch.randint(2, shape, generator=generator) * 2 - 1).to(torch.int8) for _ in range(20))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p values, in the order given."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = running
-    return adjusted
 
 
 @dataclass(frozen=True)

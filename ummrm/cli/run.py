@@ -75,4 +75,7 @@ def _show(plans: list[StagePlan]) -> None:
     for row in (head, *rows):
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         say("  ".join(cells))
-    note("computed from shapes, for one device without sharding; nothing is measured, and nothing was written")
+    note(
+        "computed from shapes, for one device without sharding, as if every parameter were trained (frozen ones and "
+        "LoRA take less); nothing is measured, and nothing was written"
+    )

@@ -50,7 +50,7 @@ class StagePlan:
     Attributes:
         stage: its name.
         parameters: of its model.
-        trained: of those, how many are.
+        trained: of those, how many are; frozen parameters and LoRA are not taken into account.
         steps: optimiser steps.
         tokens: that are forwarded, all passes together.
         flops: of its forwards and backwards.

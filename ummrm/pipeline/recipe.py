@@ -95,7 +95,7 @@ class Recipe:
         _require("output", isinstance(self.output, str) and self.output.strip() != "", "a folder", self.output)
         _check_seed(self.seed)
         _require("merge.weights", self.merge_weights in WEIGHTS, f"one of {', '.join(WEIGHTS)}", self.merge_weights)
-        if self.by_sequence and self.merge_weights == "mean":
+        if self.merge_weights == "mean":
             extra = [name for name in self.merge if name != "weights" and name not in _names(MergeConfig)]
             _require("merge", not extra, "without arguments of training where `weights` is mean", ", ".join(extra))
         self.upcycle_config(fresh=True)
