@@ -4,7 +4,8 @@ with CUDA and its nvcc is found, CMake compiles kernels/cuda for it (tools/cuda_
 The metadata is in pyproject.toml. The build writes `ummrm/_build_record.json` last, beside the extension, so that the
 package can tell which torch it was compiled against without loading it, and why it has no CUDA kernels if it has none.
 Environment variables read at build time: MAX_JOBS (parallel compilers; torch's), CXX (the compiler), and those of
-tools/cuda_build.py: UMMRM_CUDA, UMMRM_CUDA_ARCHS, UMMRM_CUTLASS, UMMRM_TENSOR_CORES, UMMRM_HEAVY_COMPILERS, CUDA_HOME.
+tools/cuda_build.py: UMMRM_CUDA, UMMRM_CUDA_ARCHS, UMMRM_CUTLASS, UMMRM_TENSOR_CORES, UMMRM_HEAVY_COMPILERS,
+UMMRM_CUDA_LIBRARY, CUDA_HOME.
 """
 
 import json

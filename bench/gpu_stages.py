@@ -3,12 +3,14 @@
 Each runs in processes of its own with the package from build/gpu/site; nothing here imports torch.
 """
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import targets
@@ -87,9 +89,19 @@ def summary_of(kernels):
     return out
 
 
+WORKERS = 12  # processes of the tests at once, each with a CUDA context of its own: most of the time is the reference's
+
+
+def side_by_side():
+    """pytest's options for several processes at once, where the machine has pytest-xdist."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(WORKERS, os.cpu_count())), "--dist", "loadgroup"]
+
+
 def test(context):
     """Runs tests/gpu. None run is a failure: a suite that skips itself has shown nothing."""
-    run_tests(context, "test", [])
+    run_tests(context, "test", side_by_side())
 
 
 def run_tests(context, name, options, prefix=(), limit=None, **environment):
@@ -135,29 +147,32 @@ def count_lines(log):
     return {key: len(re.findall(rf"^\S+::.* {word}\b", log, re.M)) for key, word in words.items()}
 
 
-# Shares of the stage's time. initcheck is left out: it takes what torch's own kernels leave unwritten for an error of
-# the reader; the tests poison all new memory instead.
-SANITIZERS = {"memcheck": 0.42, "racecheck": 0.38, "synccheck": 0.20}
+# initcheck is left out: it takes what torch's own kernels leave unwritten for an error of the reader; the tests poison
+# all new memory instead.
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
 def sanitize(context):
-    """The tests marked `sanitize` under each tool, over our kernels alone. Anything a tool reports is a failure."""
+    """The tests marked `sanitize` under every tool at once, over our kernels alone. Anything reported is a failure."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         raise StageFailed("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
-    whole = context.remaining
-    for tool, share in SANITIZERS.items():
+
+    def under(tool):
         prefix = [program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", "--print-limit", "20"]
         prefix += ["--kernel-name", "kns=ummrm", "--kernel-name", "kns=cutlass"]
         prefix += ["--report-api-errors", "no"] if tool == "memcheck" else []
         name = f"sanitize-{tool}"
         # Without torch's cache every tensor is an allocation of its own, and a read past its end is seen.
-        done = run_tests(context, name, ["-m", "sanitize"], prefix, whole * share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        done = run_tests(context, name, ["-m", "sanitize"], prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.log.read_text(errors="replace"))
         context.result["numbers"][tool] = {"seconds": round(done.seconds, 1), "reported": list(map(int, found))}
         if not found or any(map(int, found)):
             message = f"reported {found[0]}" if found else "printed no summary: it did not check anything"
             context.result["failures"].append({"name": name, "message": message})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(under, SANITIZERS))
 
 
 MARGIN = 60  # seconds that the contender begun last may take
@@ -201,7 +216,8 @@ def triton(context):
     """The tests and then the benchmarks once more, on Triton's kernels."""
     whole, environment = context.remaining, {"TRITON_CACHE_DIR": str(context.work / "triton")}
     for name, (options, share) in TRITON_TESTS.items():
-        run_tests(context, f"triton-{name}", ["--backend=triton", *options], limit=whole * share, **environment)
+        options = ["--backend=triton", *side_by_side(), *options]
+        run_tests(context, f"triton-{name}", options, limit=whole * share, **environment)
     run_bench(context, "triton-bench", ["--backend", "triton"], **environment)
 
 

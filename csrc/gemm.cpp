@@ -39,7 +39,7 @@ at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::o
                     "this torch has no oneDNN linear operator; build torch with MKLDNN");
   torch::jit::Stack stack{a,
                           b.t(),
-                          bias.has_value() ? c10::IValue(*bias) : c10::IValue(),
+                          bias.has_value() ? c10::IValue(bias->contiguous()) : c10::IValue(),  // it ignores strides
                           "none",
                           c10::IValue(c10::List<std::optional<at::Scalar>>()),
                           ""};

@@ -3,7 +3,9 @@
 UMMRM_CUDA, read at build time: `auto` (default) compiles them if torch is built with CUDA and its nvcc is found, and
 says why if not; `0` does not; `1` makes a missing part an error. UMMRM_CUDA_ARCHS (architectures as CMake names them,
 `;` between them), UMMRM_CUTLASS and UMMRM_TENSOR_CORES (third_party/README.md) go to CMake, and UMMRM_HEAVY_COMPILERS
-(compilers of tensor-core kernels at once; by default as many as memory takes). The standard library alone is used here.
+(compilers of tensor-core kernels at once; by default as many as memory takes). UMMRM_CUDA_LIBRARY is a libummrm_cuda.a
+that CMake made before from the same sources: nothing of kernels/cuda is compiled then, which knows no torch and so
+serves extensions for several. The standard library alone is used here.
 """
 
 import os
@@ -141,8 +143,16 @@ def configure_command(toolkit, folder):
 def compile_kernels(toolkit, folder, jobs):
     """Compiles kernels/cuda in `folder` with `jobs` compilers at once, and returns the static library's path.
 
-    Only what has changed since the last time is compiled.
+    Only what has changed since the last time is compiled; with UMMRM_CUDA_LIBRARY nothing, and that file is returned.
     """
+    if given := os.environ.get("UMMRM_CUDA_LIBRARY"):
+        library = Path(given).resolve()
+        if not library.is_file() or library.suffix != ".a":
+            sys.exit(
+                f"UMMRM_CUDA_LIBRARY must be a libummrm_cuda.a, got {given!r}; make one with "
+                "`cmake --build FOLDER --target ummrm_cuda`, or leave the variable out to compile the kernels here."
+            )
+        return library
     configure = configure_command(toolkit, folder)
     subprocess.run(configure, check=True)
     subprocess.run([configure[0], "--build", str(folder), "--target", "ummrm_cuda", "-j", str(jobs)], check=True)

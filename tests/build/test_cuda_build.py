@@ -113,6 +113,18 @@ def test_heavy_compilers_fit_into_memory(tmp_path, monkeypatch):
     assert cuda_build.heavy_compilers() == 7
 
 
+def test_a_library_that_was_made_before_is_taken(tmp_path, monkeypatch):
+    library = tmp_path / "libummrm_cuda.a"
+    library.write_bytes(b"!<arch>\n")
+    monkeypatch.setenv("UMMRM_CUDA_LIBRARY", str(library))
+    assert cuda_build.compile_kernels(None, tmp_path / "folder", 1) == library
+    assert not (tmp_path / "folder").exists()
+    for wrong in (str(tmp_path), str(tmp_path / "absent.a")):
+        monkeypatch.setenv("UMMRM_CUDA_LIBRARY", wrong)
+        with pytest.raises(SystemExit, match="UMMRM_CUDA_LIBRARY must be .*, got .*; make one with"):
+            cuda_build.compile_kernels(None, tmp_path / "folder", 1)
+
+
 def test_an_earlier_build_leaves_no_settings(tmp_path, monkeypatch):
     """Real CMake on a project that prints what it was told, in one build folder."""
     if cuda_build.find_cmake() is None:

@@ -238,7 +238,6 @@ def test_resources_of_kernels():
 def test_every_stage_fits_eight_minutes():
     assert list(gpu_stages.STAGE_TABLE) == list(gpu_record.STAGES)
     assert all(stage.limit < 480 for stage in gpu_stages.STAGE_TABLE.values())
-    assert sum(gpu_stages.SANITIZERS.values()) == pytest.approx(1)
     assert sum(share for _, share in gpu_stages.TRITON_TESTS.values()) < 0.8  # the benchmarks have the rest
 
 

@@ -60,7 +60,8 @@ def machine(device):
     """fp32 products in fp32, whatever the machine's configuration says; the reference on all of its cores."""
     torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 @pytest.fixture

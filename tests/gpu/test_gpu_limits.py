@@ -150,7 +150,10 @@ def test_memory_without_recording(device):
     assert requested() - before == out.numel() * out.element_size()
 
 
-# Beyond 2^31 elements; on a CPU at a size that only says that the test itself is right.
+# Beyond 2^31 elements; on a CPU at a size that only says that the test itself is right. One process has them all: each
+# keeps tens of gigabytes in its allocator.
+
+large = pytest.mark.xdist_group("large")
 
 
 def rows_for(device, width):
@@ -166,6 +169,7 @@ def ends_and_middle(rows):
     return torch.tensor([0, 1, rows // 3, rows // 2, rows - 2, rows - 1])
 
 
+@large
 def test_activation_of_many_elements(device):
     rows, i = rows_for(device, 1024), 512
     z, probe = random(device, rows, 2 * i), ends_and_middle(rows).to(device)
@@ -178,6 +182,7 @@ def test_activation_of_many_elements(device):
         assert torch.equal(a[probe], b)
 
 
+@large
 def test_permute_of_many_elements(device):
     h, e, k = 2048, 16, 16
     t = rows_for(device, h) // k + 5
@@ -195,6 +200,7 @@ def test_permute_of_many_elements(device):
     torch.testing.assert_close(back[probe], want)
 
 
+@large
 def test_merge_of_many_elements(device):
     count = rows_for(device, 1) if device.type == "cuda" else 1000
     shared, routed = random(device, 1, count), random(device, 2, count)
@@ -210,6 +216,7 @@ def test_merge_of_many_elements(device):
     torch.testing.assert_close(dots[0], want)
 
 
+@large
 def test_expert_gemm_of_many_elements(device):
     """More than 2^31 elements in a result: rows probed at both ends of it, and of a group."""
     n, d = 16384, 64
@@ -232,6 +239,7 @@ def test_expert_gemm_of_many_elements(device):
         torch.testing.assert_close(out[list(ends)].float(), want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
 
 
+@large
 def test_moe_ffn_of_many_elements(device):
     """A pre-activation of more than 2^31 elements; a few tokens of it against the same tokens alone."""
     h, i, e, k, s = 64, 8192, 2, 1, 1
