@@ -16,7 +16,8 @@ using namespace ummrm::cuda;
 
 namespace {
 
-constexpr int kNoDevice = 3, kWarmups = 2, kRepeats = 7;
+constexpr int kNoDevice = 3, kWarmups = 2, kRepeats = 7, kFewest = 3;
+constexpr float kEnoughMs = 100;  // of one instance; long products differ less from time to time
 
 void check(int status, const char* what) {
   if (status == cudaSuccess) return;
@@ -95,7 +96,8 @@ double median_ms(const Run& run) {
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<float> times;
-  for (int i = 0; i < kWarmups + kRepeats; ++i) {
+  float spent = 0;
+  for (int i = 0; i < kWarmups + kRepeats && (spent < kEnoughMs || i < kWarmups + kFewest); ++i) {
     check(cudaEventRecord(begin), "cudaEventRecord");
     if (run() != cudaSuccess) return -1;
     check(cudaEventRecord(end), "cudaEventRecord");
@@ -103,11 +105,13 @@ double median_ms(const Run& run) {
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
     if (i >= kWarmups) times.push_back(ms);
+    spent += ms;
   }
   check(cudaEventDestroy(begin), "cudaEventDestroy");
   check(cudaEventDestroy(end), "cudaEventDestroy");
-  std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
-  return times[kRepeats / 2];
+  const auto middle = times.begin() + times.size() / 2;
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
 }
 
 template <class Arch, class Args>

@@ -18,7 +18,7 @@ NOTHING = "// Nothing has been measured yet.\n"
 NO_DEVICE = 3  # exit status of the program
 # Hidden and expert intermediate size, experts, experts a token; gated, with one shared expert.
 LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))
-TOKENS = (4096, 16384, 65536)
+TOKENS = (2048, 4096, 8192, 16384, 32768, 65536)
 GAIN = 0.02  # a smaller lead over the choice without measurement is noise
 
 

@@ -14,59 +14,67 @@ struct Value {
   float act, derivative;
 };
 
-__device__ inline float sigmoid(float z) { return 1.f / (1.f + expf(-z)); }
+template <class Math>
+__device__ inline float sigmoid(float z) {
+  return Math::reciprocal(1.f + Math::exp(-z));
+}
 
 struct Silu {
+  template <class Math>
   static __device__ Value at(float z) {
-    const float s = sigmoid(z);
+    const float s = sigmoid<Math>(z);
     return {z * s, s * (1.f + z * (1.f - s))};
   }
 };
 
 struct Gelu {
+  template <class Math>
   static __device__ Value at(float z) {
-    const float cdf = 0.5f * erfcf(-0.70710678f * z);
-    return {z * cdf, cdf + z * 0.39894228f * expf(-0.5f * z * z)};
+    const float cdf = Math::cumulative(z);
+    return {z * cdf, cdf + z * Math::density(z)};
   }
 };
 
 // 0.5 z (1 + tanh u) = z sigmoid(2u), which needs no tanh.
 struct GeluTanh {
+  template <class Math>
   static __device__ Value at(float z) {
     constexpr float c = 0.79788456f, cubic = 0.044715f;
-    const float s = sigmoid(2.f * c * (z + cubic * z * z * z));
+    const float s = sigmoid<Math>(2.f * c * (z + cubic * z * z * z));
     return {z * s, s + z * s * (1.f - s) * 2.f * c * (1.f + 3.f * cubic * z * z)};
   }
 };
 
 struct Relu {  // NaN stays NaN, as in torch
+  template <class Math>
   static __device__ Value at(float z) { return {z < 0.f ? 0.f : z, z > 0.f ? 1.f : 0.f}; }
 };
 
 struct Relu2 {
+  template <class Math>
   static __device__ Value at(float z) {
     const float positive = z < 0.f ? 0.f : z;
     return {positive * positive, 2.f * positive};
   }
 };
 
-template <class Kind, int N>
+template <class Kind, class Math, int N>
 __device__ void apply(const float (&z)[N], float (&act)[N], float (&derivative)[N]) {
   for (int i = 0; i < N; ++i) {
-    const Value value = Kind::at(z[i]);
+    const Value value = Kind::template at<Math>(z[i]);
     act[i] = value.act;
     derivative[i] = value.derivative;  // dropped by the compiler where it goes unused
   }
 }
 
-template <int N>
+template <class Math, int N>
 __device__ void apply(ActivationKind kind, const float (&z)[N], float (&act)[N], float (&derivative)[N]) {
   switch (kind) {
-    case ActivationKind::silu: return apply<Silu>(z, act, derivative);
-    case ActivationKind::gelu: return apply<Gelu>(z, act, derivative);
-    case ActivationKind::gelu_tanh: return apply<GeluTanh>(z, act, derivative);
-    case ActivationKind::relu: return apply<Relu>(z, act, derivative);
-    case ActivationKind::relu2: return apply<Relu2>(z, act, derivative);
+    case ActivationKind::silu: return apply<Silu, Math>(z, act, derivative);
+    case ActivationKind::gelu: return apply<Gelu, Math>(z, act, derivative);
+    case ActivationKind::gelu_tanh: return apply<GeluTanh, Math>(z, act, derivative);
+    case ActivationKind::relu: return apply<Relu, Math>(z, act, derivative);
+    case ActivationKind::relu2: return apply<Relu2, Math>(z, act, derivative);
   }
 }
 
@@ -107,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kResident) activation_kernel(Activat
        column += static_cast<int64_t>(blockDim.x) * N) {
     float z[N], act[N], derivative[N];
     load_biased<N>(pre, bias, column, z);
-    apply(args.kind, z, act, derivative);
+    apply<MathOf<T>>(args.kind, z, act, derivative);
     if constexpr (glu) {
       float up[N];
       load_biased<N>(pre, bias, width + column, up);
@@ -144,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     float z[N], g[N], act[N], derivative[N];
     load_biased<N>(pre, bias, column, z);
     load<N>(grad + column, g);
-    apply(args.kind, z, act, derivative);
+    apply<MathOf<T>>(args.kind, z, act, derivative);
     if constexpr (glu) {
       float up[N], grad_up[N];
       load_biased<N>(pre, bias, width + column, up);

@@ -14,12 +14,14 @@ struct TileShape {
   const char* schedule;
 };
 
-// A cluster loads once what its two tiles share: b's 256 columns for two tiles below one another, a's rows for two side
-// by side. The latter rounds no group up to 256 rows, which matters where groups are small.
-inline constexpr TileShape kSm90Tiles[] = {{128, 256, 64, 2, 1, "cooperative"}, {128, 128, 64, 1, 2, "pingpong"}};
+// A cluster loads once what its two tiles share: b's columns for two tiles below one another, a's rows for two side by
+// side. The latter rounds no group up to 256 rows, which matters where groups are small; the last one rounds no columns
+// up to 256, which an odd multiple of 128 would waste.
+inline constexpr TileShape kSm90Tiles[] = {
+    {128, 256, 64, 2, 1, "cooperative"}, {128, 128, 64, 1, 2, "pingpong"}, {128, 128, 64, 2, 1, "pingpong"}};
 inline constexpr TileShape kSm80Tiles[] = {{128, 256, 32, 1, 1, "multistage"}, {128, 128, 32, 1, 1, "multistage"}};
-inline constexpr int kSm90TileCount = 2, kSm80TileCount = 2;
-inline constexpr int kSm90SmallTile = 1, kSm80SmallTile = 1;
+inline constexpr int kSm90TileCount = 3, kSm80TileCount = 2;
+inline constexpr int kSm90SmallTile = 1, kSm80SmallTile = 1, kSm90OddTile = 2;
 
 struct GroupedSizes {
   ExpertProduct product;
@@ -70,7 +72,9 @@ constexpr TileChoice choose_tile(int arch, int sms, const GroupedSizes& sizes) {
   const int64_t wasted = (256 - sizes.columns % 256) % 256;  // columns of the last large tile
   const bool small = reduced <= 1024 || large_tiles < 4 * sms || wasted * 16 > sizes.columns;
   const bool banded = sizes.columns > kBandColumns && sizes.columns * reduced * 2 > kBandedBytes;
-  return {small ? (arch == 90 ? kSm90SmallTile : kSm80SmallTile) : 0, banded ? kBandColumns : sizes.columns};
+  const bool odd = sizes.columns % 256 > 0 && sizes.columns % 256 <= 128 && wasted * 16 > sizes.columns && m >= 2048;
+  const int small_tile = arch != 90 ? kSm80SmallTile : odd ? kSm90OddTile : kSm90SmallTile;
+  return {small ? small_tile : 0, banded ? kBandColumns : sizes.columns};
 }
 
 }  // namespace ummrm::cuda

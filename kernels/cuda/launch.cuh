@@ -31,10 +31,11 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 inline bool aligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// Threads for `units` of work side by side: whole warps, at most `most`.
+// Threads for `units` of work side by side: whole warps, at most `most`, and no more than it takes to be through in as
+// few steps: 352 units are two steps of 192 threads, not of 256 with most of the second idle.
 inline int threads_for(int64_t units, int most) {
-  const int64_t whole = ceil_div(units < 1 ? 1 : units, kWarp) * kWarp;
-  return static_cast<int>(whole < most ? whole : most);
+  const int64_t some = units < 1 ? 1 : units;
+  return static_cast<int>(ceil_div(ceil_div(some, ceil_div(some, most)), kWarp) * kWarp);
 }
 
 // True in the block that comes here last, for all its threads; that block then sees what the others wrote before they

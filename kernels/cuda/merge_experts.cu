@@ -1,4 +1,4 @@
-// CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBlock elements numbered through all tensors of the
+// CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBytes of a tensor numbered through all tensors of the
 // call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double, both
 // in an order that depends on the sizes alone.
 #include "ummrm/merge_experts.h"
@@ -9,8 +9,13 @@ namespace ummrm::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int64_t kMergeBlock = 4096;  // elements
+constexpr int64_t kMergeBytes = 16384;  // of one tensor, a block: four accesses of 16 bytes in flight a thread
 constexpr int kExpertsAtOnce = 32;     // whose warps' sums wait in shared memory
+
+template <class T>
+constexpr int64_t kMergeBlock = kMergeBytes / sizeof(T);  // elements
+
+int64_t merge_block(DType dtype) { return dtype == DType::f32 ? kMergeBlock<float> : kMergeBlock<bf16>; }
 
 // What a kernel is given: the tensors with the number of each one's first block, and whether 16-byte accesses fit it.
 struct Plan {
@@ -33,7 +38,7 @@ int64_t make_plan(const MergeExperts& args, Plan& plan) {
     plan.first_block[i] = blocks;
     plan.wide[i] =
         args.dtype == DType::f32 ? fits_vectors<float>(args.tensors[i]) : fits_vectors<bf16>(args.tensors[i]);
-    blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
+    blocks += ceil_div(args.tensors[i].elements, merge_block(args.dtype));
   }
   return blocks;
 }
@@ -75,19 +80,20 @@ __global__ void __launch_bounds__(kThreads, kResident) merge_kernel(const __grid
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
   const float* c = plan.args.coefficients + index * experts;
-  int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock;
-  const int64_t last = first + kMergeBlock < tensor.elements ? first + kMergeBlock : tensor.elements;
+  int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
+  const int64_t last = first + kMergeBlock<T> < tensor.elements ? first + kMergeBlock<T> : tensor.elements;
   if (plan.wide[index]) first = merge_range<kVector<T>, T>(tensor, c, num_shared, experts, first, last);
   merge_range<1, T>(tensor, c, num_shared, experts, first, last);
 }
 
 // A thread's share of a block's gradient: at + i is element i's place, held once for all experts.
-constexpr int kPerThread = kMergeBlock / kThreads;
+template <class T>
+constexpr int kPerThread = kMergeBlock<T> / kThreads;
 
 template <int N, class T>
-__device__ void load_share(const T* from, int64_t count, float (&share)[kPerThread]) {
+__device__ void load_share(const T* from, int64_t count, float (&share)[kPerThread<T>]) {
 #pragma unroll
-  for (int step = 0; step < kPerThread / N; ++step) {
+  for (int step = 0; step < kPerThread<T> / N; ++step) {
     const int64_t at = (static_cast<int64_t>(step) * kThreads + threadIdx.x) * N;
     float value[N] = {};
     if (at + N <= count) {
@@ -104,17 +110,17 @@ __device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&
                            float* partial) {
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
-  const int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock;
-  const int64_t count = first + kMergeBlock < tensor.elements ? kMergeBlock : tensor.elements - first;
-  float grad[kPerThread];
+  const int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
+  const int64_t count = first + kMergeBlock<T> < tensor.elements ? kMergeBlock<T> : tensor.elements - first;
+  float grad[kPerThread<T>];
   load_share<N>(static_cast<const T*>(tensor.grad) + first, count, grad);
   for (int64_t from = 0; from < experts; from += kExpertsAtOnce) {
     const int some = static_cast<int>(experts - from < kExpertsAtOnce ? experts - from : kExpertsAtOnce);
     for (int e = 0; e < some; ++e) {
-      float value[kPerThread], dot = 0;
+      float value[kPerThread<T>], dot = 0;
       load_share<N>(expert_of<T>(tensor, num_shared, from + e) + first, count, value);
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) dot += grad[i] * value[i];
+      for (int i = 0; i < kPerThread<T>; ++i) dot += grad[i] * value[i];
       dot = lanes_sum(dot);
       if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp][e] = dot;
     }
@@ -148,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t experts = plan.args.num_shared + plan.args.num_routed;
   const int64_t index = blockIdx.x / experts, expert = blockIdx.x % experts;
   const int64_t first = plan.first_block[index],
-                last = first + ceil_div(plan.args.tensors[index].elements, kMergeBlock);
+                last = index + 1 < plan.args.num_tensors ? plan.first_block[index + 1] : blocks;
   double sum = 0;
   for (int64_t block = first + threadIdx.x; block < last; block += kThreads) sum += partial[expert * blocks + block];
   sum = lanes_sum(sum);
@@ -175,7 +181,7 @@ int merge_experts(const MergeExperts& args, Stream stream) {
 int64_t merge_experts_dots_workspace(const MergeExperts& args) {
   int64_t blocks = 0;
   for (int64_t i = 0; i < args.num_tensors && i < kMaxMergeTensors; ++i)
-    blocks += ceil_div(args.tensors[i].elements, kMergeBlock);
+    blocks += ceil_div(args.tensors[i].elements, merge_block(args.dtype));
   return blocks * (args.num_shared + args.num_routed) * static_cast<int64_t>(sizeof(float));
 }
 

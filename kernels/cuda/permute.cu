@@ -1,5 +1,5 @@
 // CUDA kernels of permute.h, bound by memory. Copies: a warp a row, 512 bytes a step, four steps in flight. Sums: a
-// thread for 16 bytes of a token's output, which reads those of each of its rows. The backward: a warp for each
+// thread for twice 16 bytes of a token's output, which has those of up to four of its rows in flight. The backward: a warp for each
 // gradient row, with its dot product; the token's rows are neighbours, so its gradient comes from the L1 cache after
 // the first.
 #include "ummrm/permute.h"
@@ -52,11 +52,30 @@ __device__ float weight_or_one(const void* weights, int64_t slot) {
   return weights == nullptr ? 1.f : static_cast<const float*>(weights)[slot];
 }
 
-template <int N, class T>
-__device__ void add_scaled(const T* row, float scale, float (&sum)[N]) {
-  float values[N];
-  load<N>(row, values);
-  for (int i = 0; i < N; ++i) sum[i] += scale * values[i];
+constexpr int kSumSteps = 2, kSumRows = 4;
+
+// sum += scale[r] * row[r] for each row, in their order, those that are null left out. A thread's columns lie `stride`
+// apart. All loads come before the first sum.
+template <int N, int rows, class T>
+__device__ void add_scaled(const T* const (&row)[rows], const float (&scale)[rows], int64_t first, int64_t stride,
+                           int64_t hidden, float (&sum)[kSumSteps][N]) {
+  float values[rows][kSumSteps][N] = {};
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+#pragma unroll
+    for (int step = 0; step < kSumSteps; ++step) {
+      const int64_t column = first + step * stride;
+      if (row[r] != nullptr && column < hidden) load<N>(row[r] + column, values[r][step]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+#pragma unroll
+    for (int step = 0; step < kSumSteps; ++step) {
+      for (int i = 0; i < N; ++i)
+        if (row[r] != nullptr) sum[step][i] += scale[r] * values[r][step][i];
+    }
+  }
 }
 
 // Bytes moved: (S + K + 1) * row a token. `chunks` blocks share a token.
@@ -64,21 +83,35 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
     unpermute_kernel(Unpermute args, const int32_t* live_rows, int chunks) {
   const int64_t token = blockIdx.x / chunks;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x % chunks) * blockDim.x + threadIdx.x) * N;
-  if (column >= args.hidden) return;
-  const T* rows = static_cast<const T*>(args.rows) + column;
-  const T* sorted = rows + args.num_shared * args.tokens * args.hidden;
+  const int64_t stride = static_cast<int64_t>(blockDim.x) * N, hidden = args.hidden;
+  const int64_t first = blockIdx.x % chunks * kSumSteps * stride + static_cast<int64_t>(threadIdx.x) * N;
+  const T* rows = static_cast<const T*>(args.rows);
+  const T* sorted = rows + args.num_shared * args.tokens * hidden;
   const int32_t live = *live_rows;
-  const float scale = shared_scale(args.shared_weight, token, args.num_shared);
-  float sum[N] = {};
-  for (int64_t s = 0; s < args.num_shared; ++s)
-    add_scaled<N>(rows + (s * args.tokens + token) * args.hidden, scale, sum);
-#pragma unroll 4
-  for (int64_t k = 0; k < args.top_k; ++k) {
-    const int64_t slot = token * args.top_k + k, row = args.slot_to_sorted[slot];
-    if (row < live) add_scaled<N>(sorted + row * args.hidden, weight_or_one(args.routed_weights, slot), sum);
+  const float scale[1] = {shared_scale(args.shared_weight, token, args.num_shared)};
+  float sum[kSumSteps][N] = {};
+  for (int64_t s = 0; s < args.num_shared; ++s) {
+    const T* row[1] = {rows + (s * args.tokens + token) * hidden};
+    add_scaled<N>(row, scale, first, stride, hidden, sum);
   }
-  store<N>(sum, static_cast<T*>(args.out) + token * args.hidden + column);
+  for (int64_t from = 0; from < args.top_k; from += kSumRows) {
+    const T* row[kSumRows];
+    float weight[kSumRows];
+#pragma unroll
+    for (int r = 0; r < kSumRows; ++r) {
+      const int64_t slot = token * args.top_k + from + r;
+      const bool slots_row = from + r < args.top_k;
+      const int64_t at = slots_row ? args.slot_to_sorted[slot] : live;
+      weight[r] = slots_row ? weight_or_one(args.routed_weights, slot) : 0.f;
+      row[r] = at < live ? sorted + at * hidden : nullptr;
+    }
+    add_scaled<N>(row, weight, first, stride, hidden, sum);
+  }
+#pragma unroll
+  for (int step = 0; step < kSumSteps; ++step) {
+    const int64_t column = first + step * stride;
+    if (column < hidden) store<N>(sum[step], static_cast<T*>(args.out) + token * hidden + column);
+  }
 }
 
 // to = scale * g; returns this lane's part of <g, row> where the dot is wanted. One warp.
@@ -152,7 +185,7 @@ int unpermute(const Unpermute& args, const int32_t* live_rows, Stream stream) {
   return with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto kernel, int64_t per_thread) {
-      const int64_t units = ceil_div(args.hidden, per_thread);
+      const int64_t units = ceil_div(args.hidden, per_thread * kSumSteps);
       const int threads = threads_for(units, kThreads);
       const int64_t chunks = ceil_div(units, threads);
       return launch(kernel, args.tokens * chunks, threads, stream, args, live_rows, static_cast<int>(chunks));

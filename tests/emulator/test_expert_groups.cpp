@@ -214,14 +214,15 @@ static void gradients(const Case& c, bool need_shared, bool need_routed, bool on
 
 static void tiles() {
   const auto choose = [](int64_t rows, int64_t columns, int64_t other, ExpertProduct product) {
-    return choose_tile(90, 132, {product, 9, rows, columns, other});
+    return choose_tile(90, 100, {product, 9, rows, columns, other});  // a GPU that nobody has measured
   };
   const TileChoice large = choose(16384, 28672, 4096, ExpertProduct::forward);
   CHECK(large.tile == 0 && large.band == kBandColumns, "wide experts: tile %d, band %d", large.tile, int(large.band));
   CHECK(choose(16384, 5632, 1024, ExpertProduct::forward).tile == kSm90SmallTile, "a short reduction");
   CHECK(choose(16384, 5632, 1024, ExpertProduct::forward).band == 5632, "what the L2 cache holds is not cut");
   CHECK(choose(256, 4096, 4096, ExpertProduct::forward).tile == kSm90SmallTile, "few tiles");
-  CHECK(choose(16384, 896, 4864, ExpertProduct::forward).tile == kSm90SmallTile, "columns that large tiles waste");
+  CHECK(choose(16384, 896, 4864, ExpertProduct::forward).tile == kSm90OddTile, "columns that large tiles waste");
+  CHECK(choose(300, 896, 4864, ExpertProduct::forward).tile == kSm90SmallTile, "rows that tall clusters waste");
   CHECK(choose(16384, 4096, 28672, ExpertProduct::weight_grad).tile == 0, "a long weight gradient");
   CHECK(choose(512, 4096, 28672, ExpertProduct::weight_grad).tile == kSm90SmallTile, "a short weight gradient");
   CHECK(choose_tile(80, 108, {ExpertProduct::forward, 9, 100, 4096, 512}).tile == kSm80SmallTile, "another GPU");

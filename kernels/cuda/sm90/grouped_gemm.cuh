@@ -119,9 +119,10 @@ struct Instance {
 template <class LayoutA, class LayoutB, class Out, bool kBiased, class Element>
 GroupedInstance instance_of(int tile) {
   using T = std::conditional_t<std::is_void_v<Out>, Element, Out>;
-  static_assert(kSm90TileCount == 2);
-  return tile == 0 ? Instance<0, Element, LayoutA, LayoutB, T, kBiased>::get()
-                   : Instance<1, Element, LayoutA, LayoutB, T, kBiased>::get();
+  static_assert(kSm90TileCount == 3);
+  return tile == 0   ? Instance<0, Element, LayoutA, LayoutB, T, kBiased>::get()
+         : tile == 1 ? Instance<1, Element, LayoutA, LayoutB, T, kBiased>::get()
+                     : Instance<2, Element, LayoutA, LayoutB, T, kBiased>::get();
 }
 
 // Out is void for the type of a and b.
