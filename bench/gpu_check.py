@@ -1,6 +1,7 @@
 """The GPU check: builds the package, tests it, runs it under compute-sanitizer and times it, on one machine with a GPU.
 
-    python3 -m bench.gpu_check [--stage build|test|sanitize|bench|triton]... [--wheels folder] [--results folder]
+    python3 -m bench.gpu_check [--stage build|test|sanitize|bench|triton]... [--limit seconds] [--wheels folder]
+                               [--results folder]
     python3 -m bench.gpu_check --adopt FILE...      merges records that another machine wrote
 
 Needs no network, installs nothing outside build/gpu/site: torch, nvcc, cmake and ninja are the machine's, the rest is
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from . import gpu_record
@@ -65,6 +67,7 @@ def versions():
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", action="append", choices=STAGES, help="run this stage alone; may be repeated")
+    parser.add_argument("--limit", type=float, help="seconds that each stage may take, where that is less than usual")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks, CUTLASS's among them")
     parser.add_argument("--results", type=Path, help="folder that gets a copy of the record and of the logs")
     parser.add_argument("--adopt", nargs="+", type=Path, metavar="FILE", help="merge these records; run nothing")
@@ -83,7 +86,11 @@ def main(arguments=None):
     facts = {**device, "sources": gpu_record.source_hash(), "versions": versions()}
     wheels = options.wheels and options.wheels.resolve()
     names = [name for name in STAGES if not options.stage or name in options.stage]
-    passed = check(STAGE_TABLE, names, facts, gpu_record.RESULTS, WORK, wheels, options.results)
+    stages = {
+        name: stage if options.limit is None else replace(stage, limit=min(stage.limit, options.limit))
+        for name, stage in STAGE_TABLE.items()
+    }
+    passed = check(stages, names, facts, gpu_record.RESULTS, WORK, wheels, options.results)
     return 0 if passed else 1
 
 

@@ -44,6 +44,7 @@ _CPU = Layer(512, 512, 1408, 8, 2)
 _WIDE = Layer(16384, 4096, 14336, 8, 2)
 _LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
 _BY_SEQUENCE = ((512, 512, 1408), (1024, 512, 1408), (2048, 512, 1408), (2048, 1024, 2816))  # T, H, I
+_TELLING = 2 * len(_LAYERS)  # sizes of the layer, of those below: balanced, of 16 and 4 thousand tokens
 _ROUTED = ((7, 5), (8, 2), (16, 4))  # E, K
 
 SIZES = {
@@ -87,10 +88,13 @@ def dtypes(name, device_type):
 
 
 def importance(name, parameters):
-    """Sort key of a case on CUDA: cheap operators first, then the layer as its sizes are ordered, training first."""
+    """Sort key of a case on CUDA: cheap operators first, then the layer at the most telling sizes, training first, then
+    single products, and the layer's other sizes.
+    """
     layer = parameters.get("layer")
     if name == "moe_ffn":
-        return 1, SIZES["cuda"]["moe_ffn"].index(layer), parameters["direction"] == "forward"
+        place = SIZES["cuda"]["moe_ffn"].index(layer)
+        return (1, place, parameters["direction"] == "forward") if place < _TELLING else (3, place, False)
     return (0 if name in ("route_and_sort", *_MEMORY_BOUND) else 2, 0, False)
 
 

@@ -86,41 +86,66 @@ __global__ void __launch_bounds__(kThreads, kResident) merge_kernel(const __grid
   merge_range<1, T>(tensor, c, num_shared, experts, first, last);
 }
 
-// A thread's share of a block's gradient: at + i is element i's place, held once for all experts.
-template <class T>
-constexpr int kPerThread = kMergeBlock<T> / kThreads;
+// A thread's share of a block, as it lies in memory: kept in half the registers that fp32 would take, so that one
+// expert's is under way while another's is multiplied.
+constexpr int kSteps = kMergeBytes / kThreads / 16;
+struct Share {
+  uint4 words[kSteps];
+};
 
-template <int N, class T>
-__device__ void load_share(const T* from, int64_t count, float (&share)[kPerThread<T>]) {
+template <class T>
+__device__ Share load_share(const T* from) {
+  Share share;
 #pragma unroll
-  for (int step = 0; step < kPerThread<T> / N; ++step) {
-    const int64_t at = (static_cast<int64_t>(step) * kThreads + threadIdx.x) * N;
-    float value[N] = {};
-    if (at + N <= count) {
-      load<N>(from + at, value);
-    } else if constexpr (N > 1) {  // the tensor's ragged end
-      for (int i = 0; i < N; ++i) value[i] = at + i < count ? load_one<T>(from, at + i) : 0.f;
-    }
-    for (int i = 0; i < N; ++i) share[step * N + i] = value[i];
-  }
+  for (int step = 0; step < kSteps; ++step)
+    share.words[step] = reinterpret_cast<const uint4*>(from)[step * kThreads + threadIdx.x];
+  return share;
 }
 
-template <int N, class T>
-__device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&sums)[kWarps][kExpertsAtOnce],
-                           float* partial) {
+template <class T>
+__device__ float dot_of(const Share& a, const Share& b) {
+  float dot = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    float left[kVector<T>], right[kVector<T>];
+    unpack_all<T>(a.words[step], left);
+    unpack_all<T>(b.words[step], right);
+    for (int i = 0; i < kVector<T>; ++i) dot += left[i] * right[i];
+  }
+  return dot;
+}
+
+// Of `count` elements, one at a time: not aligned, or a tensor's ragged end.
+template <class T>
+__device__ float slow_dot(const T* a, const T* b, int64_t count) {
+  float dot = 0;
+  for (int64_t at = threadIdx.x; at < count; at += kThreads) dot += load_one<T>(a, at) * load_one<T>(b, at);
+  return dot;
+}
+
+template <bool whole, class T>
+__device__ void block_dots(const Plan& plan, int index, int64_t count, int64_t blocks,
+                           float (&sums)[kWarps][kExpertsAtOnce], float* partial) {
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
   const int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
-  const int64_t count = first + kMergeBlock<T> < tensor.elements ? kMergeBlock<T> : tensor.elements - first;
-  float grad[kPerThread<T>];
-  load_share<N>(static_cast<const T*>(tensor.grad) + first, count, grad);
+  const auto share_of = [&](int64_t e) { return expert_of<T>(tensor, num_shared, e) + first; };
+  const T* grad = static_cast<const T*>(tensor.grad) + first;
+  Share grads, next;
+  if constexpr (whole) grads = load_share(grad);
   for (int64_t from = 0; from < experts; from += kExpertsAtOnce) {
     const int some = static_cast<int>(experts - from < kExpertsAtOnce ? experts - from : kExpertsAtOnce);
+    if constexpr (whole) next = load_share(share_of(from));
+#pragma unroll 1
     for (int e = 0; e < some; ++e) {
-      float value[kPerThread<T>], dot = 0;
-      load_share<N>(expert_of<T>(tensor, num_shared, from + e) + first, count, value);
-#pragma unroll
-      for (int i = 0; i < kPerThread<T>; ++i) dot += grad[i] * value[i];
+      float dot;
+      if constexpr (whole) {
+        const Share values = next;
+        if (e + 1 < some) next = load_share(share_of(from + e + 1));
+        dot = dot_of<T>(grads, values);
+      } else {
+        dot = slow_dot(grad, share_of(from + e), count);
+      }
       dot = lanes_sum(dot);
       if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp][e] = dot;
     }
@@ -136,14 +161,16 @@ __device__ void block_dots(const Plan& plan, int index, int64_t blocks, float (&
 
 // Stage one. Bytes moved: S + E + 1 elements an element. partial: [experts, blocks].
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kResident + 1)
     dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
   __shared__ float sums[kWarps][kExpertsAtOnce];
   const int index = tensor_of(plan, blockIdx.x);
-  if (plan.wide[index]) {
-    block_dots<kVector<T>, T>(plan, index, blocks, sums, partial);
+  const int64_t left =
+      plan.args.tensors[index].elements - (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
+  if (plan.wide[index] && left >= kMergeBlock<T>) {
+    block_dots<true, T>(plan, index, kMergeBlock<T>, blocks, sums, partial);
   } else {
-    block_dots<1, T>(plan, index, blocks, sums, partial);
+    block_dots<false, T>(plan, index, left < kMergeBlock<T> ? left : kMergeBlock<T>, blocks, sums, partial);
   }
 }
 

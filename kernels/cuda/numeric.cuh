@@ -71,6 +71,15 @@ __device__ inline unsigned raw(float x) { return __float_as_uint(x); }
 __device__ inline unsigned raw(bf16 x) { return x.bits; }
 __device__ inline unsigned raw(f16 x) { return x.bits; }
 
+// The elements of 16 bytes.
+template <class T>
+__device__ inline void unpack_all(const uint4& words, float (&to)[kVector<T>]) {
+  unpack<T>(words.x, to);
+  unpack<T>(words.y, to + kPerWord<T>);
+  unpack<T>(words.z, to + 2 * kPerWord<T>);
+  unpack<T>(words.w, to + 3 * kPerWord<T>);
+}
+
 // N elements from `at`: one, or kVector<T> with `at` aligned to 16 bytes.
 template <int N, class T>
 __device__ inline void load(const T* at, float (&to)[N]) {

@@ -1,5 +1,5 @@
 // CUDA kernels of permute.h, bound by memory. Copies: a warp a row, 512 bytes a step, four steps in flight. Sums: a
-// thread for twice 16 bytes of a token's output, which has those of up to four of its rows in flight. The backward: a warp for each
+// thread for eight elements of a token's output, which has those of two of its rows in flight. The backward: a warp for each
 // gradient row, with its dot product; the token's rows are neighbours, so its gradient comes from the L1 cache after
 // the first.
 #include "ummrm/permute.h"
@@ -52,18 +52,20 @@ __device__ float weight_or_one(const void* weights, int64_t slot) {
   return weights == nullptr ? 1.f : static_cast<const float*>(weights)[slot];
 }
 
-constexpr int kSumSteps = 2, kSumRows = 4;
+constexpr int kSumRows = 2;  // of a token in flight at once: more take registers, and with them warps
+template <int N>
+constexpr int kSumSteps = N == 8 ? 1 : 2;
 
 // sum += scale[r] * row[r] for each row, in their order, those that are null left out. A thread's columns lie `stride`
 // apart. All loads come before the first sum.
 template <int N, int rows, class T>
 __device__ void add_scaled(const T* const (&row)[rows], const float (&scale)[rows], int64_t first, int64_t stride,
-                           int64_t hidden, float (&sum)[kSumSteps][N]) {
-  float values[rows][kSumSteps][N] = {};
+                           int64_t hidden, float (&sum)[kSumSteps<N>][N]) {
+  float values[rows][kSumSteps<N>][N] = {};
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
 #pragma unroll
-    for (int step = 0; step < kSumSteps; ++step) {
+    for (int step = 0; step < kSumSteps<N>; ++step) {
       const int64_t column = first + step * stride;
       if (row[r] != nullptr && column < hidden) load<N>(row[r] + column, values[r][step]);
     }
@@ -71,7 +73,7 @@ __device__ void add_scaled(const T* const (&row)[rows], const float (&scale)[row
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
 #pragma unroll
-    for (int step = 0; step < kSumSteps; ++step) {
+    for (int step = 0; step < kSumSteps<N>; ++step) {
       for (int i = 0; i < N; ++i)
         if (row[r] != nullptr) sum[step][i] += scale[r] * values[r][step][i];
     }
@@ -84,12 +86,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     unpermute_kernel(Unpermute args, const int32_t* live_rows, int chunks) {
   const int64_t token = blockIdx.x / chunks;
   const int64_t stride = static_cast<int64_t>(blockDim.x) * N, hidden = args.hidden;
-  const int64_t first = blockIdx.x % chunks * kSumSteps * stride + static_cast<int64_t>(threadIdx.x) * N;
+  const int64_t first = blockIdx.x % chunks * kSumSteps<N> * stride + static_cast<int64_t>(threadIdx.x) * N;
   const T* rows = static_cast<const T*>(args.rows);
   const T* sorted = rows + args.num_shared * args.tokens * hidden;
   const int32_t live = *live_rows;
   const float scale[1] = {shared_scale(args.shared_weight, token, args.num_shared)};
-  float sum[kSumSteps][N] = {};
+  float sum[kSumSteps<N>][N] = {};
   for (int64_t s = 0; s < args.num_shared; ++s) {
     const T* row[1] = {rows + (s * args.tokens + token) * hidden};
     add_scaled<N>(row, scale, first, stride, hidden, sum);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     add_scaled<N>(row, weight, first, stride, hidden, sum);
   }
 #pragma unroll
-  for (int step = 0; step < kSumSteps; ++step) {
+  for (int step = 0; step < kSumSteps<N>; ++step) {
     const int64_t column = first + step * stride;
     if (column < hidden) store<N>(sum[step], static_cast<T*>(args.out) + token * hidden + column);
   }
@@ -185,13 +187,14 @@ int unpermute(const Unpermute& args, const int32_t* live_rows, Stream stream) {
   return with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto kernel, int64_t per_thread) {
-      const int64_t units = ceil_div(args.hidden, per_thread * kSumSteps);
+      const int64_t units = ceil_div(args.hidden, per_thread);
       const int threads = threads_for(units, kThreads);
       const int64_t chunks = ceil_div(units, threads);
       return launch(kernel, args.tokens * chunks, threads, stream, args, live_rows, static_cast<int>(chunks));
     };
     const bool wide = args.hidden % kVector<T> == 0 && aligned16(args.rows) && aligned16(args.out);
-    return wide ? run(unpermute_kernel<T, kVector<T>>, kVector<T>) : run(unpermute_kernel<T, 1>, 1);
+    constexpr int N = kVector<T>;
+    return wide ? run(unpermute_kernel<T, N>, N * kSumSteps<N>) : run(unpermute_kernel<T, 1>, kSumSteps<1>);
   });
 }
 

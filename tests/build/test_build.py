@@ -106,8 +106,8 @@ def test_same_bits_whatever_the_number_of_threads(dtype):
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
 @pytest.mark.parametrize("bias", [None, "dense", "strided"])
 def test_onednn_product(form, bias):
-    """The fp32 product that csrc/gemm.cpp takes on some processors, in each form that expert_gemm asks for. oneDNN reads
-    the bias as if it were dense: a row of a matrix stored by columns is not.
+    """The fp32 product that csrc/gemm.cpp takes on some processors, in each form that expert_gemm asks for. oneDNN
+    reads the bias as if it were dense: a row of a matrix stored by columns is not.
     """
     torch.manual_seed(0)
     a, b = torch.randn(37, 24), torch.randn(24, 41)

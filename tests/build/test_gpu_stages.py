@@ -155,15 +155,16 @@ def script(path, text):
 
 
 @pytest.mark.parametrize(
-    ("archs", "sees", "elsewhere", "outcome"),
+    ("archs", "sees", "elsewhere", "refuses", "outcome"),
     [
-        (["sm_90a"], True, False, "passed"),
-        ([], True, False, "failed: the build has CUDA kernels for [], torch sees a GPU: True"),
-        (["sm_90a"], False, False, "failed: the build has CUDA kernels for ['sm_90a'], torch sees a GPU: False"),
-        (["sm_90a"], True, True, "failed: another ummrm than the one just built is imported"),
+        (["sm_90a"], True, False, True, "passed"),
+        (["sm_90a"], True, False, False, "failed: the extension does not refuse a bad argument"),
+        ([], True, False, True, "failed: the build has CUDA kernels for [], torch sees a GPU: True"),
+        (["sm_90a"], False, False, True, "failed: the build has CUDA kernels for ['sm_90a'], torch sees a GPU: False"),
+        (["sm_90a"], True, True, True, "failed: another ummrm than the one just built is imported"),
     ],
 )
-def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees, elsewhere, outcome):
+def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees, elsewhere, refuses, outcome):
     """Stand-ins for pip, Python and cuobjdump: wheels and package go to the site folder, CUTLASS to the build alone."""
     wheels, asked = tmp_path / "wheels", tmp_path / "asked"
     wheels.mkdir()
@@ -185,6 +186,7 @@ def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees
     work = tmp_path / "work"
     home = tmp_path if elsewhere else work / "site"
     info = {"cuda_archs": archs, "compiler": "g", "file": str(home / "ummrm/__init__.py"), "sees_gpu": sees}
+    info["refuses"] = refuses
     shown = script(tmp_path / "python", f"print('a warning'); print({json.dumps(json.dumps(info))})")
     dump = "arch = sm_90a\\n Function k:\\n  REG:20 STACK:0 LOCAL:0"
     tool = script(tmp_path / "cuobjdump", f"print('{dump}')")
@@ -204,6 +206,32 @@ def test_the_build_installs_beside_the_system(tmp_path, monkeypatch, archs, sees
     assert str(work / "site") in first and str(work / "site") in second
     if outcome == "passed":
         assert kept["counts"] == {"kernels": 1} and kept["numbers"]["kernels"]["sm_90a"]["most_registers"] == 20
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_extension_shares_the_cxx_library(tmp_path, monkeypatch, shared):
+    """A stand-in for a compiler with libstdc++.a beside it, and the shared one or not: the system's is named then."""
+    has = "libstdc++.so libstdc++.a" if shared else "libstdc++.a"
+    compiler = script(
+        tmp_path / "c++",
+        f"""
+        import sys
+        name = sys.argv[1].removeprefix("-print-file-name=")
+        print("/somewhere/" + name if name in {has.split()!r} else name)
+        """,
+    )
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("LDFLAGS", "-Wl,-O1")
+    flags = gpu_stages.shared_cxx_library().get("LDFLAGS", "")
+    known = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
+    if shared or "libstdc++.so.6" not in known:
+        assert flags == ""
+        return
+    assert flags.startswith("-Wl,-O1 -Wl,--push-state,--no-as-needed,/") and "libstdc++.so.6,--pop-state" in flags
+    source = tmp_path / "a.cpp"
+    source.write_text("#include <iostream>\nvoid f() { std::cout << 1; }\n")
+    made = subprocess.run(["c++", "-shared", "-fPIC", *flags.split(), source, "-o", tmp_path / "a.so"])
+    assert made.returncode == 0
 
 
 def test_resources_of_kernels():
