@@ -22,7 +22,8 @@
 #
 # Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS,
 # SESSION (of test-full: these sessions of tools/noxfile.py alone).
-# Of gpu-check: STAGE (build, test, sanitize, bench or triton alone), WHEELS (a folder), RESULTS (gets a copy of the results).
+# Of gpu-check: STAGE (build, test, sanitize, bench or triton alone), LIMIT (seconds a stage), WHEELS (a folder), RESULTS (gets a
+# copy of the results).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -153,7 +154,7 @@ bench: $(VENV)/.ummrm
 
 # runs on the interpreter that has torch with CUDA, not on .venv; what it installs goes to build/gpu
 gpu-check:
-	$(PYTHON) -m bench.gpu_check $(addprefix --stage ,$(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(RESULTS),--results $(RESULTS))
+	$(PYTHON) -m bench.gpu_check $(addprefix --stage ,$(STAGE)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(RESULTS),--results $(RESULTS))
 
 # for Linux on x86-64, the platforms by which wheels name it; CUTLASS is headers, its dependencies are not needed
 GPU_PYTHON ?= 3.12

@@ -1,6 +1,6 @@
-// Which tile a grouped GEMM takes: by measurement where bench/tune.py wrote one for its sizes, else by the rules below,
-// which nothing has measured. The choice depends on sizes and the kind of GPU alone, never on what tokens chose, so
-// that results repeat. Plain C++: the tests run it without a GPU.
+// Which tile a grouped GEMM takes: by measurement where bench/tune.py wrote one for its sizes, else by the rules below. The
+// choice depends on sizes and the kind of GPU alone, never on what tokens chose, so that results repeat. Plain C++: the
+// tests run it without a GPU.
 #pragma once
 
 #include <cstdint>
