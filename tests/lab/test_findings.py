@@ -8,6 +8,8 @@ import re
 import pytest
 from checkout import ROOT
 
+from bench import targets
+from bench.record import DENSE, OURS, TORCH_GROUPED, TRANSFORMERS_GROUPED
 from lab import StudyConfig, load_study, study_tables
 from lab.backbone.config import BackboneStudy
 from lab.backbone.report import backbone_comparisons
@@ -73,10 +75,23 @@ def test_every_table_is_what_the_kept_studies_give(page):
     assert filled(text) == text, "run python -m lab findings"
 
 
+def speeds():
+    """The least and the most that the layer gained on each contender in the run on a GPU that the README speaks of."""
+    record = json.loads((ROOT / "bench/results/nvidia-h200/2026-11-29.json").read_text())["stages"]["bench"]["numbers"]
+    run = targets.Entries(record)
+    ours = [e for e in run.entries if (e["suite"], e["direction"], e["label"]) == ("moe_ffn", "forward+backward", OURS)]
+    ratios = {}
+    for entry in (e for e in ours if e["outcome"] == "measured"):
+        for label in (DENSE, TORCH_GROUPED, TRANSFORMERS_GROUPED):
+            ratio = targets.seconds(run.rival(entry, label)) / targets.seconds(entry)
+            ratios.setdefault(label, []).append(ratio)
+    return {f"{end(values):.2f}" for values in ratios.values() for end in (min, max)}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_number_in_the_text_stands_in_a_table_or_a_configuration(page):
     text = TEXTS[page]
-    known = {number.lstrip("+") for number in NUMBER.findall(made(text))}
+    known = {number.lstrip("+") for number in NUMBER.findall(made(text))} | (speeds() if page == "README.md" else set())
     for name in KEPT:
         known |= numbers(kept(name)[0].to_dict())
     said = [number.lstrip("+") for number in NUMBER.findall(prose(text).replace("−", "-"))]
