@@ -6,7 +6,6 @@ Knows nothing of what a group is: a study says how one is run (`RunGroup`), and 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import multiprocessing
 import os
@@ -22,14 +21,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
+from ummrm.memory import keep_freed_memory
+
 Report = Callable[..., None]
 """Called with the kind of event and its details: `step`, text, done, total; or `done`, for a finished unit."""
 
 RunGroup = Callable[[Any, Report], None]
 """Runs one group, whose `str` names it. It must pickle where there are several processes."""
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 class StudyError(RuntimeError):
@@ -144,7 +142,7 @@ def _work(worker: int, run_group: RunGroup, tasks, events) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         with quiet_transformers():
             while (group := tasks.get()) is not None:
@@ -153,19 +151,6 @@ def _work(worker: int, run_group: RunGroup, tasks, events) -> None:
         events.put((worker, "failed", f"{group}:\n{traceback.format_exc()}"))
         return
     events.put((worker, "finished"))
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed, where there is glibc.
-
-    By default it gives every large tensor back to the system and takes cleared pages for the next: 40% of a worker's
-    time on human ratings.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 2**28)
 
 
 @contextlib.contextmanager

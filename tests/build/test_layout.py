@@ -16,6 +16,7 @@ MAX_LINES = 450
 ALLOWED = {
     "version": set(),
     "config": set(),
+    "memory": set(),
     "ops": {"_C"},
     "nn": {"config", "ops"},
     "hf": {"config", "nn", "ops", "version"},
@@ -25,13 +26,14 @@ ALLOWED = {
     "data": set(),
     "evaluation": {"data", "hf"},
     "pipeline": {"config", "data", "evaluation", "hf", "merge", "nn", "trainer", "upcycle", "version"},
-    "cli": {"__init__", "config", "data", "evaluation", "hf", "merge", "ops", "pipeline", "upcycle"},
+    "cli": {"__init__", "config", "data", "evaluation", "hf", "memory", "merge", "ops", "pipeline", "upcycle"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.
 OUTSIDE = {
     "version": set(),
     "config": set(),
+    "memory": set(),
     "ops": {"torch", "triton"},
     "nn": {"torch"},
     "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former

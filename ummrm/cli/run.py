@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..memory import keep_freed_memory
 from .errors import UserError, blaming
 from .screen import note, quiet_libraries, say, size
 
@@ -50,6 +51,7 @@ def run(
         if dry_run:
             _show(plan_recipe(read, log=note))
             return
+        keep_freed_memory()
         outcome = run_recipe(read, log=note)
     for name, found in outcome.metrics.items():
         say(f"{name}: accuracy {found['accuracy']:.3f} ({found['low']:.3f} to {found['high']:.3f})")

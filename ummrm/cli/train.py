@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..memory import keep_freed_memory
 from .errors import UserError, blaming
 from .options import read_options
 from .screen import note, quiet_libraries, say
@@ -62,6 +63,7 @@ def train(
     arguments |= {name: value for name, value in given.items() if value is not None}
     pairs = {"train": data, "strict": strict} | ({"held_out": held_out} if held_out is not None else {})
     plain = {"model": {"path": model, "dtype": dtype}, "data": pairs, "output": out, "seed": seed, "train": arguments}
+    keep_freed_memory()
     with blaming("", RecipeError, DataError), quiet_libraries():
         found = train_folder(Recipe.from_dict(plain), log=note)
     accuracy = f", held-out accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
