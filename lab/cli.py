@@ -53,7 +53,7 @@ Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 @app.command()
 def demo(
     recipe: Annotated[str, typer.Argument(help="YAML file of the recipe, or the name of one of ours.")] = "demo",
-    output: OutputFolder = Path("build/demo"),
+    output: OutputFolder = Path("build/lab-demo"),
     seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
