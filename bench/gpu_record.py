@@ -26,6 +26,7 @@ SOURCES = (
     "CMakeLists.txt",
     "setup.py",
     "tools/cuda_build.py",
+    "tools/architectures.cmake",
     "ummrm/ops/library.py",
     "ummrm/ops/autograd.py",
     "ummrm/ops/backends.py",

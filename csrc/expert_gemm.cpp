@@ -4,6 +4,8 @@
 // host knows it too and cuBLAS has the products.
 #include "ummrm/expert_gemm.h"
 
+#include <ATen/Context.h>
+
 #include "checks.h"
 #include "device.h"
 #include "gemm.h"
@@ -78,6 +80,9 @@ void check_rows(const Checker& check, const char* shared_name, const Tensor& sha
   check.shape(shared_name, shared, {repeated ? num_shared * num_tokens : num_tokens, routed.size(1)},
               "[T, width] or [S*T, width]", "pass one row a token, or one a token and shared expert");
 }
+
+// torch's own setting, torch._C._set_sm_carveout_experimental, which its matrix products follow as well.
+int spare_multiprocessors() { return at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0); }
 
 int64_t slots_of(const Tensor& routed) { return routed.dim() == 2 ? routed.size(0) : -1; }
 
@@ -191,7 +196,8 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
                               data_or_null(biases[0]),
                               data_or_null(biases[1]),
                               offsets.const_data_ptr<int32_t>(),
-                              out.mutable_data_ptr()};
+                              out.mutable_data_ptr(),
+                              spare_multiprocessors()};
   on_cuda(check, out, [&](auto stream) {
     const Tensor space = workspace(cuda::expert_gemm_workspace(args), out);
     return cuda::expert_gemm(args, space.mutable_data_ptr(), stream);
@@ -250,7 +256,8 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
                                    grad_routed.const_data_ptr(),
                                    offsets.const_data_ptr<int32_t>(),
                                    need_shared ? shared_grad.mutable_data_ptr() : nullptr,
-                                   need_routed ? routed_grad.mutable_data_ptr() : nullptr};
+                                   need_routed ? routed_grad.mutable_data_ptr() : nullptr,
+                                   spare_multiprocessors()};
   on_cuda(check, routed, [&](auto stream) {
     const Tensor space = workspace(cuda::expert_gemm_wgrad_workspace(args), routed);
     return cuda::expert_gemm_wgrad(args, space.mutable_data_ptr(), stream);

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = "tools/compiled.json"
 ALWAYS, ON_CHANGE = "80-real", "90a-real"
 ARCH, FOLDER = "sm_90a", "kernels/cuda/sm90"
-HOW = ("CMakeLists.txt", "third_party/cutlass.cmake", "third_party/cutlass.py")
+HOW = ("CMakeLists.txt", "tools/architectures.cmake", "third_party/cutlass.cmake", "third_party/cutlass.py")
 
 
 def sources(root=ROOT):

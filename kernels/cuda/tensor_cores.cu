@@ -126,7 +126,8 @@ struct Call {
     product.tables = take_tables(workspace, groups.problems());
     product.problems = static_cast<int>(groups.problems());
     product.biased = groups.biased;
-    product.sms = sms;
+    const int left = sms - args.spare_multiprocessors;
+    product.sms = left < 1 ? 1 : left < sms ? left : sms;
     product.scratch = workspace.take<char>(instance.scratch_bytes(sms));
     bytes = workspace.bytes();
   }

@@ -113,6 +113,50 @@ def test_heavy_compilers_fit_into_memory(tmp_path, monkeypatch):
     assert cuda_build.heavy_compilers() == 7
 
 
+ALL_MAJOR = "75-real;80-real;90-real;100-real;110-real;120"
+
+
+@pytest.mark.parametrize(
+    ("archs", "ampere", "hopper", "without"),
+    [
+        ("75", "", "", "75"),
+        ("80", "80", "", ""),
+        ("86", "86", "", ""),
+        ("89-real", "89-real", "", ""),
+        ("90", "", "90a-real", ""),
+        ("90a", "", "90a-real", ""),
+        ("90-virtual", "", "90a-real", ""),
+        ("100", "100", "", ""),
+        ("120", "120", "", ""),
+        ("80;90a-real;100a-real", "80", "90a-real", ""),  # the newest takes Ampere's PTX
+        ("80-real;90a-real;100a-real", "80-real;100a-real", "90a-real", ""),
+        ("native", "", "90a-real", ""),
+        ("all-major", "80-real;100-real;110-real;120", "90a-real", "75-real"),
+    ],
+)
+def test_every_architecture_gets_its_tensor_cores(tmp_path, archs, ampere, hopper, without):
+    """Real CMake on the function that CMakeLists.txt asks, with what it says of `native` and `all-major` given."""
+    if cuda_build.find_cmake() is None:
+        pytest.skip("no cmake on this machine that CMakeLists.txt accepts")
+    script = tmp_path / "ask.cmake"
+    script.write_text(
+        f'set(CMAKE_CUDA_ARCHITECTURES_NATIVE "90-real")\nset(CMAKE_CUDA_ARCHITECTURES_ALL_MAJOR "{ALL_MAJOR}")\n'
+        f'include("{ROOT}/tools/architectures.cmake")\nset(archs "{archs}")\nummrm_expand_architectures(archs)\n'
+        'ummrm_tensor_core_architectures("${archs}" a h w)\nmessage(STATUS "${a}|${h}|${w}")\n'
+    )
+    done = subprocess.run([cuda_build.find_cmake(), "-P", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"-- {ampere}|{hopper}|{without}"
+
+
+def test_native_needs_a_gpu(tmp_path):
+    if cuda_build.find_cmake() is None:
+        pytest.skip("no cmake on this machine that CMakeLists.txt accepts")
+    script = tmp_path / "ask.cmake"
+    script.write_text(f'include("{ROOT}/tools/architectures.cmake")\nset(a native)\nummrm_expand_architectures(a)\n')
+    done = subprocess.run([cuda_build.find_cmake(), "-P", script], capture_output=True, text=True)
+    assert done.returncode and "UMMRM_CUDA_ARCHS must name architectures" in done.stderr
+
+
 def test_a_library_that_was_made_before_is_taken(tmp_path, monkeypatch):
     library = tmp_path / "libummrm_cuda.a"
     library.write_bytes(b"!<arch>\n")

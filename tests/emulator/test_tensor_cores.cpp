@@ -10,13 +10,14 @@ using namespace testing;
 using namespace ummrm;
 using namespace ummrm::cuda;
 
-static int runs, last_tile;
+static int runs, last_tile, last_sms;
 
 // d = a x b + bias of every problem. `a` has its reduced size across (rows_reduced) or along a row, b likewise.
 template <bool rows_reduced, bool columns_first>
 static int loops(DType type, DType out, int tile, const GroupedProduct& product) {
   ++runs;
   last_tile = tile;
+  last_sms = product.sms;
   std::memset(product.scratch, 0xff, 48 * product.sms);
   const GroupTables& tables = product.tables;
   for (int p = 0; p < product.problems; ++p) {
@@ -187,6 +188,24 @@ static void gradients(DType dtype, DType grad_dtype) {
   }
 }
 
+// Some of the device's eight multiprocessors are left to others, never all, and its results are the same.
+static void spare_multiprocessors() {
+  const Problem in(DType::bf16);
+  const int64_t rows = in.num_shared * in.tokens + in.slots;
+  Array first(DType::bf16, 0);
+  for (const int spare : {0, 3, 7, 8, 100, -5}) {
+    Placed out(DType::bf16, rows * in.out, true);
+    ExpertGemm args = in.gemm(true, true, out.data());
+    args.spare_multiprocessors = spare;
+    const Exact memory(sm80::workspace(args));
+    check_launch(sm80::expert_gemm(args, memory.data, nullptr), "expert_gemm");
+    CHECK(last_sms == (spare < 0 ? 8 : spare < 8 ? 8 - spare : 1), "%d spared, %d taken", spare, last_sms);
+    const Array got = out.array();
+    if (spare == 0) first = got;
+    CHECK(got.same_bits(first), "another result");
+  }
+}
+
 // A row of zeros takes a piece of its own, where one kind of expert alone has a bias.
 static void zero_row_has_room() {
   const Problem in(DType::bf16);
@@ -242,6 +261,7 @@ int main() {
     gradients(dtype, dtype);
     gradients(dtype, DType::f32);
   }
+  spare_multiprocessors();
   zero_row_has_room();
   served();
   return finish();

@@ -47,8 +47,9 @@ struct Instance {
   static int64_t scratch_bytes(int) { return 0; }
 
   static int run(const GroupedProduct& product, Stream stream) {
+    const auto* kernel = reinterpret_cast<const void*>(&cutlass::Kernel<Kernel>);
     const int resident = Gemm::maximum_active_blocks();
-    if (resident < 1) return cudaErrorInvalidConfiguration;
+    if (resident < 1) return error_of(kernel, cudaErrorInvalidConfiguration);
     const GroupTables& tables = product.tables;
     const typename Gemm::Arguments args(
         reinterpret_cast<cutlass::gemm::GemmCoord*>(tables.shapes), product.problems, resident * product.sms,
@@ -57,8 +58,9 @@ struct Instance {
         const_cast<Out**>(reinterpret_cast<const Out**>(tables.bias)), reinterpret_cast<Out**>(tables.d),
         tables.a_stride, tables.b_stride, tables.bias_stride, tables.d_stride);
     Gemm gemm;
-    if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+    if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess)
+      return error_of(kernel, cudaErrorInvalidValue);
+    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : error_of(kernel, cudaErrorLaunchFailure);
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }

@@ -109,8 +109,10 @@ struct Instance {
     Gemm gemm;
     const auto args = arguments(product);
     if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    if (gemm.initialize(args, product.scratch, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+    const auto* kernel = reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>);
+    if (gemm.initialize(args, product.scratch, stream) != cutlass::Status::kSuccess)
+      return error_of(kernel, cudaErrorInvalidValue);
+    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : error_of(kernel, cudaErrorLaunchFailure);
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }

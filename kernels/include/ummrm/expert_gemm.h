@@ -46,6 +46,7 @@ struct ExpertGemm {
   const void* routed_bias;        // [E, out_width], or null
   const int32_t* expert_offsets;  // [E + 1], on the device
   void* out;                      // [S*tokens + slots, out_width]; rows of no group become zero
+  int spare_multiprocessors = 0;  // that kernels which would take all of the device leave to others, as NCCL's
 };
 
 // grad_proj = grad_rows^T @ rows of each group; zero for a group without rows.
@@ -63,6 +64,7 @@ struct ExpertGemmWgrad {
   const int32_t* expert_offsets;  // [E + 1], on the device
   void* shared_grad;              // out, [S, grad_width, width], or null: not needed
   void* routed_grad;              // out, [E, grad_width, width], or null: not needed
+  int spare_multiprocessors = 0;  // as above
 };
 
 // Column sums of every group's rows, times row_weights: the gradient of biases.
