@@ -14,14 +14,6 @@ struct GroupedProduct {
   void* scratch;  // as many bytes as the instance says, 256-aligned
 };
 
-// What is wrong with a kernel that was not launched. CUTLASS takes the runtime's error for itself; that the device has
-// no image of the kernel, or that an earlier kernel broke the context, the runtime says when asked again.
-inline int error_of(const void* kernel, int otherwise) {
-  cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
-  return status == cudaSuccess ? otherwise : status;
-}
-
 struct GroupedInstance {
   int64_t (*scratch_bytes)(int sms);
   int (*run)(const GroupedProduct& product, Stream stream);

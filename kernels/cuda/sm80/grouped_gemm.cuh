@@ -18,6 +18,7 @@
 
 #include "../expert_tiles.h"
 #include "../grouped_product.h"
+#include "../launch_error.h"
 
 namespace ummrm::cuda::sm80 {
 

@@ -24,6 +24,7 @@
 
 #include "../expert_tiles.h"
 #include "../grouped_product.h"
+#include "../launch_error.h"
 
 namespace ummrm::cuda::sm90 {
 
