@@ -25,6 +25,9 @@ def finished(tmp_path_factory):
     """The folder of a finished run; `backbone` beside it is what it started from."""
     root = tmp_path_factory.mktemp("served")
     write_backbone(root / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(root / "backbone")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})  # as Qwen's has some
+    tokenizer.save_pretrained(root / "backbone")
     write_pairs(root / "pairs.jsonl")
     made = recipe_of(root, train={"max_steps": 8}, distill={"max_steps": 4})
     run_recipe(Recipe.from_dict(made), log=lambda _: None)
@@ -41,7 +44,7 @@ def rewards_of(folder, texts):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_stock_transformers_give_the_same_rewards_without_ummrm(version, finished, tmp_path):
     assert os.path.exists(VERSIONS[version]), "run `make test-full`, which makes the environments of this tier"
-    texts = ["w1 w2 w3 <eos>", "w4", "w5 w6 w7 w8 w9 w10 w11 <eos>", "w12 w13 <eos>"]
+    texts = ["w1 w2 w3 <eos>", "<user> w4", "w5 w6 w7 w8 w9 w10 w11 <eos>", "w12 w13 <eos>"]
     logits = rewards_of(finished / "merged", texts)
     assert max(logits) - min(logits) > 0.01, "rewards that are nearly equal would prove nothing"
     given = {"merged": str(finished / "merged"), "mixture": str(finished / "mixture"), "texts": texts, "logits": logits}

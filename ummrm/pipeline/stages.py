@@ -24,6 +24,7 @@ from ..config import UpcycleConfig
 from ..data import PreferenceData
 from ..hf.loading import load_checkpoint
 from ..hf.saving import save_pretrained
+from ..hf.tokenizers_v4 import save_tokenizer
 from ..merge import merge, prepare_merge
 from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.dense import DenseRewardTrainer
@@ -220,7 +221,7 @@ def in_first(work: Callable[[], Any]) -> None:
 
 def _save(model: Any, at: Setting, target: Path) -> None:
     save_pretrained(model, target)
-    at.start.tokenizer.save_pretrained(target)
+    save_tokenizer(at.start.tokenizer, target)
 
 
 def _dtype(at: Setting) -> torch.dtype:
