@@ -43,6 +43,15 @@ def test_what_is_saved_has_the_old_names_and_reads_the_same(kind, tmp_path):
     )
 
 
+def test_what_has_no_configuration_of_a_tokenizer_is_saved_as_it_is(tmp_path):
+    class Processor:
+        def save_pretrained(self, folder):
+            (folder / "processor_config.json").write_text("{}")
+
+    save_tokenizer(Processor(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["processor_config.json"]
+
+
 def test_transformers_still_writes_the_names_that_are_exchanged(tmp_path):
     """Where it no longer does, `ummrm/hf/tokenizers_v4.py` can go."""
     with_special_tokens().save_pretrained(tmp_path)

@@ -19,7 +19,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     """Saves a tokenizer like its own `save_pretrained`, under names that transformers 4 knows as well.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer, or whatever else a trainer processes texts with; what writes no tokenizer_config.json
+            is saved as it is.
         folder: where it goes; made if it is not there.
 
     Raises:
@@ -27,6 +28,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / _FILE
+    if not path.is_file():
+        return
     told = json.loads(path.read_text(encoding="utf-8"))
     if told.get("tokenizer_class") == "TokenizersBackend":
         told["tokenizer_class"] = "PreTrainedTokenizerFast"

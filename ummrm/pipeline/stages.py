@@ -104,7 +104,12 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
         moe = trainer.accelerator.unwrap_model(trainer.model)
     elif config is not None:
         moe = prepare_merge(moe, config)
-    in_first(lambda: _save(merge(moe), at, at.undistilled))
+
+    def save() -> None:
+        save_pretrained(merge(moe), at.undistilled)
+        save_tokenizer(at.start.tokenizer, at.undistilled)
+
+    in_first(save)
     return found
 
 
@@ -151,8 +156,10 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
         trainer.save_model(str(target))  # gathers what processes hold
 
     def save() -> None:
-        if target is not None and not sharded:
-            _save(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), at, target)
+        if target is not None:
+            if not sharded:
+                save_pretrained(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), target)
+            save_tokenizer(at.start.tokenizer, target)
         write_json(folder / "log.json", trainer.state.log_history)
 
     in_first(save)
@@ -217,11 +224,6 @@ def in_first(work: Callable[[], Any]) -> None:
     if state.is_main_process:
         work()
     state.wait_for_everyone()
-
-
-def _save(model: Any, at: Setting, target: Path) -> None:
-    save_pretrained(model, target)
-    save_tokenizer(at.start.tokenizer, target)
 
 
 def _dtype(at: Setting) -> torch.dtype:
