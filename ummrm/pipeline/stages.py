@@ -106,7 +106,8 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
         moe = prepare_merge(moe, config)
 
     def save() -> None:
-        save_pretrained(merge(moe), at.undistilled)
+        merged: Any = merge(moe)
+        save_pretrained(merged, at.undistilled)
         save_tokenizer(at.start.tokenizer, at.undistilled)
 
     in_first(save)
