@@ -29,9 +29,9 @@ def test_what_is_saved_has_the_old_names_and_reads_the_same(kind, tmp_path):
     own, told = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("own", "ours"))
     names = {"own": set(own), "ours": set(told)}
     assert told["tokenizer_class"] == ("BertTokenizer" if kind == "bert" else "PreTrainedTokenizerFast")
-    assert names["own"] ^ names["ours"] == (
-        {"extra_special_tokens", "additional_special_tokens"} if kind == "special" else set()
-    )
+    exchanged = {"extra_special_tokens", "additional_special_tokens"} if kind == "special" else set()
+    assert names["own"] ^ names["ours"] == exchanged | {"model_input_names"}
+    assert set(told["model_input_names"]) == set(made("w1"))
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == sorted(p.name for p in (tmp_path / "own").iterdir())
     theirs, ours = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("own", "ours"))
     assert type(ours) is type(theirs) and ours.chat_template == theirs.chat_template
@@ -57,3 +57,4 @@ def test_transformers_still_writes_the_names_that_are_exchanged(tmp_path):
     with_special_tokens().save_pretrained(tmp_path)
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told["tokenizer_class"] == "TokenizersBackend" and told["extra_special_tokens"] == ["<user>", "<assistant>"]
+    assert "model_input_names" not in told

@@ -47,7 +47,9 @@ def test_stock_transformers_give_the_same_rewards_without_ummrm(version, finishe
     texts = ["w1 w2 w3 <eos>", "<user> w4", "w5 w6 w7 w8 w9 w10 w11 <eos>", "w12 w13 <eos>"]
     logits = rewards_of(finished / "merged", texts)
     assert max(logits) - min(logits) > 0.01, "rewards that are nearly equal would prove nothing"
-    given = {"merged": str(finished / "merged"), "mixture": str(finished / "mixture"), "texts": texts, "logits": logits}
+    inputs = sorted(AutoTokenizer.from_pretrained(finished / "merged")("w1"))
+    given = {name: str(finished / name) for name in ("merged", "mixture")}
+    given |= {"texts": texts, "logits": logits, "inputs": inputs}
     (tmp_path / "expected.json").write_text(json.dumps(given))
     command = [VERSIONS[version], "-P", SUPPORT / "stock_child.py", version, tmp_path / "expected.json"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

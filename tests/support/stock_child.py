@@ -1,7 +1,7 @@
 """Scores with stock transformers and without ummrm: `stock_child.py VERSION EXPECTED`.
 
 VERSION is the beginning of transformers' version. EXPECTED is a JSON file: `merged` and `mixture`, folders; `texts`;
-`logits`, the reward of each.
+`logits`, the reward of each; `inputs`, what the tokenizer gives the model.
 """
 
 import json
@@ -24,6 +24,7 @@ def main(version, expected):
     assert type(model).__module__.startswith("transformers."), type(model)
     tokenizer = AutoTokenizer.from_pretrained(given["merged"])
     batch = tokenizer(given["texts"], padding=True, return_tensors="pt")
+    assert sorted(batch) == given["inputs"], sorted(batch)
     with torch.no_grad():
         together = model(**batch).logits.squeeze(-1)
     torch.testing.assert_close(together, wanted, rtol=1e-5, atol=1e-5)

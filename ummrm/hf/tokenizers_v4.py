@@ -2,7 +2,8 @@
 
 transformers 5 writes two things that 4.57 stops at: `TokenizersBackend`, its own name of the class that both versions
 know as `PreTrainedTokenizerFast`, and a list as `extra_special_tokens`, which both read as `additional_special_tokens`.
-The keys of a model's configuration are `rope_keys_v4.py`'s business.
+And it leaves out which inputs a tokenizer gives, where 4 then adds `token_type_ids`: 4.51's Llama stops at them. The
+keys of a model's configuration are `rope_keys_v4.py`'s business.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
         told["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(told.get("extra_special_tokens"), list):
         told["additional_special_tokens"] = told.pop("extra_special_tokens")
+    if hasattr(tokenizer, "model_input_names"):
+        told.setdefault("model_input_names", list(tokenizer.model_input_names))
     new = path.with_name(f".{_FILE}.new")  # a reader finds the old file or the new one
     new.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, path)
