@@ -18,7 +18,7 @@
 #   make gpu-check   builds, tests, sanitizes and times the CUDA kernels; needs an NVIDIA GPU, nvcc, torch, no network
 #   make gpu-wheels  fetches into WHEELS what a machine without network lacks for gpu-check
 #   make lint        style and types alone
-#   make docs        the API reference, from the docstrings, in build/docs
+#   make docs        from the docstrings: the API reference, in build/docs, and docs/configuration.md
 #   make clean       removes builds and the virtual environment
 #
 # Variables: PYTHON (the interpreter to build .venv with), TORCH (what pip installs as torch), JOBS, PYTEST_ARGS,
@@ -177,6 +177,7 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(RUN) tools/api_reference.py build/docs
+	$(RUN) tools/configuration_reference.py
 
 clean:
 	rm -rf build $(VENV) ummrm/_C*.so ummrm/_build_record.json *.egg-info

@@ -144,7 +144,7 @@ def types(session):
 
 @nox.session(name="transformers4.57")
 def transformers4(session):
-    """An environment with what RewardBench pins, in which tests marked `full` load merged models."""
+    """An environment with the last transformers 4, in which tests marked `full` load merged models."""
     need_disk(session)
     session.install(CPU_TORCH, "transformers==4.57.*")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -58,23 +59,41 @@ def test_the_readmes_code_makes_a_stock_model_of_a_model_and_pairs(tmp_path, mon
     assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in namespace["moe"].parameters())
 
 
-def test_the_readmes_recipe_runs_by_its_commands(tmp_path, monkeypatch):
+def section(page, title):
+    return text(page).split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def commands_of(part):
+    """The command lines of a part of a page, split as a shell splits them."""
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", part, re.M | re.S)).splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_five_commands_lead_from_a_clean_machine_to_an_evaluated_model(tmp_path, monkeypatch):
+    """Two install; the other three are run as they stand."""
+    install, own = (commands_of(section("README.md", title)) for title in ("Install", "Your own pairs"))
+    assert [command[:2] for command in install] == [["pip", "install"]] * 2 and len(own) == 3
+    assert install == [["pip", "install", "torch"], ["pip", "install", ".[run]"]]
     tiny_model("llama", "CausalLM").save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")
-    rows = [{"prompt": f"w{i}", "chosen": " w1 w2", "rejected": f" w3 w{i}"} for i in range(24)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, first in (("pairs", 0), ("other-pairs", 24)):
+        rows = [{"prompt": f"w{i}", "chosen": " w1 w2", "rejected": f" w3 w{i}"} for i in range(first, first + 24)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (recipe,) = blocks("README.md", "yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
-    commands = [
-        line.partition("#")[0].split() for line in text("README.md").splitlines() if line.startswith("ummrm run")
-    ]
-    assert len(commands) == 2
-    for command in commands:
+    for command in own:
+        assert command[0] == "ummrm"
         result = CliRunner().invoke(app, command[1:])
         assert result.exit_code == 0, result.output
+        assert Path("my-rm").exists() != ("--dry-run" in command)
     assert type(AutoModelForSequenceClassification.from_pretrained("my-rm/merged")) is type(tiny_model("llama"))
     assert set(json.loads(Path("my-rm/metrics.json").read_text())["models"]) >= {"dense", "distilled"}
+    for folder, models in (("my-rm", {"dense", "distilled"}), ("other", {"merged", "dense"})):
+        told = json.loads(Path(folder, "evaluation.json").read_text())["models"]
+        assert set(told) >= models and all(name in Path(folder, "report.html").read_text() for name in models)
+        assert all(0 <= told[name]["accuracy"]["share"]["value"] <= 1 for name in models)
+    assert told["merged"]["accuracy"]["share"]["count"] == 24
 
 
 def test_the_recipes_of_the_documentation_are_some(tmp_path):

@@ -144,6 +144,9 @@ def test_the_whole_way_ends_in_a_stock_folder_with_tokenizer_and_card(tmp_path):
         torch.testing.assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
     assert ummrm.reward_normalization(loaded) == ummrm.reward_normalization(trainer.model)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("w1 w2")["input_ids"] == [7, 8]
+    assert (
+        "TokenizersBackend" not in (tmp_path / "merged" / "tokenizer_config.json").read_text()
+    )  # transformers 4 has none
     card = (tmp_path / "merged" / "README.md").read_text()
     dropped = trainer.long_pairs["train"].long
     assert "base_model: someone/dense-rm" in card and dropped > 0

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from ensembles import mixture
+from policy_trainers import make_policy_trainer
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
@@ -41,40 +41,11 @@ def test_reward_trainer_takes_the_path(kind, folders, tmp_path):
     assert len(losses) == 4 and all(0 < loss < 5 for loss in losses)
 
 
-def make_policy_trainer(trainer, config, folders, tmp_path, reward, conversational):
-    torch.manual_seed(0)
-    prompts = [p["prompt"] for p in make_pairs(4)]
-    if conversational:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return trainer(
-        folders["policy"],
-        reward_funcs=[reward],
-        args=config(
-            str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=4,
-            max_steps=1,
-            logging_steps=1,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            learning_rate=1e-2,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=make_tokenizer(),
-    )
-
-
 @pytest.mark.parametrize("conversational", [False, True], ids=["text", "conversation"])
 @pytest.mark.parametrize("kind", REWARDS)
 @pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
 def test_policies_are_rewarded_by_the_path(trainer, config, kind, conversational, folders, tmp_path):
-    training = make_policy_trainer(trainer, config, folders, tmp_path, folders[kind], conversational)
+    training = make_policy_trainer(trainer, config, folders["policy"], tmp_path, folders[kind], conversational)
     seen = []
     model = training.reward_funcs[0]
     assert isinstance(model, torch.nn.Module)
@@ -98,7 +69,7 @@ def test_policies_are_rewarded_by_an_ensemble(trainer, config, folders, tmp_path
     given = []
     own = reward.member_scores
     reward.member_scores = lambda texts: (given.append(own(texts)), given[-1])[1]
-    training = make_policy_trainer(trainer, config, folders, tmp_path, reward, conversational=True)
+    training = make_policy_trainer(trainer, config, folders["policy"], tmp_path, reward, conversational=True)
     training.train()
     (entry,) = [e for e in training.state.log_history if "reward" in e]
     scales = [(n.mean, n.std) for n in reward.normalization]

@@ -18,13 +18,14 @@ from ..nn.router import Router
 from ..nn.upcycled_linear import UpcycledLinear
 from .recipe import RecipeError, check_arguments
 
-_OURS = ("task_type", "inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping")
+OURS = ("task_type", "inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping")
+"""Arguments of `peft.LoraConfig` that a run decides."""
 
 
 def check_lora(given: Mapping[str, Any]) -> None:
     """Raises RecipeError unless LoRA's arguments are some of `peft.LoraConfig`."""
     check_arguments(
-        "lora", given, [name for name in inspect.signature(_peft().LoraConfig).parameters if name not in _OURS]
+        "lora", given, [name for name in inspect.signature(_peft().LoraConfig).parameters if name not in OURS]
     )
     try:
         _peft().LoraConfig(task_type="SEQ_CLS", **given)

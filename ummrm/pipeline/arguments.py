@@ -21,8 +21,10 @@ from .recipe import Recipe, RecipeError, check_arguments
 OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "seed", "push_to_hub")
 """What a run decides; `seed` is the recipe's own."""
 _LENGTH = ("num_train_epochs", "max_steps")
+REWARD_MODELS_ALONE = (*_LENGTH, "learning_rate", "center_rewards_coefficient")
+"""What `training` says to `dense` and `train` alone: a merge and a distillation have lengths and rates of their own."""
 # of every stage: one epoch, a checkpoint at every tenth of it of which the last is kept, no reports to anybody
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
     "save_strategy": "steps",
     "save_steps": 0.1,
@@ -30,9 +32,12 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,  # a bar of ours shows where all stages stand
 }
-_KINDS = {"dense": RewardConfig, "train": RewardConfig, "merge": UmmMergeConfig, "distill": UmmDistillConfig}
-# of a block beside the arguments
-_BESIDE = {"merge": ("weights", "shared_share", "learn_shared_share", "alpha_init", "alpha_per"), "distill": ("texts",)}
+WITHOUT_ACCELERATOR = {"use_cpu": True, "bf16": False}
+"""What goes before TRL's defaults on a machine that has a CPU alone."""
+KINDS = {"dense": RewardConfig, "train": RewardConfig, "merge": UmmMergeConfig, "distill": UmmDistillConfig}
+"""The class of a stage's arguments."""
+BESIDE = {"merge": ("weights", "shared_share", "learn_shared_share", "alpha_init", "alpha_per"), "distill": ("texts",)}
+"""What a block has beside the arguments."""
 
 
 def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1) -> Any:
@@ -47,21 +52,20 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
     Raises:
         RecipeError: an argument that there is not, or one that TRL refuses.
     """
-    kind, own = _KINDS[stage], stage_block(recipe, stage)
+    kind, own = KINDS[stage], stage_block(recipe, stage)
     check_block("training", recipe.training, RewardConfig)
     check_block(stage, own, kind)
     common = dict(recipe.training)
-    if stage in ("merge", "distill"):  # their lengths and rates are their own: those are a reward model's
-        common = {name: value for name, value in common.items() if name not in (*_LENGTH, "learning_rate")}
-        common.pop("center_rewards_coefficient", None)
-    given = {**_DEFAULTS, **common}
+    if stage in ("merge", "distill"):
+        common = {name: value for name, value in common.items() if name not in REWARD_MODELS_ALONE}
+    given = {**DEFAULTS, **common}
     if set(own) & set(_LENGTH):
         given = {name: value for name, value in given.items() if name not in _LENGTH}
     elif longer > 1:
         given |= {name: given[name] * longer for name in _LENGTH if given.get(name, -1) > 0}
     given |= own
     if not torch.accelerator.is_available():
-        given = {"use_cpu": True, "bf16": False, **given}
+        given = {**WITHOUT_ACCELERATOR, **given}
     try:
         return kind(output_dir=str(folder), seed=recipe.seed, **given)
     except (TypeError, ValueError, ImportError) as error:
@@ -71,7 +75,7 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
 def stage_block(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's block says of its trainer's arguments."""
     block = getattr(recipe, stage) or {}
-    return {name: value for name, value in block.items() if name not in _BESIDE.get(stage, ())}
+    return {name: value for name, value in block.items() if name not in BESIDE.get(stage, ())}
 
 
 def check_block(name: str, given: Mapping[str, Any], kind: type) -> None:
@@ -81,7 +85,7 @@ def check_block(name: str, given: Mapping[str, Any], kind: type) -> None:
             remedy = "it is the recipe's own `seed`" if one == "seed" else "a run decides it itself"
             raise RecipeError(f"`{name}.{one}` must be left out; {remedy}.")
     known = [one for one in inspect.signature(kind).parameters if one not in OURS]
-    check_arguments(name, given, [*known, *_BESIDE.get(name, ())])
+    check_arguments(name, given, [*known, *BESIDE.get(name, ())])
 
 
 def said(arguments: Any) -> dict[str, Any]:

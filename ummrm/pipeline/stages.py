@@ -24,6 +24,7 @@ from ..config import UpcycleConfig
 from ..data import PreferenceData
 from ..hf.loading import load_checkpoint
 from ..hf.saving import save_pretrained
+from ..hf.tokenizers_v4 import save_tokenizer
 from ..merge import merge, prepare_merge
 from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.dense import DenseRewardTrainer
@@ -103,7 +104,13 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
         moe = trainer.accelerator.unwrap_model(trainer.model)
     elif config is not None:
         moe = prepare_merge(moe, config)
-    in_first(lambda: _save(merge(moe), at, at.undistilled))
+
+    def save() -> None:
+        merged: Any = merge(moe)
+        save_pretrained(merged, at.undistilled)
+        save_tokenizer(at.start.tokenizer, at.undistilled)
+
+    in_first(save)
     return found
 
 
@@ -150,8 +157,10 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
         trainer.save_model(str(target))  # gathers what processes hold
 
     def save() -> None:
-        if target is not None and not sharded:
-            _save(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), at, target)
+        if target is not None:
+            if not sharded:
+                save_pretrained(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), target)
+            save_tokenizer(at.start.tokenizer, target)
         write_json(folder / "log.json", trainer.state.log_history)
 
     in_first(save)
@@ -216,11 +225,6 @@ def in_first(work: Callable[[], Any]) -> None:
     if state.is_main_process:
         work()
     state.wait_for_everyone()
-
-
-def _save(model: Any, at: Setting, target: Path) -> None:
-    save_pretrained(model, target)
-    at.start.tokenizer.save_pretrained(target)
 
 
 def _dtype(at: Setting) -> torch.dtype:

@@ -17,6 +17,7 @@ from ..config import MergeConfig
 from ..hf.ensembles import check_reward_model
 from ..hf.merge_share import merge_share
 from ..hf.saving import save_pretrained
+from ..hf.tokenizers_v4 import save_tokenizer
 from ..merge import merge, prepare_merge
 from ..nn.dense import PROJECTIONS
 from ..nn.merging_linear import merging_parts
@@ -187,7 +188,7 @@ class UmmMergeTrainer(UmmTrainer):
         if self.is_world_process_zero():
             save_pretrained(self.merge(), save_directory)
             assert self.processing_class is not None  # RewardTrainer makes one from the model's name
-            self.processing_class.save_pretrained(save_directory)
+            save_tokenizer(self.processing_class, save_directory)
 
 
 def _with_a_rate_for_alpha(args: RewardConfig) -> RewardConfig:
