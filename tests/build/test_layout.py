@@ -16,15 +16,16 @@ MAX_LINES = 450
 ALLOWED = {
     "version": set(),
     "config": set(),
+    "files": set(),
     "ops": {"_C"},
     "nn": {"config", "ops"},
-    "hf": {"config", "nn", "ops", "version"},
+    "hf": {"config", "files", "nn", "ops", "version"},
     "upcycle": {"config", "hf", "nn"},
     "merge": {"config", "hf", "nn", "upcycle"},
-    "trainer": {"config", "hf", "merge", "nn"},
+    "trainer": {"config", "files", "hf", "merge", "nn"},
     "data": set(),
-    "evaluation": {"data", "hf"},
-    "pipeline": {"config", "data", "evaluation", "hf", "merge", "nn", "trainer", "upcycle", "version"},
+    "evaluation": {"data", "files", "hf"},
+    "pipeline": {"config", "data", "evaluation", "files", "hf", "merge", "nn", "trainer", "upcycle", "version"},
     "cli": {"__init__", "config", "data", "evaluation", "hf", "merge", "ops", "pipeline", "upcycle"},
     "__main__": {"cli"},
 }
@@ -32,6 +33,7 @@ ALLOWED = {
 OUTSIDE = {
     "version": set(),
     "config": set(),
+    "files": set(),
     "ops": {"torch", "triton"},
     "nn": {"torch"},
     "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former

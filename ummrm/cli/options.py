@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from ..config import DTYPES
 from .errors import UserError, one_line
 
-DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST = 16 << 10
 
 

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from ..config import UpcycleConfig
+from ..config import DTYPES, UpcycleConfig
 from ..hf.detect import find_family
 from ..hf.registry import umm_class, upcycled_config
 from .recipe import RecipeError
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def plan(
         flops = passes * tokens * shape.flops(mean)
         if stage == "distill":  # the teacher's scores, once
             flops += rows * mean * dense.flops(mean) * max(members, 1)
-        size = _BYTES[dtype]
+        size = DTYPES[dtype]
         trained = 0 if stage == "merge" else shape.parameters
         held = mixture.parameters if stage == "merge" else shape.parameters
         states = size * held + 3 * size * trained

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
-from ..config import MergeConfig, UpcycleConfig
+from ..config import DTYPES, MergeConfig, UpcycleConfig
 from ..data import PairsConfig, PairSource
 from ..evaluation import EvaluationConfig
 
 HEADS = ("auto", "fresh", "keep")
-DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("mean", "learned")
 _PROBE_PAIRS = 200  # a probe scores two texts of each by every model
 _LARGEST = 64 << 10  # bytes of a recipe

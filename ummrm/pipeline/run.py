@@ -19,6 +19,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoConfig
 
 from ..data import PreferenceData, read_pairs
+from ..files import write_atomically, write_json
 from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
@@ -29,7 +30,7 @@ from .plan import StagePlan, plan, shapes
 from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
-from .record import Record, locked, write_json
+from .record import Record, locked
 from .start import Start, blaming_the_model, find_start
 
 _SOME = 500  # pairs whose lengths stand for all
@@ -268,7 +269,7 @@ def check_folder(folder: Path, made_by: str = "run.json") -> None:
 def write_run(at: stages.Setting, found: dict[str, Any] | None) -> None:
     """The recipe with all that it says, and what it was run on."""
     text = yaml.safe_dump(at.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    (at.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    write_atomically(at.folder / "recipe.yaml", text)
     facts = {
         "ummrm": __version__,
         **{name: importlib.metadata.version(name) for name in _VERSIONS},

@@ -22,6 +22,7 @@ from transformers import PrinterCallback
 
 from ..config import UpcycleConfig
 from ..data import PreferenceData
+from ..files import write_json
 from ..hf.loading import load_checkpoint
 from ..hf.saving import save_pretrained
 from ..merge import merge, prepare_merge
@@ -31,7 +32,6 @@ from ..upcycle import upcycle
 from .adapters import folded, lora_config
 from .processes import processes
 from .recipe import Recipe
-from .record import write_json
 from .start import Start
 
 DENSE, MIXTURE, MERGED = "dense", "mixture", "merged"
