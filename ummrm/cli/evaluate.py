@@ -47,7 +47,7 @@ def evaluate(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Columns of other names, such as prompt=question,chosen=good,rejected=bad.",
+            help="Columns of other names, such as prompt=question,chosen=good.",
             show_default=False,
             rich_help_panel=_DATA,
         ),

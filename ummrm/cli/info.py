@@ -19,14 +19,18 @@ _EXPERTS = re.compile(r"(.*)\.(experts|shared_experts)\.[^.]+")
 
 
 def info(
-    folder: Annotated[str | None, typer.Argument(help="Folder of a dense or upcycled model; else the build.")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder of a dense or an upcycled model; without it the build is described.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The model's description as JSON; the build's always is.")] = (
         False
     ),
 ) -> None:
-    """Describes a model folder without loading it or, without FOLDER, says what the compiled extension was built with.
+    """Describes a model folder without loading it; without FOLDER, what the compiled extension was built with.
 
     The build's JSON says which kernels there are, and why there are none for CUDA where it has none.
+
+    Example: ummrm info merged
     """
     if folder is None:
         from .. import __version__

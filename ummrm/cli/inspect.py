@@ -32,11 +32,11 @@ def inspect(
 ) -> None:
     """Shows how far a mixture's experts are apart, how they are used, and how they merge.
 
-    ummrm inspect moe-rm --texts pairs.jsonl --plot experts.png
-
     Distances are between two experts' weights, in norms of their mean: 0 as
     upcycled. By token, --texts shows the largest and the smallest share of the
     slots that an expert gets (1/E when balanced).
+
+    Example: ummrm inspect trained-rm --texts pairs.jsonl --plot experts.png
     """
     options.check_device(device)
     if plot is not None and plot.suffix != ".png":

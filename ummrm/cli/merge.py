@@ -56,6 +56,8 @@ def merge(
 
     On a CPU the weights go from file to file: a model that is larger than
     memory is merged too.
+
+    Example: ummrm merge trained-rm merged
     """
     options.check_dtype(dtype)
     options.check_device(device)

@@ -19,7 +19,7 @@ def train(
     out: Annotated[str, typer.Argument(help="Folder for the trained model, of the same kind.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file of arguments of TRL's RewardConfig; options given here go before it."),
+        typer.Option(help="YAML or JSON file of arguments of TRL's RewardConfig; options given here take precedence."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate (TRL's default: 1e-4).")] = None,
     num_train_epochs: Annotated[float | None, typer.Option(help="Passes over the pairs (default: 1).")] = None,
@@ -27,20 +27,24 @@ def train(
     per_device_train_batch_size: Annotated[
         int | None, typer.Option(help="Pairs a step and device (TRL's default: 8).")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens; longer pairs are left out (TRL's: 1024).")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Held-out pairs; by default 5% are split off by prompt.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens; longer pairs are left out (TRL's default: 1024).")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="PAIRS", help="Held-out pairs (default: 5% are split off by prompt).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights in training: float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of heads, orders and groups.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: fresh heads, orders and groups.")] = 0,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
     ] = False,
 ) -> None:
     """Trains a reward model on preference pairs: dense, a mixture from `ummrm upcycle`, or merge weights.
 
-    ummrm train moe-rm pairs.jsonl trained-rm --num-train-epochs 4
-
     The same command goes on where it was cut off. `ummrm run` does this and
     all stages around it.
+
+    Example: ummrm train moe-rm pairs.jsonl trained-rm --num-train-epochs 4
     """
     try:
         import datasets

@@ -26,12 +26,12 @@ _REWARD_CLASS = "ForSequenceClassification"
 
 
 def _panel(title: str):
-    """Options under one title of --help: help, default, names where there is a short one."""
+    """Options under one title of --help: help, default, names where there is a short one, what stands for the value."""
 
-    def option(text: str, default: object, *names: str) -> Any:
+    def option(text: str, default: object, *names: str, metavar: str | None = None) -> Any:
         # None stands for "not given", so that an option goes before the file and the file before the default
         text = f"{text.removesuffix('.')} (default: {default})."
-        return typer.Option(*names, help=text, show_default=False, rich_help_panel=title)
+        return typer.Option(*names, help=text, metavar=metavar, show_default=False, rich_help_panel=title)
 
     return option
 
@@ -44,7 +44,7 @@ def upcycle(
     out: Annotated[str, typer.Argument(help="Folder for the upcycled model.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here go before it."),
+        typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here take precedence."),
     ] = None,
     assignment: Annotated[
         str | None, _mixture("How experts get their tokens: by token (a router) or by sequence.", "token")
@@ -61,7 +61,9 @@ def upcycle(
     experts_in: Annotated[
         str | None,
         _mixture(
-            "By sequence: ffn; linear: every linear layer, attention's too; all: these and the reward head.", "ffn"
+            "By sequence: ffn; linear: every linear layer, attention's too; all: these and the reward head.",
+            "ffn",
+            metavar="PLACE",
         ),
     ] = None,
     evaluation: Annotated[
@@ -114,6 +116,8 @@ def upcycle(
 
     On a CPU the weights go from file to file: a model that is larger than
     memory is upcycled too.
+
+    Example: ummrm upcycle my-model moe-rm --new-head --assignment sequence --experts-in all
     """
     given = {
         "assignment": assignment,
