@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import pairs
 from .errors import UserError, blaming
 from .options import read_options
 from .screen import note, quiet_libraries, say
@@ -35,9 +36,13 @@ def train(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights in training: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of what is drawn: fresh heads, orders and groups.")] = 0,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
-    ] = False,
+    columns: pairs.Columns = None,
+    split: pairs.Split = None,
+    answers: pairs.Answers = None,
+    scores: pairs.Scores = None,
+    turns: pairs.Turns = None,
+    as_messages: pairs.AsMessages = False,
+    strict: pairs.Strict = False,
 ) -> None:
     """Trains a reward model on preference pairs: dense, a mixture from `ummrm upcycle`, or merge weights.
 
@@ -64,8 +69,13 @@ def train(
     }
     arguments = {} if config is None else read_options(config)
     arguments |= {name: value for name, value in given.items() if value is not None}
-    pairs = {"train": data, "strict": strict} | ({"held_out": held_out} if held_out is not None else {})
-    plain = {"model": {"path": model, "dtype": dtype}, "data": pairs, "output": out, "seed": seed, "train": arguments}
+    fields = pairs.fields_of(
+        columns=columns, split=split, answers=answers, scores=scores, turns=turns, as_messages=as_messages
+    )
+    read: dict[str, Any] = {"train": {"path": data, **fields}, "strict": strict}
+    if held_out is not None:
+        read["held_out"] = {"path": held_out, **fields}
+    plain = {"model": {"path": model, "dtype": dtype}, "data": read, "output": out, "seed": seed, "train": arguments}
     with blaming("", RecipeError, DataError), quiet_libraries():
         found = train_folder(Recipe.from_dict(plain), log=note)
     accuracy = f", held-out accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""
