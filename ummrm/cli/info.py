@@ -59,10 +59,13 @@ def describe(source: Source) -> dict[str, Any]:
     Raises:
         UserError: it is an upcycled model that can't be read.
     """
+    from ..hf.remote_code import needs_code
+
     config, headers = source.config, source.headers
     record: dict[str, Any] = {"folder": source.name, "kind": "dense"}
+    own_code = needs_code(config)
     if source.is_upcycled:
-        record["kind"] = "merging" if check_upcycled(source) == "merging" else "mixture"
+        record["kind"] = "merging" if check_upcycled(source, own_code=own_code) == "merging" else "mixture"
     record |= {"class": source.class_name, "family": source.model_type.removeprefix("umm_")}
     if source.is_upcycled:
         from ..config import UpcycleConfig

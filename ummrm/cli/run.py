@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options
 from .errors import UserError, blaming
 from .screen import note, quiet_libraries, say, size
 
@@ -29,6 +30,7 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Trains, merges and distils a reward model on your own preference pairs.
 
@@ -55,6 +57,8 @@ def run(
         read = read_recipe(recipe, **changes)
         if strict:
             read = dataclasses.replace(read, data=dataclasses.replace(read.data, strict=True))
+        if trust_remote_code:
+            read = dataclasses.replace(read, model=dataclasses.replace(read.model, trust_remote_code=True))
         if dry_run:
             _show(plan_recipe(read, log=note))
             return

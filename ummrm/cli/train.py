@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import pairs
+from . import options, pairs
 from .errors import UserError, blaming
-from .options import read_options
 from .screen import note, quiet_libraries, say
 
 
@@ -43,6 +42,7 @@ def train(
     turns: pairs.Turns = None,
     as_messages: pairs.AsMessages = False,
     strict: pairs.Strict = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Trains a reward model on preference pairs: dense, a mixture from `ummrm upcycle`, or merge weights.
 
@@ -67,7 +67,7 @@ def train(
         "per_device_train_batch_size": per_device_train_batch_size,
         "max_length": max_length,
     }
-    arguments = {} if config is None else read_options(config)
+    arguments = {} if config is None else options.read_options(config)
     arguments |= {name: value for name, value in given.items() if value is not None}
     fields = pairs.fields_of(
         columns=columns, split=split, answers=answers, scores=scores, turns=turns, as_messages=as_messages
@@ -75,7 +75,13 @@ def train(
     read: dict[str, Any] = {"train": {"path": data, **fields}, "strict": strict}
     if held_out is not None:
         read["held_out"] = {"path": held_out, **fields}
-    plain = {"model": {"path": model, "dtype": dtype}, "data": read, "output": out, "seed": seed, "train": arguments}
+    plain = {
+        "model": {"path": model, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        "data": read,
+        "output": out,
+        "seed": seed,
+        "train": arguments,
+    }
     with blaming("", RecipeError, DataError), quiet_libraries():
         found = train_folder(Recipe.from_dict(plain), log=note)
     accuracy = f", held-out accuracy {found['eval_accuracy']:.3f}" if "eval_accuracy" in found else ""

@@ -39,6 +39,7 @@ class ModelSource:
         dtype: of the weights in training.
         head: `"auto"`: a fresh reward head where there is none; `"fresh"`: always; `"keep"`: none must be missing.
         frozen: beginnings of the names of parameters that no stage trains, such as `model.embed_tokens`.
+        trust_remote_code: run Python code that comes with the model or its tokenizer, which can do whatever you can.
     """
 
     path: str
@@ -46,6 +47,7 @@ class ModelSource:
     dtype: str = "float32"
     head: str = "auto"
     frozen: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -53,6 +55,8 @@ class ModelSource:
         )
         _require("model.dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}", self.dtype)
         object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
+        trusted = isinstance(self.trust_remote_code, bool)
+        _require("model.trust_remote_code", trusted, "true or false", self.trust_remote_code)
         _require("model.head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig
 
 from ..data import PreferenceData, read_pairs
 from ..files import write_atomically, write_json
@@ -31,7 +30,7 @@ from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
 from .record import Record, locked
-from .start import Start, blaming_the_model, find_start
+from .start import Start, find_start, stock_config_of
 
 _SOME = 500  # pairs whose lengths stand for all
 _VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -85,9 +84,7 @@ def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[S
         DataError: as `run_recipe`.
     """
     at = prepare(recipe, log)
-    with blaming_the_model(recipe.model):
-        config = AutoConfig.from_pretrained(recipe.model.path, **at.start.revision())
-    dense, mixture = shapes(config, at.upcycle)
+    dense, mixture = shapes(stock_config_of(recipe.model), at.upcycle)
     some = at.pairs.train.select(range(min(_SOME, len(at.pairs.train))))
     lengths = [len(token_ids(at.start.tokenizer, text, row)) for row in some for text in texts_of(row)]
     texts = len(at.texts) * (1 if recipe.texts() else 2)

@@ -166,11 +166,12 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
 
 def common_settings(at: Setting) -> dict[str, Any]:
     """What every stage's result depends on, as plain data."""
-    recipe = at.recipe
+    recipe, model = at.recipe, plain(at.recipe.model)
+    del model["trust_remote_code"]  # whether it may be loaded, not what it is
     return {
         "seed": recipe.seed,
         "lora": None if recipe.lora is None else dict(recipe.lora),
-        "model": {**plain(recipe.model), **at.start.digest()},
+        "model": {**model, **at.start.digest()},
         "data": {"train": digest(at.pairs.train), "held_out": digest(at.pairs.held_out)},
     }
 
