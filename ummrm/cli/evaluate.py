@@ -30,12 +30,13 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
+            metavar="PAIRS",
             help="Pairs: a file (.jsonl, .json, .csv, .parquet), a folder, a pattern or a hub name; may be given "
             "several times. RewardBench 1 and 2 are known by their columns.",
             rich_help_panel=_DATA,
         ),
     ],
-    output: Annotated[str, typer.Option(help="Folder for evaluation.json and report.html.")],
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder for evaluation.json and report.html.")],
     subset: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +74,7 @@ def evaluate(
     candidates: Annotated[
         str | None,
         typer.Option(
+            metavar="ROWS",
             help="For best-of-n: rows with prompt, candidates (texts) and, without --gold, gold (their rewards).",
             show_default=False,
             rich_help_panel=_PARTS,
@@ -80,12 +82,20 @@ def evaluate(
     ] = None,
     gold: Annotated[
         str | None,
-        typer.Option(help="The reward model whose rewards count as true.", show_default=False, rich_help_panel=_PARTS),
+        typer.Option(
+            metavar="MODEL",
+            help="The reward model whose rewards count as true.",
+            show_default=False,
+            rich_help_panel=_PARTS,
+        ),
     ] = None,
     too_long: Annotated[
-        str, typer.Option(help="Pairs with a text over a model's limit: cut or drop.", rich_help_panel=_PARTS)
+        str,
+        typer.Option(
+            metavar="HOW", help="Pairs with a text over a model's limit: cut or drop.", rich_help_panel=_PARTS
+        ),
     ] = "cut",
-    seed: Annotated[int, typer.Option(help="Of what is drawn, from 0.", rich_help_panel=_PARTS)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn, from 0.", rich_help_panel=_PARTS)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
     batch_size: rewards.BatchSize = 16,
     max_length: rewards.MaxLength = None,
@@ -121,7 +131,7 @@ def evaluate(
         names = () if probes == "none" else names
         with blaming("", ValueError):
             config = EvaluationConfig(too_long=too_long, probes=names, probe_pairs=probe_pairs, seed=seed)
-        several = {"columns": columns, "split": split, "answers": answers, "scores": scores}
+        several: dict[str, Any] = {"columns": columns, "split": split, "answers": answers, "scores": scores}
         shared: dict[str, Any] = {"turns": turns, "as_messages": as_messages}
         sources = [pairs.source_of(path, pairs.fields_of(**several, **shared)) for path in data]
         listed = None if candidates is None else pairs.source_of(candidates, pairs.fields_of(**shared))

@@ -51,13 +51,15 @@ def _page(command: Any, ctx: Any, width: int) -> Iterator[str]:
     needed = [_names(command, p) for p in shown if p.param_type_name == "option" and p.required]
     usage = [ctx.command_path, *needed, "[OPTIONS]", *(["COMMAND ..."] if commands else names)]
     yield from textwrap.wrap(f"Usage: {' '.join(usage)}", width, subsequent_indent="    ", **_WHOLE)
+    before = ""
     for part in _paragraphs(command):
-        yield ""
         if part.startswith(EXAMPLE):
-            yield EXAMPLE.rstrip()
+            yield from () if before.startswith(EXAMPLE) else ("", EXAMPLE.rstrip())
             yield from _typed(part.removeprefix(EXAMPLE), width)
         else:
+            yield ""
             yield from textwrap.wrap(part, width, **_WHOLE)
+        before = part
     yield from _section(_ARGUMENTS, ((n, _text(p)) for n, p in zip(names, arguments, strict=True)), width)
     panels: dict[str, list[tuple[str, str]]] = {_OPTIONS: []}
     for one in shown:

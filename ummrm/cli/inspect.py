@@ -25,7 +25,7 @@ def inspect(
         typer.Option(help="JSONL of texts or pairs: then the load of experts, or the agreement of members, is shown."),
     ] = None,
     limit: Annotated[int, typer.Option(help="How many rows of --texts are read.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Texts a forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Texts in one forward pass.")] = 16,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw it in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",

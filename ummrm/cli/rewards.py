@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PANEL = "How models score"
 
-BatchSize = Annotated[int, typer.Option(help="Texts a forward.", rich_help_panel=_PANEL)]
+BatchSize = Annotated[int, typer.Option(help="Texts in one forward pass.", rich_help_panel=_PANEL)]
 MaxLength = Annotated[
     int | None,
     typer.Option(

@@ -86,8 +86,8 @@ def _show(plans: list[StagePlan]) -> None:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     if sum(widths) + 2 * len(widths) - 2 <= shutil.get_terminal_size().columns:
         for row in (head, *rows):
-            numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            say("  ".join([row[0].ljust(widths[0]), *numbers]))
+            cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            say("  ".join([row[0].ljust(widths[0]), *cells]))
     else:  # a terminal would break its lines, and nothing would stand below its name
         names, numbers = max(map(len, head[1:])), max(widths[1:])
         for row in rows:

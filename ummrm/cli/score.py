@@ -174,7 +174,8 @@ def _texts(file: str, plain: bool, **reading: Any) -> Iterator[tuple[Place, Text
         stack.enter_context(blaming(f"{name} can't be read", OSError, EOFError, remedy="mend the file."))
         stack.enter_context(blaming(f"{name} can't be read", ImportError, remedy="pip install 'ummrm[run]'."))
         if file != "-" and not plain and is_table(Path(file)):
-            stream, found = None, rows_of(PairSource(glob.escape(file)))
+            stream = None
+            found: Iterable[tuple[Place, Any]] = rows_of(PairSource(glob.escape(file)))
         else:
             stream = sys.stdin.buffer if file == "-" else stack.enter_context(opened(Path(file)))
             found = json_lines(stream, name)

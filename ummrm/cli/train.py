@@ -13,28 +13,40 @@ from .errors import UserError, blaming
 from .screen import note, quiet_libraries, say
 
 
+def _training(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="The training")
+
+
 def train(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a dense or an upcycled model.")],
     data: Annotated[str, typer.Argument(help="Preference pairs: a file, a folder, or a data set on the hub.")],
     out: Annotated[str, typer.Argument(help="Folder for the trained model, of the same kind.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file of arguments of TRL's RewardConfig; options given here take precedence."),
+        typer.Option(
+            help="YAML or JSON file of arguments of TRL's RewardConfig; options given here take precedence.",
+            rich_help_panel="The training",
+        ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate (TRL's default: 1e-4).")] = None,
-    num_train_epochs: Annotated[float | None, typer.Option(help="Passes over the pairs (default: 1).")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in the place of passes.")] = None,
+    learning_rate: Annotated[float | None, _training("Highest learning rate (TRL's default: 1e-4).")] = None,
+    num_train_epochs: Annotated[float | None, _training("Passes over the pairs (default: 1).")] = None,
+    max_steps: Annotated[int | None, _training("Optimiser steps, in the place of passes.")] = None,
     per_device_train_batch_size: Annotated[
-        int | None, typer.Option(help="Pairs a step and device (TRL's default: 8).")
+        int | None, _training("Pairs in a step on each device (TRL's default: 8).")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens; longer pairs are left out (TRL's default: 1024).")
+        int | None, _training("Tokens of a text; pairs with a longer one are left out (TRL's default: 1024).")
     ] = None,
+    dtype: Annotated[str, _training("Of the weights in training: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, _training("Seed of what is drawn: fresh heads, orders and groups.")] = 0,
     held_out: Annotated[
-        str | None, typer.Option(metavar="PAIRS", help="Held-out pairs (default: 5% are split off by prompt).")
+        str | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="Held-out pairs (default: 5% are split off by prompt).",
+            rich_help_panel="The data",
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights in training: float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of what is drawn: fresh heads, orders and groups.")] = 0,
     columns: pairs.Columns = None,
     split: pairs.Split = None,
     answers: pairs.Answers = None,

@@ -96,7 +96,7 @@ def upcycle(
     ] = None,
     dtype: Annotated[str | None, _output("float32, bfloat16 or float16.", "that of DENSE")] = None,
     device: Annotated[str, _output("Where to compute: cpu, cuda or cuda:N.", "cpu")] = "cpu",
-    seed: Annotated[int, _output("Of routers, noise and head, from 0.", 0)] = 0,
+    seed: Annotated[int, _output("Seed of routers, noise and head, from 0.", 0)] = 0,
     revision: Annotated[str | None, _output("Of a hub name: a branch, tag or commit.", "main")] = None,
     max_shard_size: Annotated[str, _output("No weight file is larger, but for a single larger tensor.", "5GB")] = "5GB",
     overwrite: Annotated[

@@ -65,9 +65,10 @@ def register_code(source: str | os.PathLike, **where: Any) -> None:
     for name, reference in code.items():
         auto: Any = getattr(modeling_auto, name, None)
         if name.startswith("AutoModel") and inspect.isclass(auto):
-            models[auto] = own = get_class_from_dynamic_module(reference, source, **where)
+            own: Any = get_class_from_dynamic_module(reference, source, **where)
             own.config_class = config_class
             own.register_for_auto_class(name)
+            models[auto] = own
     config_class.register_for_auto_class()
     AutoConfig.register(model_type, config_class)
     for auto, own in models.items():
