@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""What weights may be computed and saved in, by torch's names, and bytes of a number."""
 ASSIGNMENTS = ("token", "sequence")
 EXPERTS_IN = ("ffn", "linear", "all")
 GATES = ("shared_complement", "fixed")

@@ -125,3 +125,39 @@ def test_a_strict_reading_refuses_a_broken_row(folders, refused):
     written(folders / "pairs.jsonl", [*ROWS, {"prompt": "w1"}])
     line = refused("evaluate", "dense", "--data", "pairs.jsonl", "--output", "r", "--strict")
     assert "1 rows make no pair, and `strict` is set" in line and "pairs.jsonl:21" in line
+
+
+MARKS = ("\n\nHuman:", "\n\nAssistant:")
+
+
+def test_rated_dialogues_are_read_as_a_recipe_reads_them(folders, command, refused):
+    """One file through three readers: `--answers`, `--scores` and `--turns` are the recipe's own."""
+    from ummrm.data import PairsConfig, PairSource, read_pairs
+
+    asked = [f"{MARKS[0]} w{i} w{i + 1}{MARKS[1]}" for i in range(12)]
+    rated = [{"one": f"{a} w3", "two": f"{a} w4 w5", "s1": i % 3, "s2": 1} for i, a in enumerate(asked)]
+    written(folders / "rated.jsonl", rated)
+    said = {"answers": ("one", "two"), "scores": ("s1", "s2"), "turns": MARKS}
+    options = ["--answers", "one", "two", "--scores", "s1", "s2", "--turns", *(m.replace("\n", "\\n") for m in MARKS)]
+    done = command("evaluate", "dense", "--data", "rated.jsonl", "--output", "r", "--probes", "none", *options)
+    assert done.status == 0 and "rated.jsonl: 8 pairs of 12 rows" in done.err, done.err
+    read = read_pairs(PairsConfig((PairSource("rated.jsonl", **said),), held_out_share=0.5))
+    rows = [*read.train, *read.held_out]
+    scorer = RewardScorer.load("dense")
+    chosen, rejected = (scorer.score([r["prompt"] + r[side] for r in rows]).rewards for side in ("chosen", "rejected"))
+    result = json.loads((folders / "r/evaluation.json").read_text())
+    expected = ((chosen > rejected) + (chosen == rejected) / 2).mean()
+    assert result["models"]["dense"]["accuracy"]["share"]["value"] == pytest.approx(expected)
+    line = refused("evaluate", "dense", "--data", "rated.jsonl", "--output", "q", "--answers", "one", "two")
+    assert "`answers` and `scores` must be given together" in line
+
+
+def test_candidates_are_dialogues_too(folders, command):
+    turns = ["--turns", *(mark.replace("\n", "\\n") for mark in MARKS)]
+    texts = [{"prompt": f"{MARKS[0]} w{i}{MARKS[1]}", "candidates": [" w1", " w2 w3"]} for i in range(4)]
+    written(folders / "c.jsonl", texts)
+    written(folders / "p.jsonl", [{"chosen": t["prompt"] + " w1", "rejected": t["prompt"] + " w2"} for t in texts])
+    more = ["--candidates", "c.jsonl", "--gold", "dense", "--probes", "none", *turns]
+    done = command("evaluate", "dense", "--data", "p.jsonl", "--output", "r", *more)
+    assert done.status == 0, done.err
+    assert json.loads((folders / "r/evaluation.json").read_text())["models"]["dense"]["best_of_n"]["fall"] == 0

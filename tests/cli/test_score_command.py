@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_pairs, make_tokenizer
 
 from ummrm.cli import score
+from ummrm.data import rows
 
 TEXTS = [f"{p['prompt']} {p['chosen']}" for p in make_pairs(11, longest=15)]
 
@@ -75,7 +76,7 @@ def test_a_broken_line_ends_the_command_behind_the_lines_before_it(folders, comm
 
 
 def test_keep_going_gives_null_and_counts(folders, command, monkeypatch):
-    monkeypatch.setattr(score, "_LONGEST_LINE", 40)
+    monkeypatch.setattr(rows, "LONGEST_LINE", 40)
     long = b'{"text": "' + b"w1 " * 50 + b'"}'
     (folders / "broken.jsonl").write_bytes(b"\n".join([*BROKEN, long, b'{"text": "w3"}']))
     found = lines(done := command("score", "dense", "broken.jsonl", "--keep-going"))
@@ -147,3 +148,46 @@ def test_a_revision_of_the_hub_is_what_is_read(folders, command, monkeypatch):
     assert lines(command("score", "some/model", "texts.jsonl", "--revision", "older"))
     done = command("score", "some/model", "texts.jsonl")
     assert done.status == 2 and "there is no folder 'some/model'" in done.err
+
+
+CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+DIALOGUE = "\n\nHuman: w1 w2\n\nAssistant: w3"
+MARKS = ["--turns", r"\n\nHuman:", r"\n\nAssistant:"]
+
+
+def test_every_format_of_training_data_is_scored(folders, command):
+    import datasets
+
+    texts = [{"prompt": f"w{i} ", "response": f"w{i + 1} w2"} for i in range(5)]
+    (folders / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (folders / "t.json").write_text(json.dumps(texts))
+    (folders / "t.csv").write_text("prompt,response\n" + "".join(f"{r['prompt']},{r['response']}\n" for r in texts))
+    datasets.Dataset.from_list(texts).to_parquet("t.parquet")
+    found = {name: lines(command("score", "dense", name)) for name in ("t.jsonl", "t.json", "t.csv", "t.parquet")}
+    assert len(found["t.jsonl"]) == 5 and [row["line"] for row in found["t.csv"]] == [2, 3, 4, 5, 6]
+    for rows_found in found.values():
+        assert [row["reward"] for row in rows_found] == [row["reward"] for row in found["t.jsonl"]]
+    (folders / "t.csv").write_text("prompt,response\nw1,w2\nw1\n")
+    assert "t.csv:3: 1 cells, where the first line names 2" in command("score", "dense", "t.csv").err
+    (folders / "t.json").write_text('{"text": "w1"}')
+    assert "t.json must hold a list of rows" in command("score", "dense", "t.json").err
+
+
+def test_dialogues_in_one_string_become_conversations(folders, command, refused):
+    rows_there = [
+        {"messages": CHAT},
+        {"text": DIALOGUE},
+        {"prompt": "\n\nHuman: w1 w2\n\nAssistant:", "response": " w3"},
+    ]
+    (folders / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_there))
+    rewards = [row["reward"] for row in lines(command("score", "dense", "chats.jsonl", *MARKS))]
+    assert rewards == pytest.approx([rewards[0]] * 3, abs=1e-6)
+    plain = [row["reward"] for row in lines(command("score", "dense", "chats.jsonl"))]
+    assert plain[0] == pytest.approx(rewards[0], abs=1e-6) and plain[1] == pytest.approx(plain[2], abs=1e-6)
+    assert abs(plain[1] - rewards[0]) > 1e-4, "without the marks they are plain text"
+    parts = {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "w3"}]}]}
+    (folders / "parts.jsonl").write_text(json.dumps(parts) + "\n")
+    assert lines(command("score", "dense", "parts.jsonl"))[0]["reward"] == pytest.approx(rewards[0], abs=1e-6)
+    assert "leave one of them out" in refused("score", "dense", "chats.jsonl", "--as-messages", *MARKS)
+    (folders / "none.jsonl").write_text('{"text": "w1 w2"}\n')
+    assert "none.jsonl:1: text has none of the marks" in command("score", "dense", "none.jsonl", *MARKS).err

@@ -96,7 +96,7 @@ def test_broken_lines_are_counted_and_named(tmp_path):
     assert (report.rows, report.pairs, report.problems["malformed"]) == (46, 40, 6)
     assert [place.number for place, _ in report.places["malformed"]] == [1, 2, 3, 5, 6]
     reasons = [reason for _, reason in report.places["malformed"]]
-    assert "no JSON" in reasons[0] and reasons[1] == "not UTF-8" and "got a list" in reasons[2]
+    assert "no JSON" in reasons[0] and reasons[1] == "not UTF-8 (byte 1)" and "got a list" in reasons[2]
     assert "no column 'rejected'" in reasons[3] and "it has chosen" in reasons[3]
     assert any("6 malformed, left out" in line and line.endswith("; ...") for line in data.report.lines())
     with pytest.raises(DataError, match=r"(?s)6 rows make no pair, and `strict` is set.*p.jsonl:3 \(must be an obj"):
@@ -306,7 +306,7 @@ def test_weights(tmp_path):
         (lambda p: read(str(p / "mixed.jsonl")), r"mixed.jsonl:1 is text, .*mixed.jsonl:2 a conversation; `turns`"),
         (
             lambda p: read(str(p / "other.jsonl")),
-            r"none of 1,000 rows makes one; first .*other.jsonl:1: no column 'chosen'",
+            r"none of 1,000 rows does; first .*other.jsonl:1: no column 'chosen'",
         ),
         (lambda p: PairSource("x", weight=0), "PairSource: `weight` must be above 0"),
         (lambda p: PairSource("x", answers=("a", "b")), "`answers` and `scores` must be given together"),

@@ -184,8 +184,8 @@ def test_a_line_is_a_text(row, text):
         (b'{"text": " "}', "text is empty"),
         (b'{"text": 3}', "text must be text, got 3"),
         (b'{"messages": []}', "must be a list of messages, got an empty list"),
-        (b'{"messages": [{"role": "user"}]}', "a content of text, got None"),
-        (b'{"messages": [{"content": "a"}]}', "must have a role"),
+        (b'{"messages": [{"role": "user"}]}', "must have role and content, got"),
+        (b'{"messages": [{"content": "a"}]}', "must have role and content"),
         (b"[" * 20_000, "no JSON"),
     ],
 )

@@ -11,7 +11,7 @@ import ummrm
 from ummrm.cli import app
 from ummrm.cli.errors import UserError
 from ummrm.hf.loading import load_checkpoint
-from ummrm.pipeline import Recipe, run_recipe
+from ummrm.pipeline import Recipe, run_recipe, train_folder
 
 
 def command(*words):
@@ -72,3 +72,23 @@ def test_merge_weights_are_trained_and_mistakes_named(tmp_path):
         (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
         command("train", tmp_path / "merging", pairs, tmp_path / "new", "--config", tmp_path / "bad.yaml")
     assert not (tmp_path / "new").exists()
+
+
+def test_rated_dialogues_are_trained_on_as_in_a_recipe(tmp_path):
+    write_backbone(tmp_path / "backbone")
+    rows = [
+        {"one": f"\n\nHuman: w{i}\n\nAssistant: w1", "two": f"\n\nHuman: w{i}\n\nAssistant: w2", "s1": i % 3, "s2": 1}
+        for i in range(15)
+    ]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rated.jsonl"), "answers": ["one", "two"], "scores": ["s1", "s2"]}
+    source["turns"] = ["\n\nHuman:", "\n\nAssistant:"]
+    said = {"model": str(tmp_path / "backbone"), "data": {"train": source}, "output": str(tmp_path / "recipe")}
+    train_folder(Recipe.from_dict({**said, "train": {"max_steps": 1}}), log=lambda _: None)
+    options = ["--answers", "one", "two", "--scores", "s1", "s2", "--turns", r"\n\nHuman:", r"\n\nAssistant:"]
+    data = tmp_path / "rated.jsonl"
+    command("train", tmp_path / "backbone", data, tmp_path / "options", *options, "--max-steps", 1)
+    digests = [json.loads((tmp_path / name / "stages/train/stage.json").read_text()) for name in ("recipe", "options")]
+    assert digests[0]["settings"]["data"] == digests[1]["settings"]["data"]
+    one, other = (load_checkpoint(tmp_path / name).state_dict() for name in ("recipe", "options"))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import evaluate, info, inspect, merge, run, score, train, upcycle
 from .errors import UserError, one_line
+from .help import Command, Group
 from .screen import note, say
 
 # a traceback of ours is for a report: plain text
-app = typer.Typer(name="ummrm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(upcycle.upcycle)
-app.command()(merge.merge)
-app.command()(run.run)
-app.command()(train.train)
-app.command()(score.score)
-app.command()(evaluate.evaluate)
-app.command()(info.info)
-app.command()(inspect.inspect)
+app = typer.Typer(
+    cls=Group,
+    name="ummrm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"color": False},
+)
+for _command in (
+    run.run,
+    upcycle.upcycle,
+    train.train,
+    merge.merge,
+    score.score,
+    evaluate.evaluate,
+    inspect.inspect,
+    info.info,
+):
+    app.command(cls=Command)(_command)
 
 _log = logging.getLogger(__name__)
+_WRONG_USE: Any = typer.BadParameter.__mro__[2]  # typer hands out no nearer name of all its errors of use
+_INTERRUPTED = 130  # as shells have it
 
 
 def _say_version(wanted: bool) -> None:
@@ -47,7 +60,13 @@ def ummrm(
         bool, typer.Option("--traceback", help="Show where an error came from, beside its line.")
     ] = False,
 ) -> None:
-    """Upcycle a dense reward model into a mixture of experts, train it, merge it back into one dense model."""
+    """Upcycles a dense reward model into a mixture of experts, trains it, and merges it back into one dense model.
+
+    `ummrm run` does all of it from one file; the other commands are its stages one by one, and what looks at models.
+    `ummrm COMMAND --help` says more of a command.
+
+    Example: ummrm run recipe.yaml
+    """
     if traceback:
         logging.basicConfig()
     _log.setLevel(logging.DEBUG if traceback else logging.WARNING)
@@ -56,16 +75,29 @@ def ummrm(
 def main() -> None:
     """Entry point: runs the command line and turns the user's errors into one line and exit status 2."""
     try:
-        app()
+        status = app(standalone_mode=False, prog_name="ummrm")
+    except _WRONG_USE as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "ummrm")
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
+        _fail(error, f"{error.format_message().rstrip('.')}; see {where} --help")
     except UserError as error:
         _fail(error, str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if isinstance(error, typer.Abort):
+            status = _INTERRUPTED
+        elif not _is_out_of_memory(error):
             raise
-        _fail(error, f"out of memory ({one_line(error)}); free some, give --dtype bfloat16, or use a larger machine.")
+        else:
+            what = f"out of memory ({one_line(error)})"
+            _fail(error, f"{what}; free some, give --dtype bfloat16, or use a larger machine.")
+    if status == _INTERRUPTED:
+        note("interrupted")
+    sys.exit(status)
 
 
-def _fail(error: BaseException, line: str) -> None:
+def _fail(error: BaseException, line: str) -> NoReturn:
     _log.debug("where this came from", exc_info=error)
     note(f"error: {' '.join(line.split())}", "bold red")
     sys.exit(2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import rewards
+from . import pairs, rewards
 from .errors import UserError, blaming
 from .outputs import check_report_folder
 from .screen import Steps, note, quiet_libraries, say, size
@@ -30,12 +30,13 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
+            metavar="PAIRS",
             help="Pairs: a file (.jsonl, .json, .csv, .parquet), a folder, a pattern or a hub name; may be given "
             "several times. RewardBench 1 and 2 are known by their columns.",
             rich_help_panel=_DATA,
         ),
     ],
-    output: Annotated[str, typer.Option(help="Folder for evaluation.json and report.html.")],
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder for evaluation.json and report.html.")],
     subset: Annotated[
         str | None,
         typer.Option(
@@ -44,17 +45,12 @@ def evaluate(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            help="Columns of other names, such as prompt=question,chosen=good,rejected=bad.",
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split of a data set (default: train).", rich_help_panel=_DATA)
-    ] = None,
+    columns: pairs.Columns = None,
+    split: pairs.Split = None,
+    answers: pairs.Answers = None,
+    scores: pairs.Scores = None,
+    turns: pairs.Turns = None,
+    as_messages: pairs.AsMessages = False,
     data_format: Annotated[
         str | None,
         typer.Option(
@@ -64,13 +60,7 @@ def evaluate(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    as_messages: Annotated[
-        bool,
-        typer.Option("--as-messages", help="Make a user's and an assistant's message of texts.", rich_help_panel=_DATA),
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A row that makes no pair is an error.", rich_help_panel=_DATA)
-    ] = False,
+    strict: pairs.Strict = False,
     probes: Annotated[
         str,
         typer.Option(
@@ -84,6 +74,7 @@ def evaluate(
     candidates: Annotated[
         str | None,
         typer.Option(
+            metavar="ROWS",
             help="For best-of-n: rows with prompt, candidates (texts) and, without --gold, gold (their rewards).",
             show_default=False,
             rich_help_panel=_PARTS,
@@ -91,12 +82,20 @@ def evaluate(
     ] = None,
     gold: Annotated[
         str | None,
-        typer.Option(help="The reward model whose rewards count as true.", show_default=False, rich_help_panel=_PARTS),
+        typer.Option(
+            metavar="MODEL",
+            help="The reward model whose rewards count as true.",
+            show_default=False,
+            rich_help_panel=_PARTS,
+        ),
     ] = None,
     too_long: Annotated[
-        str, typer.Option(help="Pairs with a text over a model's limit: cut or drop.", rich_help_panel=_PARTS)
+        str,
+        typer.Option(
+            metavar="HOW", help="Pairs with a text over a model's limit: cut or drop.", rich_help_panel=_PARTS
+        ),
     ] = "cut",
-    seed: Annotated[int, typer.Option(help="Of what is drawn, from 0.", rich_help_panel=_PARTS)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn, from 0.", rich_help_panel=_PARTS)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
     batch_size: rewards.BatchSize = 16,
     max_length: rewards.MaxLength = None,
@@ -123,7 +122,6 @@ def evaluate(
         raise UserError("--gold must come with --candidates, the answers that it judges.")
     target = check_report_folder(output, _FILES, overwrite)
     with quiet_libraries():
-        from ..data.config import PairSource
         from ..evaluation.edits import NAMES
         from ..evaluation.runner import EvaluationConfig
 
@@ -133,10 +131,10 @@ def evaluate(
         names = () if probes == "none" else names
         with blaming("", ValueError):
             config = EvaluationConfig(too_long=too_long, probes=names, probe_pairs=probe_pairs, seed=seed)
-            more = {} if split is None else {"split": split}
-            kinds: dict[str, Any] = {"columns": _columns(columns), "as_messages": as_messages, **more}
-            sources = [PairSource(path, **kinds) for path in data]
-            answers = None if candidates is None else PairSource(candidates, as_messages=as_messages)
+        several: dict[str, Any] = {"columns": columns, "split": split, "answers": answers, "scores": scores}
+        shared: dict[str, Any] = {"turns": turns, "as_messages": as_messages}
+        sources = [pairs.source_of(path, pairs.fields_of(**several, **shared)) for path in data]
+        listed = None if candidates is None else pairs.source_of(candidates, pairs.fields_of(**shared))
 
         def found(name: str) -> Source:
             return rewards.open_reward_model(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -145,7 +143,7 @@ def evaluate(
         judge = None if gold is None else found(gold)
         steps = Steps(2 + len(judged) + (judge is not None))
         with steps.step("reading the data"):
-            read, held = _read(sources, answers, subset, data_format, strict, gold_model=judge is not None)
+            read, held = _read(sources, listed, subset, data_format, strict, gold_model=judge is not None)
         for line in read.lines() + ([] if held is None else held.lines()):
             note(line)
         flatten = all(pair.benchmark != "pairs" for pair in read.pairs)
@@ -198,17 +196,6 @@ def _read(
     with blaming("", ValueError):
         read = read_evaluation_data(sources, subset=subset, form=data_format, strict=strict)
         return read, None if answers is None else read_candidates(answers, gold_model=gold_model)
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    found = {}
-    for part in (text or "").split(","):
-        name, mark, column = part.partition("=")
-        if part.strip() and not (mark and name.strip() and column.strip()):
-            raise UserError(f"--columns must be of the form prompt=question,chosen=good, got {text!r}.")
-        if part.strip():
-            found[name.strip()] = column.strip()
-    return found
 
 
 def _named(sources: list[Source]) -> dict[str, Source]:

@@ -19,14 +19,18 @@ _EXPERTS = re.compile(r"(.*)\.(experts|shared_experts)\.[^.]+")
 
 
 def info(
-    folder: Annotated[str | None, typer.Argument(help="Folder of a dense or upcycled model; else the build.")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder of a dense or an upcycled model; without it the build is described.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The model's description as JSON; the build's always is.")] = (
         False
     ),
 ) -> None:
-    """Describes a model folder without loading it or, without FOLDER, says what the compiled extension was built with.
+    """Describes a model folder without loading it; without FOLDER, what the compiled extension was built with.
 
     The build's JSON says which kernels there are, and why there are none for CUDA where it has none.
+
+    Example: ummrm info merged
     """
     if folder is None:
         from .. import __version__
@@ -55,10 +59,13 @@ def describe(source: Source) -> dict[str, Any]:
     Raises:
         UserError: it is an upcycled model that can't be read.
     """
+    from ..hf.remote_code import needs_code
+
     config, headers = source.config, source.headers
     record: dict[str, Any] = {"folder": source.name, "kind": "dense"}
+    own_code = needs_code(config)
     if source.is_upcycled:
-        record["kind"] = "merging" if check_upcycled(source) == "merging" else "mixture"
+        record["kind"] = "merging" if check_upcycled(source, own_code=own_code) == "merging" else "mixture"
     record |= {"class": source.class_name, "family": source.model_type.removeprefix("umm_")}
     if source.is_upcycled:
         from ..config import UpcycleConfig

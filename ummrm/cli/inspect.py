@@ -12,7 +12,7 @@ import typer
 from . import options
 from .errors import UserError, blaming
 from .screen import note, quiet_libraries, say
-from .source import open_source
+from .source import admit_code, open_source
 
 if TYPE_CHECKING:
     from ..hf.inspection import ExpertReport, MixtureReport
@@ -25,24 +25,26 @@ def inspect(
         typer.Option(help="JSONL of texts or pairs: then the load of experts, or the agreement of members, is shown."),
     ] = None,
     limit: Annotated[int, typer.Option(help="How many rows of --texts are read.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Texts a forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Texts in one forward pass.")] = 16,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw it in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Shows how far a mixture's experts are apart, how they are used, and how they merge.
-
-    ummrm inspect moe-rm --texts pairs.jsonl --plot experts.png
 
     Distances are between two experts' weights, in norms of their mean: 0 as
     upcycled. By token, --texts shows the largest and the smallest share of the
     slots that an expert gets (1/E when balanced).
+
+    Example: ummrm inspect trained-rm --texts pairs.jsonl --plot experts.png
     """
     options.check_device(device)
     if plot is not None and plot.suffix != ".png":
         raise UserError(f"--plot must be a PNG file, got {plot}.")
     with quiet_libraries():
         source = open_source(moe)
+        admit_code(source, trust_remote_code)
         if not source.is_upcycled:
             raise UserError(f"{moe} is a dense model and has no experts; run `ummrm upcycle` on it first.")
         from ..hf.inspection import inspect_mixture
@@ -50,10 +52,10 @@ def inspect(
 
         rows = None if texts is None else _read(texts, limit)
         with blaming(f"{moe} can't be loaded", OSError, ValueError):
-            model: Any = load_checkpoint(source.folder)
+            model: Any = load_checkpoint(source.folder, trust_remote_code=trust_remote_code)
             model.to(device)
         with blaming("--texts can't be scored", ValueError):
-            ids = None if rows is None else _tokens(rows, source.folder, texts)
+            ids = None if rows is None else _tokens(rows, source.folder, texts, trust_remote_code)
             report = inspect_mixture(model, ids, batch_size=batch_size)
         if plot is not None:
             _draw(report, plot)
@@ -81,13 +83,13 @@ def _read(path: Path, limit: int) -> list[dict]:
     return rows
 
 
-def _tokens(rows: list[dict], folder: Path, path: Path | None) -> list[array]:
+def _tokens(rows: list[dict], folder: Path, path: Path | None, trust: bool) -> list[array]:
     from transformers import AutoTokenizer
 
     from ..hf.texts import texts_of, token_ids
 
     with blaming(f"{folder} must have a tokenizer for --texts", Exception):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     ids = []
     for number, row in enumerate(rows, 1):
         with blaming(f"{path}, row {number}", ValueError):

@@ -12,7 +12,7 @@ from .errors import UserError, blaming
 from .headers import DTYPES
 from .outputs import check_output, check_space, replaced, save, streams
 from .screen import Steps, note, quiet_libraries, say, size
-from .source import Source, open_source
+from .source import Source, admit_code, open_source
 from .weights import load
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def merge(
         bool,
         typer.Option("--overwrite", help="Allow an OUT that holds something: model files are replaced, others stay."),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Folds an upcycled model into one dense model of its original class, which needs no ummrm.
 
@@ -56,12 +57,20 @@ def merge(
 
     On a CPU the weights go from file to file: a model that is larger than
     memory is merged too.
+
+    Example: ummrm merge trained-rm merged
     """
     options.check_dtype(dtype)
     options.check_device(device)
     shard_size = options.read_shard_size(max_shard_size)
+    more: dict[str, Any] = {
+        "revision": revision,
+        "shard_size": shard_size,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
     with quiet_libraries():
-        run(moe, out, shared_share, dtype, device, revision=revision, shard_size=shard_size, overwrite=overwrite)
+        run(moe, out, shared_share, dtype, device, **more)
 
 
 def run(
@@ -74,6 +83,7 @@ def run(
     revision: str | None,
     shard_size: int,
     overwrite: bool,
+    trust_remote_code: bool,
 ) -> None:
     """The command with its options read."""
     import torch
@@ -86,6 +96,7 @@ def run(
     with blaming("", ValueError):
         settings = ummrm.MergeConfig() if shared_share is None else ummrm.MergeConfig(shared_share=shared_share)
     source = open_source(moe, revision)
+    admit_code(source, trust_remote_code)
     phase = check_upcycled(source)
     if phase == "merging" and shared_share is not None:
         raise UserError("--shared-share must be left out for a model in its merge phase: it has its own lambda.")
@@ -94,7 +105,7 @@ def run(
     check_space(target, _merged_bytes(source, dtype))
     steps, was_there = Steps(3), replaced(target)
     with steps.step(f"loading {moe} ({size(source.num_bytes)})", own_bar=True):
-        model: Any = load(source, expect="upcycled", out=target, streamed=streamed)
+        model: Any = load(source, expect="upcycled", out=target, streamed=streamed, trust_remote_code=trust_remote_code)
         model.to(device)
     rounded = None if dtype is None else getattr(torch, dtype)
 
@@ -118,8 +129,12 @@ def run(
     say(f"{type(dense).__name__}, {how} merge weights, saved in {out}{was_there}; stock transformers loads it")
 
 
-def check_upcycled(source: Source) -> str:
+def check_upcycled(source: Source, *, own_code: bool = False) -> str:
     """The phase of a saved upcycled model.
+
+    Args:
+        source: the model.
+        own_code: it comes with code, which is not run; its configuration is then taken as it stands.
 
     Raises:
         UserError: it is none, or of an ummrm that knows more than this one.
@@ -131,7 +146,7 @@ def check_upcycled(source: Source) -> str:
     name, config = source.name, source.config
     if not source.is_upcycled:
         raise UserError(f"{name} is no upcycled model (model_type {source.model_type!r}); `ummrm upcycle` it first.")
-    if source.model_type not in transformers.CONFIG_MAPPING:
+    if not own_code and source.model_type not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{name} is a {source.model_type} model, which ummrm {ummrm.__version__} does not know; upgrade ummrm, or "
             "register its family (docs/families.md)."
@@ -146,8 +161,9 @@ def check_upcycled(source: Source) -> str:
                 if not isinstance(fields, dict):
                     raise ValueError(f"its config.json must have a section `{section}`, got {fields!r}.")
                 cls.from_dict(fields)
-    with blaming(f"{name}: its configuration can't be used", Exception):
-        transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    if not own_code:
+        with blaming(f"{name}: its configuration can't be used", Exception):
+            transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     base = config.get("umm_base_model")
     if base is not None and not isinstance(base, str):
         raise UserError(f"{name}: `umm_base_model` must be the name of a model or null, got {base!r}.")

@@ -9,14 +9,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
+from ..config import DTYPES
 from .errors import UserError, one_line
 
-DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST = 16 << 10
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with a model or its tokenizer, which can do whatever you can.",
+    ),
+]
 
 
 def read_options(path: Path) -> dict[str, Any]:

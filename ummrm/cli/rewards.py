@@ -8,14 +8,14 @@ import typer
 
 from . import options
 from .errors import UserError, blaming
-from .source import Source, has_tokenizer, open_source
+from .source import Source, admit_code, has_tokenizer, open_source
 
 if TYPE_CHECKING:
     from ..evaluation.scoring import RewardScorer
 
 _PANEL = "How models score"
 
-BatchSize = Annotated[int, typer.Option(help="Texts a forward.", rich_help_panel=_PANEL)]
+BatchSize = Annotated[int, typer.Option(help="Texts in one forward pass.", rich_help_panel=_PANEL)]
 MaxLength = Annotated[
     int | None,
     typer.Option(
@@ -36,7 +36,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with a model, which can do whatever you can.",
+        help="Run Python code that comes with a model or its tokenizer, which can do whatever you can.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -59,9 +59,8 @@ def open_reward_model(name: str, *, revision: str | None, trust_remote_code: boo
     """
     source = open_source(name, revision)
     config = source.config
+    admit_code(source, trust_remote_code)
     if not trust_remote_code:
-        if config.get("auto_map") and source.model_type not in _known_types():
-            raise UserError(f"{name} comes with code of its own; give --trust-remote-code if you trust its authors.")
         if not source.class_name.endswith("ForSequenceClassification"):
             raise UserError(
                 f"{name} has no reward head: it is a {source.class_name}; give a model for sequence classification "
@@ -87,9 +86,3 @@ def load_scorer(
 
     with blaming(f"{source.name} can't be loaded", Exception):
         return RewardScorer.load(source.folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **more)
-
-
-def _known_types() -> Any:
-    import transformers
-
-    return transformers.CONFIG_MAPPING

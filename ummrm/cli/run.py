@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..memory import keep_freed_memory
+from . import options
 from .errors import UserError, blaming
 from .screen import note, quiet_libraries, say, size
 
@@ -19,20 +21,28 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, output, and a block for each stage.")],
-    output: Annotated[str | None, typer.Option(help="Folder to write; goes before the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the run; goes before the recipe's.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder to write, in the place of the recipe's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run, in the place of the recipe's.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, its data and its model, show what it takes, and stop.")
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Trains, merges and distils a reward model on your own preference pairs.
 
     The shortest recipe has three lines: `model: gpt2`, `data: pairs.jsonl`,
-    `output: my-rm`. The same command goes on where it was cut off. On several
-    devices: `accelerate launch -m ummrm run recipe.yaml`.
+    `output: my-rm`; docs/recipes.md has all that it may say. The same command
+    goes on where it was cut off. On several devices:
+    `accelerate launch -m ummrm run recipe.yaml`.
+
+    Example: ummrm run recipe.yaml --dry-run
+
+    Example: ummrm run recipe.yaml
     """
     try:
         import datasets
@@ -48,6 +58,8 @@ def run(
         read = read_recipe(recipe, **changes)
         if strict:
             read = dataclasses.replace(read, data=dataclasses.replace(read.data, strict=True))
+        if trust_remote_code:
+            read = dataclasses.replace(read, model=dataclasses.replace(read.model, trust_remote_code=True))
         if dry_run:
             _show(plan_recipe(read, log=note))
             return
@@ -74,9 +86,16 @@ def _show(plans: list[StagePlan]) -> None:
         for one in plans
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        say("  ".join(cells))
+    if sum(widths) + 2 * len(widths) - 2 <= shutil.get_terminal_size().columns:
+        for row in (head, *rows):
+            cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            say("  ".join([row[0].ljust(widths[0]), *cells]))
+    else:  # a terminal would break its lines, and nothing would stand below its name
+        names, numbers = max(map(len, head[1:])), max(widths[1:])
+        for row in rows:
+            say(row[0])
+            for name, cell in zip(head[1:], row[1:], strict=True):
+                say(f"  {name:<{names}}  {cell:>{numbers}}")
     note(
         "computed from shapes, for one device without sharding, as if every parameter were trained (frozen ones and "
         "LoRA take less); nothing is measured, and nothing was written"

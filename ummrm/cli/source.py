@@ -126,6 +126,22 @@ def read_folder(name: str, folder: Path) -> Source:
     return Source(name, folder, config, headers)
 
 
+def admit_code(source: Source, trust: bool) -> None:
+    """Runs and registers the code that comes with a model, where it needs some.
+
+    Raises:
+        UserError: it is not trusted, or can't be used.
+    """
+    from ..hf.remote_code import needs_code, register_code
+
+    if not needs_code(source.config):
+        return
+    if not trust:
+        raise UserError(f"{source.name} comes with code of its own; give --trust-remote-code if you trust its authors.")
+    with blaming(f"{source.name}: its code can't be used", Exception):  # whatever it raises
+        register_code(source.folder)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder holds a file of a tokenizer."""
     return any(TOKENIZER.fullmatch(path.name) for path in folder.iterdir())

@@ -9,9 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from ..memory import keep_freed_memory
+from . import options, pairs
 from .errors import UserError, blaming
-from .options import read_options
 from .screen import note, quiet_libraries, say
+
+
+def _training(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="The training")
 
 
 def train(
@@ -20,28 +24,45 @@ def train(
     out: Annotated[str, typer.Argument(help="Folder for the trained model, of the same kind.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file of arguments of TRL's RewardConfig; options given here go before it."),
+        typer.Option(
+            help="YAML or JSON file of arguments of TRL's RewardConfig; options given here take precedence.",
+            rich_help_panel="The training",
+        ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate (TRL's default: 1e-4).")] = None,
-    num_train_epochs: Annotated[float | None, typer.Option(help="Passes over the pairs (default: 1).")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in the place of passes.")] = None,
+    learning_rate: Annotated[float | None, _training("Highest learning rate (TRL's default: 1e-4).")] = None,
+    num_train_epochs: Annotated[float | None, _training("Passes over the pairs (default: 1).")] = None,
+    max_steps: Annotated[int | None, _training("Optimiser steps, in the place of passes.")] = None,
     per_device_train_batch_size: Annotated[
-        int | None, typer.Option(help="Pairs a step and device (TRL's default: 8).")
+        int | None, _training("Pairs in a step on each device (TRL's default: 8).")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens; longer pairs are left out (TRL's: 1024).")] = None,
-    held_out: Annotated[str | None, typer.Option(help="Held-out pairs; by default 5% are split off by prompt.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights in training: float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of heads, orders and groups.")] = 0,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
-    ] = False,
+    max_length: Annotated[
+        int | None, _training("Tokens of a text; pairs with a longer one are left out (TRL's default: 1024).")
+    ] = None,
+    dtype: Annotated[str, _training("Of the weights in training: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, _training("Seed of what is drawn: fresh heads, orders and groups.")] = 0,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="Held-out pairs (default: 5% are split off by prompt).",
+            rich_help_panel="The data",
+        ),
+    ] = None,
+    columns: pairs.Columns = None,
+    split: pairs.Split = None,
+    answers: pairs.Answers = None,
+    scores: pairs.Scores = None,
+    turns: pairs.Turns = None,
+    as_messages: pairs.AsMessages = False,
+    strict: pairs.Strict = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Trains a reward model on preference pairs: dense, a mixture from `ummrm upcycle`, or merge weights.
 
-    ummrm train moe-rm pairs.jsonl trained-rm --num-train-epochs 4
-
     The same command goes on where it was cut off. `ummrm run` does this and
     all stages around it.
+
+    Example: ummrm train moe-rm pairs.jsonl trained-rm --num-train-epochs 4
     """
     try:
         import datasets
@@ -59,10 +80,21 @@ def train(
         "per_device_train_batch_size": per_device_train_batch_size,
         "max_length": max_length,
     }
-    arguments = {} if config is None else read_options(config)
+    arguments = {} if config is None else options.read_options(config)
     arguments |= {name: value for name, value in given.items() if value is not None}
-    pairs = {"train": data, "strict": strict} | ({"held_out": held_out} if held_out is not None else {})
-    plain = {"model": {"path": model, "dtype": dtype}, "data": pairs, "output": out, "seed": seed, "train": arguments}
+    fields = pairs.fields_of(
+        columns=columns, split=split, answers=answers, scores=scores, turns=turns, as_messages=as_messages
+    )
+    read: dict[str, Any] = {"train": {"path": data, **fields}, "strict": strict}
+    if held_out is not None:
+        read["held_out"] = {"path": held_out, **fields}
+    plain = {
+        "model": {"path": model, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        "data": read,
+        "output": out,
+        "seed": seed,
+        "train": arguments,
+    }
     keep_freed_memory()
     with blaming("", RecipeError, DataError), quiet_libraries():
         found = train_folder(Recipe.from_dict(plain), log=note)

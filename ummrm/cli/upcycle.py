@@ -13,7 +13,7 @@ from .errors import UserError, blaming
 from .headers import DTYPES, TensorHeader
 from .outputs import check_output, check_space, replaced, save, streams
 from .screen import Steps, note, quiet_libraries, say, size
-from .source import Source, has_tokenizer, open_source
+from .source import Source, admit_code, has_tokenizer, open_source
 from .weights import load, scratch_bytes
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ _REWARD_CLASS = "ForSequenceClassification"
 
 
 def _panel(title: str):
-    """Options under one title of --help: help, default, names where there is a short one."""
+    """Options under one title of --help: help, default, names where there is a short one, what stands for the value."""
 
-    def option(text: str, default: object, *names: str) -> Any:
+    def option(text: str, default: object, *names: str, metavar: str | None = None) -> Any:
         # None stands for "not given", so that an option goes before the file and the file before the default
         text = f"{text.removesuffix('.')} (default: {default})."
-        return typer.Option(*names, help=text, show_default=False, rich_help_panel=title)
+        return typer.Option(*names, help=text, metavar=metavar, show_default=False, rich_help_panel=title)
 
     return option
 
@@ -44,7 +44,7 @@ def upcycle(
     out: Annotated[str, typer.Argument(help="Folder for the upcycled model.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here go before it."),
+        typer.Option(help="YAML or JSON file of UpcycleConfig fields; options given here take precedence."),
     ] = None,
     assignment: Annotated[
         str | None, _mixture("How experts get their tokens: by token (a router) or by sequence.", "token")
@@ -61,7 +61,9 @@ def upcycle(
     experts_in: Annotated[
         str | None,
         _mixture(
-            "By sequence: ffn; linear: every linear layer, attention's too; all: these and the reward head.", "ffn"
+            "By sequence: ffn; linear: every linear layer, attention's too; all: these and the reward head.",
+            "ffn",
+            metavar="PLACE",
         ),
     ] = None,
     evaluation: Annotated[
@@ -94,7 +96,7 @@ def upcycle(
     ] = None,
     dtype: Annotated[str | None, _output("float32, bfloat16 or float16.", "that of DENSE")] = None,
     device: Annotated[str, _output("Where to compute: cpu, cuda or cuda:N.", "cpu")] = "cpu",
-    seed: Annotated[int, _output("Of routers, noise and head, from 0.", 0)] = 0,
+    seed: Annotated[int, _output("Seed of routers, noise and head, from 0.", 0)] = 0,
     revision: Annotated[str | None, _output("Of a hub name: a branch, tag or commit.", "main")] = None,
     max_shard_size: Annotated[str, _output("No weight file is larger, but for a single larger tensor.", "5GB")] = "5GB",
     overwrite: Annotated[
@@ -105,6 +107,7 @@ def upcycle(
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Upcycles a saved dense model into a mixture of experts that computes the same.
 
@@ -114,6 +117,8 @@ def upcycle(
 
     On a CPU the weights go from file to file: a model that is larger than
     memory is upcycled too.
+
+    Example: ummrm upcycle my-model moe-rm --new-head --assignment sequence --experts-in all
     """
     given = {
         "assignment": assignment,
@@ -154,6 +159,7 @@ def upcycle(
             revision=revision,
             shard_size=shard_size,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -169,6 +175,7 @@ def run(
     revision: str | None,
     shard_size: int,
     overwrite: bool,
+    trust_remote_code: bool,
 ) -> None:
     """The command with its options read."""
     import torch
@@ -181,6 +188,7 @@ def run(
     with blaming("", ValueError):
         settings = ummrm.UpcycleConfig.from_dict(fields)
     source = open_source(dense, revision)
+    admit_code(source, trust_remote_code)
     _check_source(source, new_head)
     target = check_output(out, source.folder, overwrite)
     streamed = streams(target, device)
@@ -199,12 +207,13 @@ def run(
             streamed=streamed,
             new_head=bool(new_head) and nameless,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         model = model.base_model if new_head and nameless else model
         model.config.name_or_path = dense  # a hub name, rather than its place in the cache
         model.to(device)
         if new_head and model.config.pad_token_id is None:
-            _name_padding(model, source, out)
+            _name_padding(model, source, out, trust_remote_code)
     what = "FFNs" if not settings.has_linear_experts else "linear layers"
     fresh: dict[str, Any] = {"new_head": True, "seed": seed} if new_head else {}
 
@@ -225,7 +234,7 @@ def run(
     say(f"{type(moe).__name__}, {sum(p.numel() for p in moe.parameters()):,} parameters, saved in {out}{was_there}")
 
 
-def _name_padding(model: PreTrainedModel, source: Source, out: str) -> None:
+def _name_padding(model: PreTrainedModel, source: Source, out: str, trust: bool) -> None:
     """Gives a fresh head the padding token by which it finds the last token of each sequence in a batch."""
     from transformers import AutoTokenizer
 
@@ -233,7 +242,7 @@ def _name_padding(model: PreTrainedModel, source: Source, out: str) -> None:
     missing = "note: the configuration has no pad_token_id, without which a head can't score a batch"
     if has_tokenizer(source.folder):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust)
         except Exception:  # whatever a stranger's files make of it
             tokenizer = None
         for name in ("pad", "eos"):
@@ -285,16 +294,14 @@ def stock_class(source: Source) -> type[PreTrainedModel]:
     """The transformers class that a folder's config.json names.
 
     Raises:
-        UserError: transformers has no such model class, or it needs code of the folder's own.
+        UserError: there is no such model class, in transformers or in the code that was registered.
     """
     import transformers
 
-    if source.config.get("auto_map") and source.model_type not in transformers.CONFIG_MAPPING:
-        raise UserError(
-            f"{source.name} needs code of its own (`auto_map` in its config.json), which is never run here."
-        )
+    from ..hf.registry import registered_class
+
     name = source.class_name
-    cls = getattr(transformers, name, None)
+    cls = getattr(transformers, name, None) or registered_class(source.model_type, name)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UserError(
             f"{source.folder / 'config.json'} names {name} in `architectures`, which is no model class of transformers "

@@ -29,6 +29,7 @@ def load(
     streamed: bool,
     new_head: bool = False,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads a model on the CPU.
 
@@ -39,6 +40,7 @@ def load(
         streamed: whether that disk may be used.
         new_head: as in `ummrm.hf.loading.load_checkpoint`.
         dtype: that the model is rounded to once it is loaded.
+        trust_remote_code: run the code that comes with it.
 
     Raises:
         UserError: it can't be loaded.
@@ -50,13 +52,15 @@ def load(
 
     with blaming(f"{source.name} can't be loaded", Exception):
         if source.headers is not None:
-            check_headers(source.folder, {name: (h.dtype, h.shape) for name, h in source.headers.items()})
+            held_there = {name: (h.dtype, h.shape) for name, h in source.headers.items()}
+            check_headers(source.folder, held_there, trust_remote_code=trust_remote_code)
         held = held_dtype(source) if streamed and expect == "dense" else None
-        options: dict[str, Any] = {} if held is None else {"dtype": getattr(torch, held)}
-        model: Any = load_checkpoint(source.folder, expect=expect, new_head=new_head, **options)
+        options: dict[str, Any] = {"expect": expect, "new_head": new_head, "trust_remote_code": trust_remote_code}
+        as_held = {} if held is None else {"dtype": getattr(torch, held)}
+        model: Any = load_checkpoint(source.folder, **options, **as_held)
         if held and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
             held = None  # only transformers knows which ones it rounds
-            model = load_checkpoint(source.folder, expect=expect, new_head=new_head)
+            model = load_checkpoint(source.folder, **options)
         wanted = [getattr(torch, name) for name in (held and source.config_dtype, dtype) if name]
         if streamed:
             cast_on_disk(model, wanted, disk_of(out))

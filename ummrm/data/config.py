@@ -89,6 +89,8 @@ class PairSource:
             return given
         if isinstance(given, str):
             return cls(given)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"a source of pairs must be a path or a mapping of its fields, got {given!r:.80}.")
         names = [f.name for f in fields(cls)]
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"a source of pairs must have the fields {', '.join(names)}, got {', '.join(unknown)}.")
@@ -123,8 +125,8 @@ class PairsConfig:
     def __post_init__(self) -> None:
         for name in ("train", "held_out"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, (PairSource, Mapping, str)) else value
-            object.__setattr__(self, name, tuple(PairSource.of(one) for one in value or ()))
+            value = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            object.__setattr__(self, name, tuple(PairSource.of(one) for one in value))
         _require(self, "train", len(self.train) > 0, "at least one source")
         share = self.held_out_share
         _require(self, "held_out_share", _is_number(share) and 0 < share < 1, "above 0 and below 1")

@@ -13,9 +13,7 @@ from typing import Any
 
 from .config import PairSource
 from .rows import Place, RowProblem
-
-Text = str | list[dict[str, str]]
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+from .texts import Text, text_or_messages, turns_of
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,11 @@ def pair_of(row: Mapping[str, Any], source: PairSource, place: Place) -> Pair:
     given = _at(row, source.column("prompt"))
     if given is None and "prompt" in source.columns:
         _found(row, source.columns["prompt"], "prompt")  # asked for by name: missing is a problem
-    prompt = None if given is None else _text(given, "prompt")
-    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    prompt = None if given is None else text_or_messages(given, "prompt")
+    chosen, rejected = text_or_messages(chosen, "chosen"), text_or_messages(rejected, "rejected")
     if source.turns is not None:
-        prompt = None if prompt is None else _turns(prompt, source.turns, "prompt")
-        chosen, rejected = _turns(chosen, source.turns, "chosen"), _turns(rejected, source.turns, "rejected")
+        prompt = None if prompt is None else turns_of(prompt, source.turns, "prompt")
+        chosen, rejected = turns_of(chosen, source.turns, "chosen"), turns_of(rejected, source.turns, "rejected")
     elif source.as_messages and isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(prompt, str):
             raise RowProblem("malformed", "needs a `prompt` of text to become messages, as `as_messages` asks")
@@ -151,58 +149,6 @@ def _by_score(row: Mapping[str, Any], answers: tuple[str, str], scores: tuple[st
 
 
 # ---- texts and conversations -------------------------------------------------------------------------------------
-
-
-def _text(value: Any, part: str) -> Text:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple)):
-        raise RowProblem("malformed", f"{part} must be text or a list of messages, got {value!r:.40}")
-    return [_message(one, part) for one in value]
-
-
-def _message(message: Any, part: str) -> dict[str, str]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise RowProblem("malformed", f"a message of {part} must have role and content, got {message!r:.60}")
-    role, content = message["role"], message["content"]
-    if isinstance(content, (list, tuple)) and all(
-        isinstance(one, Mapping) and one.get("type") == "text" and isinstance(one.get("text"), str) for one in content
-    ):
-        content = "".join(one["text"] for one in content)
-    if role not in _ROLES:
-        raise RowProblem("malformed", f"the role of a message must be one of {', '.join(_ROLES)}, got {role!r:.40}")
-    if not isinstance(content, str):
-        raise RowProblem("malformed", f"the content of a message of {part} must be text, got {content!r:.40}")
-    left_out = [name for name in message if name not in ("role", "content") and message[name] not in (None, [], {}, "")]
-    if "tool_calls" in left_out:
-        raise RowProblem("malformed", f"a message of {part} has tool calls, which are not read here")
-    return {"role": role, "content": content}
-
-
-def _turns(text: Text, marks: tuple[str, str], part: str) -> list[dict[str, str]]:
-    """A dialogue in one string as messages; what stands before the first mark is a system message."""
-    if not isinstance(text, str):
-        raise RowProblem("malformed", f"{part} must be text to be cut into turns, got messages")
-    roles = dict(zip(marks, ("user", "assistant"), strict=True))
-    found: list[tuple[str, int, int]] = [("system", 0, 0)]
-    at = 0
-    while True:
-        next_marks = [(text.find(mark, at), mark) for mark in marks]
-        next_marks = [(place, mark) for place, mark in next_marks if place >= 0]
-        if not next_marks:
-            break
-        place, mark = min(next_marks, key=lambda one: (one[0], -len(one[1])))
-        at = place + len(mark)
-        found.append((roles[mark], place, at))
-    ends = [place for _, place, _ in found[1:]] + [len(text)]
-    messages = [
-        {"role": role, "content": text[start:end].strip()} for (role, _, start), end in zip(found, ends, strict=True)
-    ]
-    if not messages[0]["content"]:
-        messages = messages[1:]
-    if not any(message["role"] != "system" for message in messages):
-        raise RowProblem("malformed", f"{part} has none of the marks {marks[0]!r} and {marks[1]!r} of `turns`")
-    return messages
 
 
 def _conversation(

@@ -15,14 +15,14 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from .config import DataError, PairsConfig, PairSource
-from .pairs import Pair, Text, pair_of
-from .report import DataReport, SourceReport
-from .rows import RowProblem, rows_of
+from .pairs import Pair, pair_of
+from .report import DataReport, SourceReport, made_of
+from .rows import RowProblem
+from .texts import Text
 
 Length = Callable[[Sequence[Text]], Sequence[int]]
 """Tokens of each text."""
 
-_HOPELESS = 1000  # rows at the beginning of a source of which none makes a pair: it is not what it is taken for
 _LEAST_PREFIX = 32  # characters of a prompt that is guessed from its answers' common beginning
 _AT_ONCE = 1024  # texts that are measured together
 
@@ -99,22 +99,12 @@ def _read(source: PairSource, reports: list[SourceReport], length: Length | None
     """The sound pairs of a source; what makes none is counted in a new report."""
     report = SourceReport(source.path)
     reports.append(report)
-    found: list[Pair] = []
-    for place, row in rows_of(source):
-        report.rows += 1
-        try:
-            if isinstance(row, RowProblem):
-                raise row
-            found.append(pair_of(row, source, place))
-        except RowProblem as problem:
-            report.add(place, problem)
-            if not found and report.rows == _HOPELESS:
-                break
+    wanted = "preference pairs"
+    found = made_of(source, report, lambda row, place: pair_of(row, source, place), wanted)
     if limit is not None and length is not None:
         found = _short_enough(found, report, length, limit)
     if not found:
-        why = next((f"; first {place}: {why}" for places in report.places.values() for place, why in places), "")
-        raise DataError(f"{source.path} must hold preference pairs, and none of {report.rows:,} rows makes one{why}.")
+        raise report.nothing(wanted)
     return found
 
 

@@ -1,12 +1,16 @@
-"""What was read of each source and what made no pair, by file and line, as data and as text."""
+"""What is made of each row of a source, and what made nothing, by file and line, as data and as text."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from .rows import Place, RowProblem
+from .config import DataError, PairSource
+from .rows import Place, RowProblem, rows_of
+
+_Made = TypeVar("_Made")
 
 KINDS = {
     "malformed": "malformed",
@@ -17,6 +21,7 @@ KINDS = {
 }
 """Kinds of problems, and how a report names them."""
 _SHOWN = 5  # places of each kind
+_HOPELESS = 1000  # rows at a source's beginning of which none makes anything: it is not what it is taken for
 
 
 @dataclass
@@ -46,6 +51,11 @@ class SourceReport:
         shown = self.places.setdefault(problem.kind, [])
         if len(shown) < _SHOWN:
             shown.append((place, problem.reason))
+
+    def nothing(self, wanted: str) -> DataError:
+        """The error of a source of which no row makes what is wanted; says why the first one does not."""
+        why = next((f"; first {place}: {why}" for places in self.places.values() for place, why in places), "")
+        return DataError(f"{self.name} must hold {wanted}, and none of {self.rows:,} rows does{why}.")
 
     def lines(self) -> list[str]:
         """In words: a line for the source, one for each kind of problem."""
@@ -111,3 +121,33 @@ class DataReport:
             "held_out": [source(one) for one in self.held_out],
             **{name: getattr(self, name) for name in counts},
         }
+
+
+def made_of(
+    source: PairSource, report: SourceReport, make: Callable[[Mapping[str, Any], Place], _Made], wanted: str
+) -> list[_Made]:
+    """What a function makes of each row of a source; a row that it refuses is counted and left out.
+
+    Args:
+        source: its rows.
+        report: counts them.
+        make: called with a row and its place; raises RowProblem where it makes nothing of it.
+        wanted: what the source must hold, for the error.
+
+    Raises:
+        DataError: the source can't be read, or no row makes anything; after a thousand such rows that is said at once.
+    """
+    found: list[_Made] = []
+    for place, row in rows_of(source):
+        report.rows += 1
+        try:
+            if isinstance(row, RowProblem):
+                raise row
+            found.append(make(row, place))
+        except RowProblem as problem:
+            report.add(place, problem)
+            if not found and report.rows == _HOPELESS:
+                break
+    if not found:
+        raise report.nothing(wanted)
+    return found

@@ -14,10 +14,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .config import DataError, PairSource
 
+LONGEST_LINE = 64 << 20  # bytes of a line that is read
 _LARGEST_FIELD = 1 << 28  # of a CSV file; Python's own limit is 128 kB, less than a long conversation
 
 
@@ -38,8 +39,8 @@ class Place(NamedTuple):
         return f"{self.source}:{self.number}" if self.unit == "line" else f"{self.source}, row {self.number}"
 
 
-class RowProblem(Exception):
-    """A row that makes no pair.
+class RowProblem(ValueError):
+    """A row that makes no pair, or no text to score.
 
     Attributes:
         kind: one of `report.KINDS`.
@@ -61,13 +62,17 @@ def rows_of(source: PairSource) -> Iterator[Row]:
         DataError: there is no such file or data set, or a file as a whole can't be read.
     """
     for path in files_of(source):
-        reader = _reader(path)
         try:
-            yield from reader(path)
+            yield from _READERS[_kind(path)](path)
         except (OSError, EOFError) as error:
             raise DataError(f"{path} can't be read: {_line(error)}; mend the file or leave it out.") from error
     if not files_of(source):
         yield from _data_set(source)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file holds rows in another form than lines of JSON, by its name."""
+    return _kind(path) in set(_READERS) - {".jsonl"}
 
 
 def files_of(source: PairSource) -> list[Path]:
@@ -105,22 +110,44 @@ def files_of(source: PairSource) -> list[Path]:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
+def lines_of(file: BinaryIO) -> Iterator[tuple[int, bytes | RowProblem]]:
+    """The lines of an open file with their numbers, without a byte order mark; a problem for one of over 64 MB."""
+    number = 0
+    while True:
+        part = file.readline(LONGEST_LINE + 1)
+        number += 1
+        line: bytes | RowProblem = part.removeprefix(b"\xef\xbb\xbf") if number == 1 else part
+        while len(part) > LONGEST_LINE and not part.endswith(b"\n"):
+            line = RowProblem("malformed", f"longer than {LONGEST_LINE >> 20} MB")
+            part = file.readline(LONGEST_LINE + 1)
+        if line == b"" and not part:
+            return
+        yield number, line
+
+
+def json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
+    """The rows of an open file of JSON lines, of which blank ones are none; `name` is said of their places."""
+    for number, line in lines_of(file):
+        if isinstance(line, RowProblem):
+            yield Place(name, number), line
+        elif line.strip():
+            yield Place(name, number), parsed(line)
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield Place(str(path), number), _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    with opened(path) as file:
+        yield from json_lines(file, str(path))
 
 
 def _json(path: Path) -> Iterator[Row]:
-    with _opened(path) as file:
+    with opened(path) as file:
         content = file.read()
     try:
         data = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} must hold JSON: {_line(error)}; of JSON lines the name ends in .jsonl.") from error
     if not isinstance(data, list):
-        raise DataError(f"{path} must hold a list of rows, got {_named(data)}.")
+        raise DataError(f"{path} must hold a list of rows, got {named(data)}.")
     for number, row in enumerate(data, 1):
         yield Place(str(path), number, "row"), _mapping(row)
 
@@ -128,7 +155,7 @@ def _json(path: Path) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LARGEST_FIELD)
     with (
-        _opened(path) as file,
+        opened(path) as file,
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         reader = csv.reader(text, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
@@ -198,26 +225,24 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" and Path(path.stem).suffix != ".parquet" else path.suffix
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
-    return _READERS[_kind(path)]
-
-
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A file to read bytes of, unpacked where its name ends in .gz."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def _parsed(line: bytes) -> dict[str, Any] | RowProblem:
+def parsed(line: bytes) -> dict[str, Any] | RowProblem:
+    """The row in a line of JSON."""
     try:
         return _mapping(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError:
-        return RowProblem("malformed", "not UTF-8")
+    except UnicodeDecodeError as error:
+        return RowProblem("malformed", f"not UTF-8 (byte {error.start + 1})")
     except (ValueError, RecursionError) as error:
         return RowProblem("malformed", f"no JSON: {_line(error)}")
 
 
 def _mapping(row: Any) -> dict[str, Any] | RowProblem:
     return (
-        row if isinstance(row, dict) else RowProblem("malformed", f"must be an object with columns, got {_named(row)}")
+        row if isinstance(row, dict) else RowProblem("malformed", f"must be an object with columns, got {named(row)}")
     )
 
 
@@ -247,8 +272,10 @@ def _data_set(source: PairSource) -> Iterator[Row]:
         yield Place(source.path, number, "row"), row
 
 
-def _named(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(type(value), f"{value!r:.40}")
+def named(value: Any) -> str:
+    """What a value is, for a message."""
+    kinds = {dict: "an object", list: "an empty list" if value == [] else "a list", str: "text", type(None): "null"}
+    return kinds.get(type(value), f"{value!r:.40}")
 
 
 def _line(error: BaseException) -> str:

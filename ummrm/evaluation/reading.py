@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.config import DataError, PairSource
 from ..data.pairs import pair_of
-from ..data.report import SourceReport
-from ..data.rows import Place, RowProblem, rows_of
+from ..data.report import SourceReport, made_of
+from ..data.rows import Place, RowProblem
+from ..data.texts import messages_of, whole_text
 from ..hf.texts import Text, joined
-from .texts import messages_of
 
 FORMATS = ("pairs", "rewardbench", "rewardbench2")
 ALL = "all"  # the subset of data that name none
 TIES = "Ties"  # RewardBench 2's subset of prompts with several right answers
-_LOOKED_AT = 1000  # rows at a source's beginning of which none makes anything: it is not what it is taken for
 
 
 @dataclass(frozen=True)
@@ -136,29 +135,19 @@ def read_evaluation_data(
 def _read(source: PairSource, data: EvaluationData, subset: str | None, form: str | None, *, several: bool) -> None:
     report = SourceReport(source.path)
     data.reports.append(report)
-    found = 0
     default = source.path if several else ALL
-    for place, row in rows_of(source):
-        report.rows += 1
-        try:
-            if isinstance(row, RowProblem):
-                raise row
-            kind = form or _form_of(row)
-            name = _subset(row, subset, default)
-            if kind == "rewardbench2":
-                choice = _choice(row, name)
-                data.choices.append(choice)
-                data.pairs.extend(_pairs_of(choice))
-            else:
-                data.pairs.append(_pair(row, source, place, name, kind))
-            found += 1
-        except RowProblem as problem:
-            report.add(place, problem)
-            if not found and report.rows == _LOOKED_AT:
-                break
-    if not found:
-        why = next((f"; first {place}: {why}" for places in report.places.values() for place, why in places), "")
-        raise DataError(f"{source.path} must hold pairs or a benchmark, and none of {report.rows:,} rows does{why}.")
+
+    def make(row: Mapping[str, Any], place: Place) -> tuple[list[LabelledPair], list[Choice]]:
+        kind = form or _form_of(row)
+        name = _subset(row, subset, default)
+        if kind == "rewardbench2":
+            choice = _choice(row, name)
+            return _pairs_of(choice), [choice]
+        return [_pair(row, source, place, name, kind)], []
+
+    for pairs, choices in made_of(source, report, make, "pairs or a benchmark"):
+        data.pairs.extend(pairs)
+        data.choices.extend(choices)
 
 
 def _form_of(row: Mapping[str, Any]) -> str:
@@ -200,10 +189,7 @@ def _choice(row: Mapping[str, Any], subset: str) -> Choice:
     if len(sides["chosen"]) > 1 and subset != TIES:
         raise RowProblem("malformed", f"{len(sides['chosen'])} right answers, which only the subset {TIES} may have")
     prompt = row.get("prompt")
-    try:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt, "prompt")
-    except ValueError as error:
-        raise RowProblem("malformed", str(error)) from None
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt, "prompt")
     return Choice(messages, sides["chosen"], sides["rejected"], subset, str(row.get("id", "")))
 
 
@@ -244,32 +230,20 @@ def read_candidates(source: PairSource, *, gold_model: bool) -> Candidates:
 
     Args:
         source: rows with `prompt` (text or messages), `candidates` (a list of texts) and, without a gold model, `gold`
-            (a list of as many numbers). `as_messages` makes conversations of texts.
+            (a list of as many numbers). `turns` and `as_messages` make conversations of texts; `columns` may name the
+            prompt.
         gold_model: whether a model gives the gold rewards, so that `gold` is not read.
 
     Raises:
         DataError: the source can't be read, or no row has two candidates.
     """
     report = SourceReport(source.path)
-    found: list[tuple[list[Text], list[float]]] = []
-    for place, row in rows_of(source):
-        report.rows += 1
-        try:
-            if isinstance(row, RowProblem):
-                raise row
-            found.append(_candidates(row, source.as_messages, gold_model))
-        except RowProblem as problem:
-            report.add(place, problem)
-            if not found and report.rows == _LOOKED_AT:
-                break
-    if not found:
-        why = next((f"; first {place}: {why}" for places in report.places.values() for place, why in places), "")
-        raise DataError(f"{source.path} must hold candidates, and none of {report.rows:,} rows does{why}.")
+    found = made_of(source, report, lambda row, _: _candidates(row, source, gold_model), "candidates")
     return Candidates([texts for texts, _ in found], None if gold_model else [gold for _, gold in found], report)
 
 
-def _candidates(row: Mapping[str, Any], as_messages: bool, gold_model: bool) -> tuple[list[Text], list[float]]:
-    answers, prompt = row.get("candidates"), row.get("prompt")
+def _candidates(row: Mapping[str, Any], source: PairSource, gold_model: bool) -> tuple[list[Text], list[float]]:
+    answers, prompt = row.get("candidates"), row.get(source.column("prompt"))
     if not isinstance(answers, list) or not all(isinstance(one, str) and one.strip() for one in answers):
         raise RowProblem("malformed", f"candidates must be a list of texts, got {answers!r:.40}")
     if len(answers) < 2:
@@ -283,14 +257,5 @@ def _candidates(row: Mapping[str, Any], as_messages: bool, gold_model: bool) -> 
             raise RowProblem(
                 "malformed", f"gold must be {len(answers)} numbers, one a candidate, got {gold!r:.40}; or give a model"
             )
-    whole: Callable[[str], Text]
-    if isinstance(prompt, str) and not as_messages:
-        plain = prompt
-        whole = lambda answer: plain + answer  # noqa: E731
-    else:
-        try:
-            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt, "prompt")
-        except ValueError as error:
-            raise RowProblem("malformed", str(error)) from None
-        whole = lambda answer: [*before, {"role": "assistant", "content": answer}]  # noqa: E731
-    return [whole(answer) for answer in answers], [] if gold_model else [float(one) for one in gold or ()]
+    texts = [whole_text(prompt, answer, turns=source.turns, as_messages=source.as_messages) for answer in answers]
+    return texts, [] if gold_model else [float(one) for one in gold or ()]

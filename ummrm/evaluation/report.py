@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from ..files import write_atomically
 from .edits import PROBES
 from .intervals import Estimate
 from .plots import draw
@@ -49,9 +50,8 @@ def write_report(result: Evaluation, folder: str | os.PathLike) -> list[Path]:
         OSError: they can't be written.
     """
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    return [_written(place / JSON, text + "\n"), _written(place / PAGE, page(result))]
+    return [write_atomically(place / JSON, text + "\n"), write_atomically(place / PAGE, page(result))]
 
 
 def page(result: Evaluation) -> str:
@@ -262,14 +262,3 @@ def _number(one: Estimate) -> str:
 
 def _p(value: float) -> str:
     return "-" if not math.isfinite(value) else "below 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _written(path: Path, text: str) -> Path:
-    """Writes beside, then renames: a reader never finds a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path

@@ -52,8 +52,9 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", tuple(self.probes))
-        known = set(self.probes) <= set(NAMES)
+        if listed := isinstance(self.probes, (list, tuple)):
+            object.__setattr__(self, "probes", tuple(self.probes))
+        known = listed and all(name in NAMES for name in self.probes)
         for name, holds, expected in (
             ("too_long", self.too_long in TOO_LONG, f"one of {', '.join(TOO_LONG)}"),
             ("probes", known, f"names of {', '.join(NAMES)}"),

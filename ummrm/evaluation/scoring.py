@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..hf.ensembles import check_reward_model, has_members, score_texts
-from ..hf.loading import check_loaded, load_checkpoint
+from ..hf.loading import load_checkpoint
 from ..hf.texts import Text, token_ids
 from .texts import flattened
 
@@ -136,14 +136,7 @@ class RewardScorer:
         """
         where: dict[str, Any] = {} if revision is None else {"revision": revision}
         more: dict[str, Any] = where if dtype is None else {**where, "dtype": dtype}
-        if trust_remote_code:
-            auto: Any = AutoModelForSequenceClassification
-            model, info = auto.from_pretrained(
-                source, trust_remote_code=True, output_loading_info=True, ignore_mismatched_sizes=True, **more
-            )
-            check_loaded(model, info, source, new_head=False)
-        else:
-            model = load_checkpoint(source, **more)
+        model: Any = load_checkpoint(source, trust_remote_code=trust_remote_code, **more)
         check_reward_model(model, str(source))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
         path = os.fspath(source)

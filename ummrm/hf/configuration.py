@@ -22,7 +22,10 @@ PHASES = ("mixture", "merging")
 # Raised when a reader of the version before would misread or reject what is written.
 FORMAT_VERSION = 1
 OLDEST_FORMAT = 1  # that this version still reads
-KEYS = ("umm", "umm_phase", "umm_merge", "umm_base_model", "umm_family", "umm_format_version", "umm_version")
+KEYS = (
+    *("umm", "umm_phase", "umm_merge", "umm_base_model", "umm_family", "umm_code"),
+    *("umm_format_version", "umm_version"),
+)
 
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class UmmConfigMixin(Generated, _Stock):
         umm_base_model: name or path of the dense model that was upcycled, where it had one.
         umm_family: `Family.to_dict()` of a row that is not in this version's families.py: it was found by structure, or
             registered at run time.
+        umm_code: `auto_map` of a dense model that came with code of its own (see `remote_code.py`).
     """
 
     umm = None
@@ -55,6 +59,7 @@ class UmmConfigMixin(Generated, _Stock):
     umm_merge = None
     umm_base_model = None
     umm_family = None
+    umm_code = None
 
     @property
     def upcycle_config(self) -> UpcycleConfig:

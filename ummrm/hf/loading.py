@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.models.auto import modeling_auto
 
 from . import replacing
+from .remote_code import needs_code, own_class, register_code
 
 _SHOWN = 3  # names of tensors in an error
 _FLOATS = ("float32", "bfloat16", "float16", "float64")  # of plain weights
@@ -120,6 +121,7 @@ def load_checkpoint(
     *,
     expect: Literal["dense", "upcycled"] | None = None,
     new_head: bool = False,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a checkpoint as the class that saved it, every tensor of it.
@@ -129,6 +131,8 @@ def load_checkpoint(
         expect: refuse an upcycled (or a dense) checkpoint.
         new_head: load a backbone or a causal language model as a reward model with one output, its head freshly
             initialised where the checkpoint has none.
+        trust_remote_code: run the code that comes with a model, which can do whatever you can; its classes are then
+            registered with the Auto classes (see `remote_code.py`). Else such a model is refused.
         kwargs: passed to `from_pretrained` (`dtype`, `subfolder`, `revision`, `local_files_only`, ...).
 
     Returns:
@@ -144,7 +148,8 @@ def load_checkpoint(
             holds other heads, which are left out.
     """
     settle(source, kwargs.get("subfolder") or "")
-    config = _config(source, kwargs)
+    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+    config = _config(source, where, trust_remote_code)
     upcycled = getattr(config, "umm", None) is not None
     if expect == "dense" and upcycled:
         raise ValueError(f"{source} must be a dense model, and is an upcycled one (model_type {config.model_type!r}).")
@@ -152,9 +157,13 @@ def load_checkpoint(
         raise ValueError(
             f"{source} is no upcycled model (model_type {config.model_type!r}); run `ummrm upcycle` on it first."
         )
-    loader: Any = AutoModelForSequenceClassification if new_head else _saved_class(source, config)
+    loader: Any = (
+        AutoModelForSequenceClassification
+        if new_head
+        else _saved_class(source, config, where if trust_remote_code else None)
+    )
     if new_head:
-        kwargs["num_labels"] = 1
+        kwargs |= {"num_labels": 1, "trust_remote_code": trust_remote_code}
         if upcycled:
             kwargs["new_head"] = True
     try:
@@ -179,7 +188,9 @@ def load_checkpoint(
     return model
 
 
-def check_headers(source: str | os.PathLike, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_headers(
+    source: str | os.PathLike, headers: Mapping[str, tuple[str, tuple[int, ...]]], *, trust_remote_code: bool = False
+) -> None:
     """Compares what weight files say that they hold with the model that config.json describes; reads no weights.
 
     Loading would make room for what the configuration says before it finds the weights to be others. Tensors that are
@@ -188,13 +199,15 @@ def check_headers(source: str | os.PathLike, headers: Mapping[str, tuple[str, tu
     Args:
         source: the folder.
         headers: dtype, by torch's name, and shape of each tensor in its weight files.
+        trust_remote_code: as in `load_checkpoint`.
 
     Raises:
         OSError, ValueError: the configuration can't be used, or a tensor does not fit it; names the tensor.
     """
-    config = _config(source, {})
+    config = _config(source, {}, trust_remote_code)
+    where: dict[str, Any] | None = {} if trust_remote_code else None
     with torch.device("meta"):
-        model = _saved_class(source, config)(config) if config.architectures else AutoModel.from_config(config)
+        model = _saved_class(source, config, where)(config) if config.architectures else AutoModel.from_config(config)
     prefix = f"{model.base_model_prefix}."
     for name, tensor in model.state_dict().items():
         key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in headers), None)
@@ -214,8 +227,7 @@ def check_headers(source: str | os.PathLike, headers: Mapping[str, tuple[str, tu
             )
 
 
-def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+def _config(source: str | os.PathLike, where: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     name = os.fspath(source)
     if os.path.isfile(name) or (not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")))):
         what = "a file" if os.path.isfile(name) else "no folder there"
@@ -229,14 +241,21 @@ def _config(source: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedConf
             "be put on the weights; remove it, or merge the adapter (merge_and_unload) and save the model again."
         )
     try:
-        return AutoConfig.from_pretrained(name, **where)
+        if trust_remote_code:
+            register_code(name, **where)
+        elif needs_code(PreTrainedConfig.get_config_dict(name, **where)[0]):
+            raise ValueError("it comes with code of its own; trust_remote_code=True runs it, if you trust its authors")
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
     except ValueError as error:
         raise ValueError(f"{name}: its configuration can't be used: {_one_line(error)}") from error
     except OSError as error:
         raise OSError(f"{name}: {_one_line(error)}") from error
 
 
-def _saved_class(source: object, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _saved_class(
+    source: str | os.PathLike, config: PreTrainedConfig, where: dict[str, Any] | None
+) -> type[PreTrainedModel]:
+    """The class that saved a checkpoint; `where` says that code which comes with it is trusted, and where it is."""
     name = next(iter(config.architectures or ()), None)
     if not isinstance(name, str):
         raise ValueError(
@@ -245,7 +264,9 @@ def _saved_class(source: object, config: PreTrainedConfig) -> type[PreTrainedMod
     if getattr(config, "umm", None) is not None:
         known = {cls.__name__: cls for cls in _classes_of(config)}.get(name)
     else:
-        known = getattr(transformers, name, None)
+        own = None if where is None else own_class(name, source, config, **where)
+        registered = {cls.__name__: cls for cls in _classes_of(config)}.get(name)
+        known = own or getattr(transformers, name, None) or registered
     if not (inspect.isclass(known) and issubclass(known, PreTrainedModel)):
         raise ValueError(
             f"{source} holds a {name}, which is no model class of transformers {transformers.__version__} or of ummrm; "

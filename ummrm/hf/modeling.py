@@ -31,6 +31,7 @@ from .generated import Generated
 from .head import gives_scores, head_name
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
+from .remote_code import copy_code
 from .sequence import bind, by_sequence, member_logits
 
 if TYPE_CHECKING:
@@ -179,7 +180,13 @@ class UmmPreTrainedMixin(Generated, _Stock):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers, but atomic, and touching no file that it does not write (see `ummrm.hf.saving`)."""
         follow_share(self)
-        saving.save_atomically(super().save_pretrained, save_directory, **kwargs)
+
+        def save(folder: str | os.PathLike, **more: Any) -> None:
+            super(UmmPreTrainedMixin, self).save_pretrained(folder, **more)
+            if more.get("is_main_process", True):
+                copy_code(self, folder)
+
+        saving.save_atomically(save, save_directory, **kwargs)
 
 
 def install(model: UmmPreTrainedMixin) -> None:

@@ -87,6 +87,17 @@ def stock_classes(family: Family) -> list[type[PreTrainedModel]]:
     return [stock for stock, ours in _MODEL_CLASSES.items() if ours.config_class is config_class]
 
 
+def registered_class(model_type: str, name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that an Auto class has for a family, stock or registered; None: there is none."""
+    if model_type in CONFIG_MAPPING:
+        found = (auto._model_mapping.get(CONFIG_MAPPING[model_type], None) for auto in _auto_classes())
+        for models in found:
+            for cls in models if isinstance(models, (list, tuple)) else (models,):
+                if getattr(cls, "__name__", None) == name:
+                    return cls
+    return None
+
+
 def class_by_name(name: str) -> type:
     """The class `Umm<stock name>`, of a configuration or a model.
 
@@ -132,6 +143,8 @@ def upcycled_config(stock: PreTrainedConfig, config: UpcycleConfig, row: Family 
     new.umm = config.to_dict()
     new.umm_phase = "mixture"
     new.umm_base_model = stock._name_or_path or None
+    if code := vars(new).pop("auto_map", None):  # it names the stock classes, which must not be taken for ours
+        new.umm_code = code
     row = known_family(stock.model_type) if row is None else row
     if row is not None and row != FAMILIES.get(stock.model_type):
         new.umm_family = row.to_dict()
@@ -145,6 +158,8 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     new.__class__ = type(config).umm_stock
     for key in (*KEYS, "model_type"):  # the latter is the class's, and loading sets it on the instance
         new.__dict__.pop(key, None)
+    if config.umm_code:
+        new.auto_map = dict(config.umm_code)
     write_rope_keys_v4(new, row)
     return new
 
@@ -203,7 +218,7 @@ def _stock(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedMode
 def _define(
     model_type: str, stock: type[PreTrainedConfig], backbone: type[PreTrainedModel], heads: dict[Any, list[Any]]
 ) -> None:
-    namespace = {"model_type": f"{PREFIX}{model_type}", "umm_stock": stock}
+    namespace = {"model_type": f"{PREFIX}{model_type}", "umm_stock": stock, "_auto_class": None}
     config_class: Any = new_class(stock, (UmmConfigMixin,), (umm_config_class, model_type), namespace)
     classes = {}
     for stock_class in dict.fromkeys(cls for models in heads.values() for cls in models):
@@ -250,6 +265,7 @@ def _model_class(
     namespace = {
         "stock_class": stock,
         "config_class": config_class,
+        "_auto_class": None,  # of a stock class that came with its model
         "forward": forward,
         # alpha and the router are trained in fp32 whatever the model's dtype
         "_keep_in_fp32_modules_strict": [*(stock._keep_in_fp32_modules_strict or []), "router", "alpha", SHARE_NAME],

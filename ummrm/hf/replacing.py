@@ -26,6 +26,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import flush
+
 PENDING = ".ummrm-save"  # the announced replacement; a staging folder has an owner and a random part behind
 ABANDONED = "ummrm-interrupted-save"  # what an interrupted save had, where somebody else wrote the folder since
 _ADAPTER = "adapter_config.json"  # transformers puts an adapter beside a config.json on the weights that it finds there
@@ -420,18 +422,3 @@ def _is_plain(path: Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return False
-
-
-def flush(path: Path) -> None:
-    """fsync of a file or folder, so that no rename reaches the disk before what it renames."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written and not read
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't flush folders
-            raise
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from . import card, replacing
+from .remote_code import copy_code
 
 # what nearly every save writes: checked before the work begins, the rest when it is known
 _USUAL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", card.FILE]
@@ -62,6 +63,8 @@ def save_pretrained(
 
     def save(path: str | os.PathLike, **kw) -> None:
         stock.save_pretrained(model, path, **kw)
+        if kw.get("is_main_process", True):
+            copy_code(model, path)
         if text is not None and kw.get("is_main_process", True) and os.listdir(path):
             card.write(path, text, previous=save_directory)
 

@@ -26,6 +26,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from .remote_code import copy_code
+
 MAX_SHARD_SIZE = "5GB"  # nobody's readers like larger files; the hub's own default
 _INDEX, _PATTERN = "model.safetensors.index.json", "model{suffix}.safetensors"
 _KINDS = {  # torch's dtypes by safetensors' names
@@ -119,6 +121,7 @@ def describe(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     logging.disable_progress_bar()  # of no files
     try:
         stock.save_pretrained(model, folder, state_dict={})
+        copy_code(model, folder)
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -16,6 +16,7 @@ from ..hf.head import maps_to_one
 from ..nn.experts import Experts
 from ..nn.router import Router
 from ..nn.upcycled_linear import UpcycledLinear
+from .arguments import numbers
 from .recipe import RecipeError, check_arguments
 
 OURS = ("task_type", "inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping")
@@ -28,7 +29,7 @@ def check_lora(given: Mapping[str, Any]) -> None:
         "lora", given, [name for name in inspect.signature(_peft().LoraConfig).parameters if name not in OURS]
     )
     try:
-        _peft().LoraConfig(task_type="SEQ_CLS", **given)
+        _peft().LoraConfig(task_type="SEQ_CLS", **numbers("lora", given, _peft().LoraConfig))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"`lora`: peft refuses its arguments: {' '.join(str(error).split())}") from error
 
@@ -49,7 +50,9 @@ def lora_config(given: Mapping[str, Any], model: Any) -> Any:
             places["target_modules"].append(name)
     chosen = {"target_modules", "target_parameters"} & set(given)
     defaults = {key: value for key, value in places.items() if not (chosen and key.startswith("target"))}
-    return _peft().LoraConfig(task_type="SEQ_CLS", **{"target_modules": [], **defaults, **given})
+    return _peft().LoraConfig(
+        task_type="SEQ_CLS", **{"target_modules": [], **defaults, **numbers("lora", given, _peft().LoraConfig)}
+    )
 
 
 def folded(model: Any) -> Any:

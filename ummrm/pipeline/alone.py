@@ -76,7 +76,10 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
 def _model(at: stages.Setting) -> Any:
     if not at.start.upcycled:
         return at.start.reward_model()
-    model: Any = load_checkpoint(at.recipe.model.path, dtype=getattr(torch, at.recipe.model.dtype))
+    source = at.recipe.model
+    model: Any = load_checkpoint(
+        source.path, dtype=getattr(torch, source.dtype), trust_remote_code=source.trust_remote_code
+    )
     at.start.name_padding(model)
     at.start.freeze(model)
     return model

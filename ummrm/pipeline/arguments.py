@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
     kind, own = KINDS[stage], stage_block(recipe, stage)
     check_block("training", recipe.training, RewardConfig)
     check_block(stage, own, kind)
-    common = dict(recipe.training)
+    common, own = numbers("training", recipe.training, RewardConfig), numbers(stage, own, kind)
     if stage in ("merge", "distill"):
         common = {name: value for name, value in common.items() if name not in REWARD_MODELS_ALONE}
     given = {**DEFAULTS, **common}
@@ -86,6 +87,26 @@ def check_block(name: str, given: Mapping[str, Any], kind: type) -> None:
             raise RecipeError(f"`{name}.{one}` must be left out; {remedy}.")
     known = [one for one in inspect.signature(kind).parameters if one not in OURS]
     check_arguments(name, given, [*known, *BESIDE.get(name, ())])
+
+
+def numbers(block: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """A block's arguments, those that must be numbers as numbers: YAML takes `1e-5`, without a point, for text.
+
+    Raises:
+        RecipeError: text that is none stands where a number must.
+    """
+    hints, made = typing.get_type_hints(kind), dict(given)
+    for name, value in given.items():
+        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
+        wanted = next((number for number in (int, float) if number in kinds), None)
+        if wanted is None or str in kinds or not isinstance(value, str):
+            continue
+        try:
+            made[name] = wanted(value)
+        except ValueError:
+            what = "a number" if wanted is float else "an integer"
+            raise RecipeError(f"`{block}.{name}` must be {what}, got {value!r:.80}.") from None
+    return made
 
 
 def said(arguments: Any) -> dict[str, Any]:

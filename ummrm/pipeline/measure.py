@@ -27,7 +27,12 @@ def measure(at: stages.Setting) -> dict[str, Any]:
 
     def loader(name: str, folder: Path) -> Any:
         return lambda: RewardScorer.load(
-            folder, device=device, dtype=at.recipe.model.dtype, batch_size=batch_size, name=name
+            folder,
+            device=device,
+            dtype=at.recipe.model.dtype,
+            batch_size=batch_size,
+            name=name,
+            trust_remote_code=at.recipe.model.trust_remote_code,
         )
 
     found: dict[str, Any] = {}

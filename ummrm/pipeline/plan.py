@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from ..config import UpcycleConfig
+from ..config import DTYPES, UpcycleConfig
 from ..hf.detect import find_family
+from ..hf.families import known_family
 from ..hf.registry import umm_class, upcycled_config
 from .recipe import RecipeError
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,9 @@ def shapes(config: Any, upcycle: UpcycleConfig) -> tuple[Shape, Shape]:
     config.num_labels = 1
     with torch.device("meta"):
         dense: Any = stock(config)
+    if known_family(config.model_type) is None:
+        _make_first_layers(dense)
+    with torch.device("meta"):
         try:
             family = find_family(dense)
             moe: Any = umm_class(stock)(upcycled_config(dense.config, upcycle, family))
@@ -103,6 +105,19 @@ def shapes(config: Any, upcycle: UpcycleConfig) -> tuple[Shape, Shape]:
     copies = (total.parameters - plain.parameters) / max(experts - 1, 1)  # of all experts beyond the first, and routers
     mixture = Shape(total.parameters, plain.active + round((passed - 1) * copies), plain.layers, plain.hidden_size)
     return plain, mixture
+
+
+def _make_first_layers(model: Any) -> None:
+    """Gives the first layer of each list random weights: where a family has no row, its FFN is proven by its output."""
+    state = torch.get_rng_state()
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 0:
+            module[0].to_empty(device="cpu")
+            for parameter in module[0].parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            for buffer in module[0].buffers():
+                buffer.zero_()
+    torch.set_rng_state(state)
 
 
 def _shape(model: Any) -> Shape:
@@ -151,7 +166,7 @@ def plan(
         flops = passes * tokens * shape.flops(mean)
         if stage == "distill":  # the teacher's scores, once
             flops += rows * mean * dense.flops(mean) * max(members, 1)
-        size = _BYTES[dtype]
+        size = DTYPES[dtype]
         trained = 0 if stage == "merge" else shape.parameters
         held = mixture.parameters if stage == "merge" else shape.parameters
         states = size * held + 3 * size * trained

@@ -6,8 +6,18 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
+
+_NARROW = 64  # columns of a terminal that has no room for a bar and the time gone by
 
 
 class Bar(TrainerCallback):
@@ -24,16 +34,8 @@ class Bar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_local_process_zero and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            console = Console(stderr=True)
+            self._bar = Progress(*_columns(console.width), console=console, transient=True)
             self._task = self._bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, loss="")
             self._bar.start()
 
@@ -49,3 +51,12 @@ class Bar(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What a line of progress shows on a terminal of so many columns."""
+    stage, done, left = TextColumn("  {task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    loss = TextColumn("{task.fields[loss]}")
+    if width < _NARROW:
+        return [stage, done, left, loss]
+    return [stage, BarColumn(bar_width=24), done, TimeElapsedColumn(), left, loss]

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
-from ..config import MergeConfig, UpcycleConfig
+from ..config import DTYPES, MergeConfig, UpcycleConfig
 from ..data import PairsConfig, PairSource
 from ..evaluation import EvaluationConfig
 
 HEADS = ("auto", "fresh", "keep")
-DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("mean", "learned")
 _PROBE_PAIRS = 200  # a probe scores two texts of each by every model
 _LARGEST = 64 << 10  # bytes of a recipe
@@ -40,6 +39,7 @@ class ModelSource:
         dtype: of the weights in training.
         head: `"auto"`: a fresh reward head where there is none; `"fresh"`: always; `"keep"`: none must be missing.
         frozen: beginnings of the names of parameters that no stage trains, such as `model.embed_tokens`.
+        trust_remote_code: run Python code that comes with the model or its tokenizer, which can do whatever you can.
     """
 
     path: str
@@ -47,13 +47,19 @@ class ModelSource:
     dtype: str = "float32"
     head: str = "auto"
     frozen: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _require(
             "model.path", isinstance(self.path, str) and self.path.strip() != "", "a folder or hub name", self.path
         )
         _require("model.dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}", self.dtype)
-        object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
+        names = (self.frozen,) if isinstance(self.frozen, str) else self.frozen
+        listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        _require("model.frozen", listed, "beginnings of names of parameters", self.frozen)
+        object.__setattr__(self, "frozen", tuple(names))
+        trusted = isinstance(self.trust_remote_code, bool)
+        _require("model.trust_remote_code", trusted, "true or false", self.trust_remote_code)
         _require("model.head", self.head in HEADS, f"one of {', '.join(HEADS)}", self.head)
 
 
@@ -98,6 +104,9 @@ class Recipe:
         if self.merge_weights == "mean":
             extra = [name for name in self.merge if name != "weights" and name not in _names(MergeConfig)]
             _require("merge", not extra, "without arguments of training where `weights` is mean", ", ".join(extra))
+        texts = (self.distill or {}).get("texts", ())
+        listed = isinstance(texts, (list, tuple)) and all(isinstance(one, str) for one in texts)
+        _require("distill.texts", isinstance(texts, str) or listed, "a file or a list of files", texts)
         self.upcycle_config(fresh=True)
         self.merge_config()
         self.evaluation_config()
@@ -213,8 +222,9 @@ def read_recipe(path: str | Path, **changes: Any) -> Recipe:
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # PyYAML raises what its constructors happen to: overflows, dates that are none
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RecipeError(f"{path} can't be read as YAML: {said}; mend the file.") from error
     if isinstance(data, Mapping):
         data = {**data, **changes}
     try:
@@ -233,6 +243,7 @@ def _model(given: Any) -> ModelSource:
         return given
     if isinstance(given, Mapping):
         _check_names("`model`", given, _names(ModelSource))
+        _require("model.path", "path" in given, "a folder or hub name", None)
         return ModelSource(**given)
     return ModelSource(given)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from .recipe import RecipeError
 
 _SHOWN = 6  # differences in an error
@@ -82,20 +82,6 @@ class Record:
     def _write(self, stage: str, data: Mapping[str, Any]) -> None:
         if self.writes:
             write_json(self.path(stage) / "stage.json", data)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a JSON file: beside its place, synced, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

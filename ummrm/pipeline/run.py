@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig
 
 from ..data import PreferenceData, read_pairs
+from ..files import write_atomically, write_json
 from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
@@ -29,8 +29,8 @@ from .plan import StagePlan, plan, shapes
 from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
-from .record import Record, locked, write_json
-from .start import Start, blaming_the_model, find_start
+from .record import Record, locked
+from .start import Start, find_start, stock_config_of
 
 _SOME = 500  # pairs whose lengths stand for all
 _VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -84,9 +84,7 @@ def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[S
         DataError: as `run_recipe`.
     """
     at = prepare(recipe, log)
-    with blaming_the_model(recipe.model):
-        config = AutoConfig.from_pretrained(recipe.model.path, **at.start.revision())
-    dense, mixture = shapes(config, at.upcycle)
+    dense, mixture = shapes(stock_config_of(recipe.model), at.upcycle)
     some = at.pairs.train.select(range(min(_SOME, len(at.pairs.train))))
     lengths = [len(token_ids(at.start.tokenizer, text, row)) for row in some for text in texts_of(row)]
     texts = len(at.texts) * (1 if recipe.texts() else 2)
@@ -268,7 +266,7 @@ def check_folder(folder: Path, made_by: str = "run.json") -> None:
 def write_run(at: stages.Setting, found: dict[str, Any] | None) -> None:
     """The recipe with all that it says, and what it was run on."""
     text = yaml.safe_dump(at.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    (at.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    write_atomically(at.folder / "recipe.yaml", text)
     facts = {
         "ummrm": __version__,
         **{name: importlib.metadata.version(name) for name in _VERSIONS},

@@ -22,6 +22,7 @@ from transformers import PrinterCallback
 
 from ..config import UpcycleConfig
 from ..data import PreferenceData
+from ..files import write_json
 from ..hf.loading import load_checkpoint
 from ..hf.saving import save_pretrained
 from ..hf.tokenizers_v4 import save_tokenizer
@@ -32,7 +33,6 @@ from ..upcycle import upcycle
 from .adapters import folded, lora_config
 from .processes import processes
 from .recipe import Recipe
-from .record import write_json
 from .start import Start
 
 DENSE, MIXTURE, MERGED = "dense", "mixture", "merged"
@@ -175,11 +175,12 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
 
 def common_settings(at: Setting) -> dict[str, Any]:
     """What every stage's result depends on, as plain data."""
-    recipe = at.recipe
+    recipe, model = at.recipe, plain(at.recipe.model)
+    del model["trust_remote_code"]  # whether it may be loaded, not what it is
     return {
         "seed": recipe.seed,
         "lora": None if recipe.lora is None else dict(recipe.lora),
-        "model": {**plain(recipe.model), **at.start.digest()},
+        "model": {**model, **at.start.digest()},
         "data": {"train": digest(at.pairs.train), "held_out": digest(at.pairs.held_out)},
     }
 

@@ -20,11 +20,14 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from ..hf.head import gives_scores
 from ..hf.loading import load_checkpoint
+from ..hf.registry import umm_config_class
+from ..hf.remote_code import needs_code, register_code
 from ..hf.reward_head import reward_model
 from .recipe import ModelSource, RecipeError
 
@@ -52,7 +55,10 @@ class Start:
     def load(self) -> PreTrainedModel:
         """The model as it is, without a fresh head."""
         with blaming_the_model(self.source):
-            model: Any = load_checkpoint(self.source.path, expect="dense", **_where(self.source))
+            trust = self.source.trust_remote_code
+            model: Any = load_checkpoint(
+                self.source.path, expect="dense", trust_remote_code=trust, **_where(self.source)
+            )
         return model
 
     def reward_model(self) -> PreTrainedModel:
@@ -72,10 +78,6 @@ class Start:
             if name.startswith(self.source.frozen):
                 parameter.requires_grad_(False)
 
-    def revision(self) -> dict[str, str]:
-        """For `from_pretrained`."""
-        return {"revision": self.source.revision} if self.source.revision else {}
-
     def name_padding(self, model: Any) -> None:
         """Tells a model what batches are padded with."""
         if model.config.get_text_config().pad_token_id is None:
@@ -86,7 +88,8 @@ class Start:
         folder = Path(self.source.path)
         if not folder.is_dir():
             return {"path": self.source.path, "revision": _commit(self.source)}
-        files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in (".safetensors", ".bin", ".json")]
+        kinds = (".safetensors", ".bin", ".json", *((".py",) if self.source.trust_remote_code else ()))
+        files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in kinds]
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return {"path": str(folder.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
 
@@ -102,11 +105,9 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
     Raises:
         RecipeError: there is none, or none that a reward model can be made of.
     """
-    where = {key: value for key, value in _where(source).items() if key != "dtype"}
     if os.path.sep in source.path and not Path(source.path).is_dir() and source.path.startswith((".", "/", "~")):
         raise RecipeError(f"`model.path` must be a folder or a name on the hub, and there is no folder {source.path}.")
-    with blaming_the_model(source):
-        config: Any = AutoConfig.from_pretrained(source.path, **where)
+    config = stock_config_of(source, upcycled=upcycled)
     has_experts = getattr(config, "umm", None) is not None
     if has_experts and not upcycled:
         raise RecipeError(
@@ -127,15 +128,50 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
         )
     _check_frozen(source, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
+        trust = {"trust_remote_code": source.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **trust, **_revision(source))
     except Exception as error:  # whatever a folder without a sound tokenizer makes of it
         raise RecipeError(
             f"`model.path` must have a tokenizer, and that of {source.path} can't be loaded: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{_without_advice(error)[:300]}"
         ) from error
     fresh = source.head == "fresh" or not has_head
     notes = [f"the reward head is fresh (seed {seed})"] if fresh else []
     return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)), has_experts)
+
+
+def stock_config_of(source: ModelSource, *, upcycled: bool = True) -> Any:
+    """A model's configuration; code that comes with it is run, and registered, where the recipe trusts it.
+
+    Args:
+        source: where it is.
+        upcycled: whether a model that can't be upcycled, for what its code lacks, will do.
+
+    Raises:
+        RecipeError: there is none, or code that is not trusted or can't be used.
+    """
+    with blaming_the_model(source):
+        saved, _ = PreTrainedConfig.get_config_dict(source.path, **_revision(source))
+        if needs_code(saved) and not source.trust_remote_code:
+            raise RecipeError(
+                f"`model.path` ({source.path}) comes with code of its own; set `model.trust_remote_code: true`, or "
+                "give --trust-remote-code, if you trust its authors."
+            )
+        if source.trust_remote_code:
+            register_code(source.path, **_revision(source))
+        config: Any = AutoConfig.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code, **_revision(source)
+        )
+        if source.trust_remote_code and not upcycled and getattr(config, "umm", None) is None:
+            umm_config_class(config.model_type)  # says what its code lacks
+    return config
+
+
+def _without_advice(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    if "trust_remote_code" not in said:
+        return said
+    return "it comes with code of its own; set `model.trust_remote_code: true`, or give --trust-remote-code"
 
 
 def _check_frozen(source: ModelSource, config: Any) -> None:
@@ -176,14 +212,15 @@ def _bare(model: Any) -> Any:
 
 
 def _where(source: ModelSource) -> dict[str, Any]:
-    given: dict[str, Any] = {"dtype": getattr(torch, source.dtype)}
-    return given | ({"revision": source.revision} if source.revision else {})
+    return {"dtype": getattr(torch, source.dtype), **_revision(source)}
+
+
+def _revision(source: ModelSource) -> dict[str, str]:
+    return {"revision": source.revision} if source.revision else {}
 
 
 def _commit(source: ModelSource) -> str:
-    with blaming_the_model(source):
-        config: Any = AutoConfig.from_pretrained(source.path, revision=source.revision or "main")
-    return str(getattr(config, "_commit_hash", None) or source.revision or "main")
+    return str(getattr(stock_config_of(source), "_commit_hash", None) or source.revision or "main")
 
 
 @contextlib.contextmanager
@@ -191,6 +228,8 @@ def blaming_the_model(source: ModelSource) -> Iterator[None]:
     """Turns what loading a model raises into a RecipeError."""
     try:
         yield
+    except RecipeError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = " ".join(str(error).split())
         raise RecipeError(f"`model.path` ({source.path}) can't be loaded: {said[:400]}") from error

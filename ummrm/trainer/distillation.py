@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardConfig
 
+from ..files import write_json
 from ..hf import card
 from ..hf.ensembles import Member, check_reward_model, members_of, score_texts, texts_digest
 from ..hf.normalization import RewardNormalization, of_rewards, set_reward_normalization
@@ -354,8 +355,7 @@ class UmmDistillTrainer(UmmTrainer):
             self.is_world_process_zero(),
         )
         if first:  # before the weights: a checkpoint that has them can be resumed
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n")
+            write_json(folder / RECORD, self._record(), indent=2)
         super().save_model(output_dir, _internal_call)
         if first and not _internal_call:
             card.write(folder, self._card(), previous=folder)

@@ -7,7 +7,6 @@ targets that are made of them is `nn/ensembles.py`'s.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..hf.replacing import flush
+from ..files import write_atomically
 
 FOLDER = "teacher_scores"
 
@@ -43,7 +42,7 @@ class KeptScores:
             return self.total(mine).cpu().double()
         scores = self.total(make()).cpu().double()
         if self.first:
-            self._write(path, key, scores)
+            write_atomically(path, lambda file: torch.save({"key": key, "scores": scores}, file))
         return scores
 
     def _read(self, path: Path, key: str) -> Tensor | None:
@@ -59,18 +58,6 @@ class KeptScores:
         said = " ".join(str(why).split())[:120] or type(why).__name__
         warnings.warn(f"{path} is damaged ({said}); the teacher's scores are computed again.", stacklevel=2)
         return None
-
-    def _write(self, path: Path, key: str, scores: Tensor) -> None:
-        """Atomic: written beside its place, synced, renamed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            torch.save({"key": key, "scores": scores}, beside)
-            flush(beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        flush(self.folder)
 
 
 class Agreement:
