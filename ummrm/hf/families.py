@@ -110,6 +110,8 @@ class Family:
         Raises:
             ValueError: no kernel computes it.
         """
+        if self.paths.activation is not None:
+            return self.paths.activation
         name = getattr(config, self.activation)
         if name not in HF_ACTIVATIONS:
             raise ValueError(
@@ -160,7 +162,7 @@ def _checked_fields(data: object) -> dict[str, Any]:
         "model_type": text(_MODEL_TYPE, data["model_type"]),
         "paths": isinstance(paths, dict)
         and set(paths) == {"gate", "up", "down", "activation"}
-        and paths["activation"] is None
+        and (paths["activation"] is None or paths["activation"] in HF_ACTIVATIONS.values())
         and (paths["gate"] is None or text(_PROJECTION, paths["gate"]))
         and text(_PROJECTION, paths["up"])
         and text(_PROJECTION, paths["down"]),
@@ -211,6 +213,18 @@ _BERT: dict[str, Any] = {
     "bypass": ("intermediate",),
     "rope_keys_v4": (),
 }
+_FC: dict[str, Any] = {
+    "paths": FFNPaths(up="fc1", down="fc2"),
+    "site": "fc2",
+    "bypass": ("fc1", "activation_fn"),
+    "rope_keys_v4": (),
+}
+_NO_LAYERDROP = ("layerdrop", 0.0, "a skipped layer has no routing statistics for the auxiliary losses.")
+_NO_DROPOUT_INSIDE = (
+    "activation_dropout",
+    0.0,
+    "it lies between the activation and the down projection of every expert.",
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -248,19 +262,95 @@ FAMILIES: dict[str, Family] = {
         Family("starcoder2", **_CONV),
         Family("gpt2", **_CONV, layers="h", activation="activation_function", rope_keys_v4=()),
         Family(
+            "bloom",
+            FFNPaths(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="gelu_tanh"),
+            layers="h",
+            site="mlp.dense_4h_to_h",
+            bypass=("mlp.dense_h_to_4h", "mlp.gelu_impl"),
+            passes_mask=False,
+            rope_keys_v4=(),
+            refused=(("slow_but_exact", False, "it reads slices of the down projection's weight past its module."),),
+        ),
+        Family(
+            "mpt",
+            FFNPaths(up="ffn.up_proj", down="ffn.down_proj", activation="gelu"),
+            layers="blocks",
+            site="ffn.down_proj",
+            bypass=("ffn.up_proj", "ffn.act"),
+            passes_mask=False,
+            rope_keys_v4=(),
+        ),
+        Family(
+            "openai-gpt",
+            FFNPaths(up="mlp.c_fc", down="mlp.c_proj", activation="gelu_tanh"),
+            layers="h",
+            site="mlp.c_proj",
+            bypass=("mlp.c_fc", "mlp.act"),
+            passes_mask=False,
+            rope_keys_v4=(),
+            refused=(("afn", "gelu", "it has names of its own for activations, and this one means gelu_tanh."),),
+        ),
+        Family(
+            "ctrl",
+            FFNPaths(up="ffn.0", down="ffn.2", activation="relu"),
+            layers="h",
+            site="ffn",
+            passes_mask=False,
+            rope_keys_v4=(),
+        ),
+        Family(
+            "lfm2",
+            FFNPaths(gate="feed_forward.w1", up="feed_forward.w3", down="feed_forward.w2", activation="silu"),
+            site="feed_forward",
+        ),
+        Family(
+            "seed_oss",
+            _GATED,
+            refused=(("residual_dropout", 0.0, "its FFN holds this dropout; load it with residual_dropout=0.0."),),
+        ),
+        Family(
             "opt",
-            FFNPaths(up="fc1", down="fc2"),
+            **_FC,
             layers="decoder.layers",
-            site="fc2",
-            bypass=("fc1", "activation_fn"),
             activation="activation_function",
             masked="decoder",
-            rope_keys_v4=(),
-            refused=(("layerdrop", 0.0, "a skipped layer has no routing statistics for the auxiliary losses."),),
+            refused=(_NO_LAYERDROP,),
         ),
+        Family("xglm", **_FC, activation="activation_function", refused=(_NO_LAYERDROP, _NO_DROPOUT_INSIDE)),
+        Family("biogpt", **_FC, refused=(_NO_LAYERDROP, _NO_DROPOUT_INSIDE)),
         Family("bert", **_BERT, refused=(_UNCHUNKED,)),
         Family("roberta", **_BERT, refused=(_UNCHUNKED,)),
+        Family("xlm-roberta", **_BERT, refused=(_UNCHUNKED,)),
+        Family("xlm-roberta-xl", **_BERT, refused=(_UNCHUNKED,)),
+        Family("camembert", **_BERT, refused=(_UNCHUNKED,)),
+        Family("data2vec-text", **_BERT, refused=(_UNCHUNKED,)),
+        Family("electra", **_BERT, refused=(_UNCHUNKED,)),
+        Family("ernie", **_BERT, refused=(_UNCHUNKED,)),
+        Family("megatron-bert", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("rembert", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("roformer", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("mpnet", **_BERT, passes_mask=False),
+        Family("deberta", **_BERT, passes_mask=False),
         Family("deberta-v2", **_BERT, passes_mask=False),
+        Family(
+            "convbert",
+            **_BERT,
+            passes_mask=False,
+            refused=(_UNCHUNKED, ("num_groups", 1, "an FFN in groups is no pair of linear maps.")),
+        ),
+        Family(
+            "big_bird",
+            **_BERT,
+            passes_mask=False,
+            refused=(
+                _UNCHUNKED,
+                (
+                    "attention_type",
+                    "original_full",
+                    "sparse attention lengthens the batch below the mask; load it with attention_type='original_full'.",
+                ),
+            ),
+        ),
         Family(
             "modernbert",
             FFNPaths(gate="mlp.Wi[0]", up="mlp.Wi[1]", down="mlp.Wo"),
