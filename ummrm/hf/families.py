@@ -75,7 +75,8 @@ class Family:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, FFNPaths):
-                paths = ", ".join(f"{name}={path!r}" for name, path in value.given.items())
+                named = value.given | ({"activation": value.activation} if value.activation else {})
+                paths = ", ".join(f"{name}={path!r}" for name, path in named.items())
                 given.append(f"paths=FFNPaths({paths})")
             elif value != field.default:
                 given.append(f"{field.name}={value!r}")
