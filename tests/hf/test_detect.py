@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkout import ROOT
 from tiny_models import MODEL_TYPES, VOCABULARY, outputs_of, padded_batch, perturb_experts
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import Family, FFNPaths, UpcycleConfig
@@ -211,3 +211,22 @@ def test_a_model_type_without_models_is_refused(model_type, message):
     with pytest.raises(ValueError, match=message):
         ummrm.register_family(Family(model_type, GATED))
     assert known_family(model_type) is None
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "gptj"])
+def test_members_of_upper_layers_score_in_a_model_found_by_structure(model_type):
+    """GPT-BigCode gives its outputs the shape of its inputs, which more rows above the lower layers would not fit."""
+    sizes = {"n_embd": 24, "n_head": 4, "n_layer": 2, "num_labels": 1, "rotary_dim": 4}
+    config = config_of(model_type, resid_pdrop=0.0, **sizes)
+    dense = AutoModelForSequenceClassification.from_config(config).eval()
+    moe = ummrm.upcycle(dense, UpcycleConfig(assignment="sequence", num_experts=3, layers=(1,)), copy=True)
+    batch = padded_batch(lengths=(9, 4))
+    with torch.no_grad():
+        expected = dense(**batch).logits
+        torch.testing.assert_close(moe.member_scores(**batch), expected.expand(2, 3), rtol=1e-5, atol=1e-5)
+        perturb_experts(moe)
+        scores = moe.member_scores(**batch)
+        for member in range(3):
+            ummrm.set_evaluation(moe, member)
+            torch.testing.assert_close(scores[:, member :][:, :1], moe(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert scores.std(1).min() > 1e-3

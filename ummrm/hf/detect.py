@@ -73,8 +73,9 @@ def detect_family(dense: PreTrainedModel) -> Family:
     found |= {"paths": FFNPaths(**below), "site": site}
     if len(fields) != 1:
         _give_up(found, f"the FFN computes {paths.activation}, and {len(fields)} config fields say so", activation="?")
-    # handed beside the call, the mask arrives whatever the backbone does with its arguments
-    return Family(**found, activation=fields[0], passes_mask=False)
+    # Handed beside the call, the mask arrives whatever the backbone does with its arguments; and what it does with the
+    # shape of its outputs (gpt_bigcode keeps its inputs') matters to none that runs all layers for each member.
+    return Family(**found, activation=fields[0], passes_mask=False, shares_lower_layers=False)
 
 
 def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:

@@ -42,11 +42,14 @@ class Family:
         site: where the upcycled FFN stands, below the layer; what stands there is called with [..., H] and returns it.
         bypass: submodules that become the identity, for an FFN that is no module of its own, or whose module does more
             (a dropout after the down projection): the site is then the down projection, and all before it is bypassed.
-        activation: the config field that names the activation.
+        activation: the config field that names the activation; not read where `paths` name it.
         masked: path below the backbone of the module that is called with the [batch, sequence] attention mask; ""
             is the backbone itself. OPT's heads call the backbone's decoder and leave the backbone out.
         passes_mask: whether that module passes keyword arguments that it does not know on to its layers. If not, the
             token mask is handed to the layers beside the call.
+        shares_lower_layers: whether the backbone's layers below the first experts can run once for all members of a
+            mixture by sequence. Not where the backbone gives its outputs the shape of its inputs: all layers then run
+            for each member.
         rope_keys_v4: pairs (config key that transformers 4 reads, dotted key of transformers 5's `rope_parameters`), so
             that an exported model keeps its rotary base in tools that pin transformers 4.
         rope_scaling_keys_v4: the keys that transformers 4 takes in `rope_scaling` where it takes no others (`type` is
@@ -62,6 +65,7 @@ class Family:
     activation: str = "hidden_act"
     masked: str = ""
     passes_mask: bool = True
+    shares_lower_layers: bool = True
     rope_keys_v4: tuple[tuple[str, str], ...] = (
         ("rope_theta", "rope_theta"),
         ("partial_rotary_factor", "partial_rotary_factor"),
@@ -173,6 +177,7 @@ def _checked_fields(data: object) -> dict[str, Any]:
         "activation": text(_FIELD, data["activation"]),
         "masked": data["masked"] == "" or text(_PATH, data["masked"]),
         "passes_mask": isinstance(data["passes_mask"], bool),
+        "shares_lower_layers": isinstance(data["shares_lower_layers"], bool),
         "rope_keys_v4": isinstance(data["rope_keys_v4"], list)
         and all(texts(pair, _FIELD, _PATH) for pair in data["rope_keys_v4"]),
         "rope_scaling_keys_v4": data["rope_scaling_keys_v4"] is None
@@ -288,6 +293,7 @@ FAMILIES: dict[str, Family] = {
             site="mlp.c_proj",
             bypass=("mlp.c_fc", "mlp.act"),
             passes_mask=False,
+            shares_lower_layers=False,
             rope_keys_v4=(),
             refused=(("afn", "gelu", "it has names of its own for activations, and this one means gelu_tanh."),),
         ),
