@@ -157,27 +157,37 @@ def test_a_row_that_does_not_fit_the_model_is_refused(monkeypatch):
         ummrm.upcycle(another, CONFIG)
 
 
-def test_the_documented_family_works_from_its_row_to_its_export(tmp_path, monkeypatch):
+@pytest.fixture
+def registered():
+    """Families registered by the test, which are forgotten behind it."""
+    before = dict(REGISTERED)
+    yield REGISTERED
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
+
+def test_the_documented_family_works_from_its_row_to_its_export(tmp_path, monkeypatch, registered):
     """The page's own code, then a fresh process, where nothing is registered."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "families"}
     register, use = re.findall(r"^```python\n(.*?)^```", DOC, re.M | re.S)
     for code in (register, use):
         exec(compile(code, "docs/families.md", "exec"), namespace)
-    assert type(namespace["merged"]).__name__ == "ElectraForSequenceClassification"
+    assert type(namespace["merged"]).__name__ == "GPTBigCodeForSequenceClassification"
     batch = padded_batch()
     torch.save((batch, outputs_of(namespace["merged"], batch), outputs_of(namespace["moe"], batch)), "expected.pt")
-    ummrm.register_family(namespace["ELECTRA"])  # once more is no error
-    with pytest.raises(ValueError, match="must be the only row of 'electra', which has another one: Family"):
-        ummrm.register_family(Family("electra", GATED))
+    ummrm.register_family(namespace["BIGCODE"])  # once more is no error
+    assert registered["gpt_bigcode"] == namespace["BIGCODE"]
+    with pytest.raises(ValueError, match="must be the only row of 'gpt_bigcode', which has another one: Family"):
+        ummrm.register_family(Family("gpt_bigcode", GATED))
     script = textwrap.dedent("""
         import sys, torch
         from transformers import AutoModelForSequenceClassification as Auto
         batch, merged, mixture = torch.load("expected.pt")
-        torch.testing.assert_close(Auto.from_pretrained("electra-merged")(**batch).logits.flatten(), merged)
+        torch.testing.assert_close(Auto.from_pretrained("bigcode-merged")(**batch).logits.flatten(), merged)
         assert "ummrm" not in sys.modules
         import ummrm
-        torch.testing.assert_close(Auto.from_pretrained("electra-moe")(**batch).logits.flatten(), mixture)
+        torch.testing.assert_close(Auto.from_pretrained("bigcode-moe")(**batch).logits.flatten(), mixture)
     """)
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],
@@ -193,6 +203,12 @@ def test_the_documented_table_names_every_row():
     listed = {name for row in re.findall(r"^\| ([a-z0-9_, -]+) \|", table, re.M) for name in row.split(", ")}
     listed.discard("model_type")
     assert listed == set(MODEL_TYPES)
+
+
+def test_every_page_counts_them_alike():
+    for page in ("README.md", "CHANGELOG.md", "docs/images/overview.svg"):
+        counts = re.findall(r"(\d+) (?:Hugging Face )?families", (ROOT / page).read_text())
+        assert counts == [str(len(MODEL_TYPES))], page
 
 
 @pytest.mark.parametrize("row", [FAMILIES[m] for m in MODEL_TYPES], ids=MODEL_TYPES)
