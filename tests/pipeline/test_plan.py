@@ -3,8 +3,9 @@
 import pytest
 import torch
 from pipeline_inputs import recipe_of, write_backbone, write_pairs
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -19,10 +20,11 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+# and families that are found by structure: gated, fused, plain
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "smollm3", "glm", "nemotron"])
 @pytest.mark.parametrize("config", CONFIGS, ids=["all", "ffn", "token"])
 def test_shapes_are_those_of_real_models(family, config):
-    model = tiny_model(family)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(family))
     dense, mixture = shapes(model.config, config)
     assert dense.parameters == sum(p.numel() for p in model.parameters())
     moe = ummrm.upcycle(model, config, copy=True)
