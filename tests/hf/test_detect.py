@@ -244,5 +244,5 @@ def test_members_of_upper_layers_score_in_a_model_found_by_structure(model_type)
         scores = moe.member_scores(**batch)
         for member in range(3):
             ummrm.set_evaluation(moe, member)
-            torch.testing.assert_close(scores[:, member :][:, :1], moe(**batch).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(scores[:, member:][:, :1], moe(**batch).logits, rtol=1e-5, atol=1e-5)
     assert scores.std(1).min() > 1e-3

@@ -1,5 +1,6 @@
 """Every family, in every task that it has in transformers: upcycled equals dense, saves, reloads, merges, exports."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -325,6 +326,15 @@ def test_tied_embeddings_stay_tied(model_type, stock, tmp_path):
     assert [is_tied(model) for model in (moe, merged, *reloaded)] == [True] * 4
 
 
+def test_a_fixed_activation_that_is_another_one_is_a_clear_error(monkeypatch):
+    """It is the row's own word, which no configuration confirms; the proof does."""
+    row = FAMILIES["lfm2"]
+    wrong = dataclasses.replace(row, paths=dataclasses.replace(row.paths, activation="gelu_tanh"))
+    monkeypatch.setitem(FAMILIES, "lfm2", wrong)
+    with pytest.raises(ValueError, match="row of 'lfm2' does not fit this Lfm2ForCausalLM: .*another activation"):
+        ummrm.upcycle(tiny_model("lfm2"), SMALL)
+
+
 def test_an_activation_without_a_kernel_is_a_clear_error():
     dense = tiny_model("llama", hidden_act="mish")
     before = {k: v.clone() for k, v in dense.state_dict().items()}
@@ -340,6 +350,13 @@ def test_an_activation_without_a_kernel_is_a_clear_error():
         ("roberta", "chunk_size_feed_forward", 4, "must be 0 .* got 4"),
         ("opt", "layerdrop", 0.1, "must be 0.0 .* got 0.1: a skipped layer has no routing statistics"),
         ("modernbert", "mlp_dropout", 0.1, "must be 0.0 .* got 0.1: it lies between"),
+        ("bloom", "slow_but_exact", True, "must be False .* got True: it reads slices"),
+        ("openai-gpt", "afn", "relu", "must be 'gelu' .* got 'relu': it has names of its own"),
+        ("seed_oss", "residual_dropout", 0.1, "must be 0.0 .* got 0.1: its FFN holds this dropout"),
+        ("xglm", "layerdrop", 0.1, "must be 0.0 .* got 0.1: a skipped layer"),
+        ("biogpt", "activation_dropout", 0.1, "must be 0.0 .* got 0.1: it lies between"),
+        ("convbert", "num_groups", 2, "must be 1 .* got 2: an FFN in groups"),
+        ("big_bird", "attention_type", "block_sparse", "must be 'original_full' .* got 'block_sparse'"),
     ],
 )
 def test_what_a_family_cannot_keep_is_refused(model_type, field, value, message):

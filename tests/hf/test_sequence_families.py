@@ -65,10 +65,7 @@ FAST = {
     "linear, upper layer": ("llama", "bert"),
 }
 PRODUCT = [
-    in_tier(m, kind, fast=m in FAST[kind])
-    for m in MODEL_TYPES
-    for kind in KINDS
-    if m in WITH_HEAD or kind != "all"
+    in_tier(m, kind, fast=m in FAST[kind]) for m in MODEL_TYPES for kind in KINDS if m in WITH_HEAD or kind != "all"
 ]
 
 

@@ -5,7 +5,16 @@ import threading
 
 import pytest
 import torch
-from tiny_models import MODEL_TYPES, in_tier, outputs_of, padded_batch, perturb_experts, reward_class, tiny_config, tiny_model
+from tiny_models import (
+    MODEL_TYPES,
+    in_tier,
+    outputs_of,
+    padded_batch,
+    perturb_experts,
+    reward_class,
+    tiny_config,
+    tiny_model,
+)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.attention.flex_attention import create_block_mask
 
