@@ -21,7 +21,7 @@ CONFIGS = [
 
 
 # and families that are found by structure: gated, fused, plain
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "smollm3", "glm", "nemotron"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "smollm3", "glm", "arcee"])
 @pytest.mark.parametrize("config", CONFIGS, ids=["all", "ffn", "token"])
 def test_shapes_are_those_of_real_models(family, config):
     model = AutoModelForSequenceClassification.from_config(tiny_config(family))

@@ -59,7 +59,7 @@ PARTICULARS = {
     "roformer": {"embedding_size": 20},
     "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "convbert": {"embedding_size": 20, "head_ratio": 2, "conv_kernel_size": 3},
-    "big_bird": {"attention_type": "original_full"},
+    "big_bird": {"attention_type": "original_full", "sep_token_id": 2},
     "xglm": {"ffn_dim": 44, "num_layers": LAYERS, "init_std": 0.2},
     "lfm2": {
         "num_key_value_heads": 2,
