@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkout import ROOT
 from tiny_models import MODEL_TYPES, VOCABULARY, outputs_of, padded_batch, perturb_experts
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ummrm
 from ummrm import Family, FFNPaths, UpcycleConfig
@@ -90,7 +90,10 @@ NOT_SURE = [
 
 
 @pytest.mark.parametrize(("model_type", "overrides", "message"), NOT_SURE, ids=[case[0] for case in NOT_SURE])
-def test_where_it_cannot_be_sure_the_error_says_what_was_found_and_the_row_to_write(model_type, overrides, message):
+def test_where_it_cannot_be_sure_the_error_says_what_was_found_and_the_row_to_write(
+    model_type, overrides, message, monkeypatch
+):
+    monkeypatch.delitem(FAMILIES, model_type, raising=False)  # as if the table had no row
     backbone = AutoModel.from_config(config_of(model_type, **overrides))
     with pytest.raises(ValueError, match=f"no family for model_type '{model_type}'.*llama.*{message}") as refused:
         find_family(backbone)
@@ -154,27 +157,37 @@ def test_a_row_that_does_not_fit_the_model_is_refused(monkeypatch):
         ummrm.upcycle(another, CONFIG)
 
 
-def test_the_documented_family_works_from_its_row_to_its_export(tmp_path, monkeypatch):
+@pytest.fixture
+def registered():
+    """Families registered by the test, which are forgotten behind it."""
+    before = dict(REGISTERED)
+    yield REGISTERED
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
+
+def test_the_documented_family_works_from_its_row_to_its_export(tmp_path, monkeypatch, registered):
     """The page's own code, then a fresh process, where nothing is registered."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "families"}
     register, use = re.findall(r"^```python\n(.*?)^```", DOC, re.M | re.S)
     for code in (register, use):
         exec(compile(code, "docs/families.md", "exec"), namespace)
-    assert type(namespace["merged"]).__name__ == "ElectraForSequenceClassification"
+    assert type(namespace["merged"]).__name__ == "GPTBigCodeForSequenceClassification"
     batch = padded_batch()
     torch.save((batch, outputs_of(namespace["merged"], batch), outputs_of(namespace["moe"], batch)), "expected.pt")
-    ummrm.register_family(namespace["ELECTRA"])  # once more is no error
-    with pytest.raises(ValueError, match="must be the only row of 'electra', which has another one: Family"):
-        ummrm.register_family(Family("electra", GATED))
+    ummrm.register_family(namespace["BIGCODE"])  # once more is no error
+    assert registered["gpt_bigcode"] == namespace["BIGCODE"]
+    with pytest.raises(ValueError, match="must be the only row of 'gpt_bigcode', which has another one: Family"):
+        ummrm.register_family(Family("gpt_bigcode", GATED))
     script = textwrap.dedent("""
         import sys, torch
         from transformers import AutoModelForSequenceClassification as Auto
         batch, merged, mixture = torch.load("expected.pt")
-        torch.testing.assert_close(Auto.from_pretrained("electra-merged")(**batch).logits.flatten(), merged)
+        torch.testing.assert_close(Auto.from_pretrained("bigcode-merged")(**batch).logits.flatten(), merged)
         assert "ummrm" not in sys.modules
         import ummrm
-        torch.testing.assert_close(Auto.from_pretrained("electra-moe")(**batch).logits.flatten(), mixture)
+        torch.testing.assert_close(Auto.from_pretrained("bigcode-moe")(**batch).logits.flatten(), mixture)
     """)
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],
@@ -190,6 +203,12 @@ def test_the_documented_table_names_every_row():
     listed = {name for row in re.findall(r"^\| ([a-z0-9_, -]+) \|", table, re.M) for name in row.split(", ")}
     listed.discard("model_type")
     assert listed == set(MODEL_TYPES)
+
+
+def test_every_page_counts_them_alike():
+    for page in ("README.md", "CHANGELOG.md", "docs/images/overview.svg"):
+        counts = re.findall(r"(\d+) (?:Hugging Face )?families", (ROOT / page).read_text())
+        assert counts == [str(len(MODEL_TYPES))], page
 
 
 @pytest.mark.parametrize("row", [FAMILIES[m] for m in MODEL_TYPES], ids=MODEL_TYPES)
@@ -208,3 +227,22 @@ def test_a_model_type_without_models_is_refused(model_type, message):
     with pytest.raises(ValueError, match=message):
         ummrm.register_family(Family(model_type, GATED))
     assert known_family(model_type) is None
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "gptj"])
+def test_members_of_upper_layers_score_in_a_model_found_by_structure(model_type):
+    """GPT-BigCode gives its outputs the shape of its inputs, which more rows above the lower layers would not fit."""
+    sizes = {"n_embd": 24, "n_head": 4, "n_layer": 2, "num_labels": 1, "rotary_dim": 4}
+    config = config_of(model_type, resid_pdrop=0.0, **sizes)
+    dense = AutoModelForSequenceClassification.from_config(config).eval()
+    moe = ummrm.upcycle(dense, UpcycleConfig(assignment="sequence", num_experts=3, layers=(1,)), copy=True)
+    batch = padded_batch(lengths=(9, 4))
+    with torch.no_grad():
+        expected = dense(**batch).logits
+        torch.testing.assert_close(moe.member_scores(**batch), expected.expand(2, 3), rtol=1e-5, atol=1e-5)
+        perturb_experts(moe)
+        scores = moe.member_scores(**batch)
+        for member in range(3):
+            ummrm.set_evaluation(moe, member)
+            torch.testing.assert_close(scores[:, member:][:, :1], moe(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert scores.std(1).min() > 1e-3

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL_TYPES, outputs_of, padded_batch, tiny_model
+from tiny_models import EACH_TYPE, outputs_of, padded_batch, tiny_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import ummrm
@@ -84,7 +84,7 @@ def test_a_surplus_and_a_wrong_shape_are_errors_too(folders, kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_whole_checkpoints_of_every_family_load(model_type, tmp_path):
     """What transformers ties, converts or leaves out (rotary buffers, position ids) is no hole."""
     batch = padded_batch()

@@ -256,6 +256,14 @@ def test_a_path_in_a_file_is_a_plain_dotted_name(path):
         Family.from_dict(FAMILIES["opt"].to_dict() | {"site": path})
 
 
+@pytest.mark.parametrize("activation", ["mish", "", 1, ["silu"]])
+def test_an_activation_in_a_file_is_one_of_the_kernels(activation):
+    data = FAMILIES["lfm2"].to_dict()
+    data["paths"]["activation"] = activation
+    with pytest.raises(ValueError, match="`paths` what docs/families.md says"):
+        Family.from_dict(data)
+
+
 def test_a_registered_row_goes_into_the_checkpoint(tmp_path):
     row = Family("arcee", FFNPaths(up="mlp.up_proj", down="mlp.down_proj"))
     try:

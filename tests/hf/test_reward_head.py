@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import MODEL_TYPES, padded_batch, reward_class, tiny_config, tiny_model
+from tiny_models import MODEL_TYPES, in_tier, padded_batch, reward_class, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTokenClassification
 from trl_inputs import make_tokenizer
 
@@ -22,7 +22,7 @@ def language_model(model_type, **overrides):
 
 
 @pytest.mark.filterwarnings("ignore:.*fresh head")
-@pytest.mark.parametrize("model_type", WITH_HEAD)
+@pytest.mark.parametrize("model_type", [in_tier(m) for m in WITH_HEAD])
 def test_every_family_gets_a_head_on_its_own_tensors(model_type):
     source = language_model(model_type)
     model = ummrm.reward_model(source, seed=3)

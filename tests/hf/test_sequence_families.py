@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import (
     MODEL_TYPES,
+    in_tier,
     outputs_of,
     padded_batch,
     perturb_experts,
@@ -31,11 +32,12 @@ from ummrm.nn.upcycled_linear import mixture_parts
 # Families whose heads or whose ways of passing arguments on differ; the other tasks are in the full tier.
 DIFFERENT = ("llama", "gpt2", "falcon", "opt", "bert", "deberta-v2", "modernbert")
 CASES = [
-    pytest.param(m, stock, id=stock.__name__, marks=() if m in DIFFERENT else pytest.mark.full)
+    in_tier(m, stock, id=stock.__name__, fast=m in DIFFERENT)
     for m, family in FAMILIES.items()
     for stock in stock_classes(family)
 ]
-ONE_EACH = [m if m in DIFFERENT else pytest.param(m, marks=pytest.mark.full) for m in MODEL_TYPES]
+DISENTANGLED = ("deberta", "deberta-v2")  # their tiny models have relative attention
+ONE_EACH = [in_tier(m, fast=m in DIFFERENT) for m in MODEL_TYPES]
 
 
 def by_sequence(**options):
@@ -63,17 +65,14 @@ FAST = {
     "linear, upper layer": ("llama", "bert"),
 }
 PRODUCT = [
-    pytest.param(m, kind, marks=() if m in FAST[kind] else pytest.mark.full)
-    for m in MODEL_TYPES
-    for kind in KINDS
-    if m in WITH_HEAD or kind != "all"
+    in_tier(m, kind, fast=m in FAST[kind]) for m in MODEL_TYPES for kind in KINDS if m in WITH_HEAD or kind != "all"
 ]
 
 
 def fitting(model_type, config):
-    """What a tiny model needs: DeBERTa's linear layers also project relative positions, which are no sequence's."""
+    """What a tiny model needs: DeBERTas' linear layers also project relative positions, which are no sequence's."""
     plain = {"relative_attention": False, "pos_att_type": None, "position_biased_input": True}
-    return plain if model_type == "deberta-v2" and config.experts_in != "ffn" else {}
+    return plain if model_type in DISENTANGLED and config.experts_in != "ffn" else {}
 
 
 def batches(model):
@@ -181,7 +180,7 @@ def test_what_is_attended_to_in_another_model_goes_with_its_rows():
 
 @pytest.mark.parametrize(("model_type", "stock"), CASES)
 def test_every_task_upcycles_and_merges(model_type, stock):
-    config = by_sequence(experts_in="ffn" if model_type == "deberta-v2" else "linear", evaluation=1)
+    config = by_sequence(experts_in="ffn" if model_type in DISENTANGLED else "linear", evaluation=1)
     dense = stock(tiny_config(model_type, num_labels=2 if "QuestionAnswering" in stock.__name__ else 1)).eval()
     sides = [padded_batch(dense, side) for side in ("right", "left")]
     expected, keys = [outputs_of(dense, batch) for batch in sides], set(dense.state_dict())
@@ -219,7 +218,7 @@ def auto_class(model_type):
 def test_every_folder_reloads_and_merged_weights_are_bitwise_the_merge_times(model_type, tmp_path):
     """In bf16, sharded, in both phases and merged, with shared experts where experts are FFNs alone."""
     linear = {"experts_in": "all" if model_type in WITH_HEAD else "linear", "layers": (1,)}
-    config = by_sequence(**({"num_shared_experts": 2} if model_type == "deberta-v2" else linear), evaluation=2)
+    config = by_sequence(**({"num_shared_experts": 2} if model_type in DISENTANGLED else linear), evaluation=2)
     eager = {"attn_implementation": "eager"}
     dense = tiny_model(model_type, dtype=torch.bfloat16, **(eager if model_type == "falcon" else {}))
     dense.set_attn_implementation("eager")
@@ -268,7 +267,7 @@ def language_model(model_type):
 def test_hidden_states_come_out_in_the_callers_order_and_tied_embeddings_stay_tied(model_type, tmp_path):
     stock = language_model(model_type)
     dense = stock(tiny_config(model_type, tie_word_embeddings=True, is_decoder=True)).eval()
-    config = by_sequence(experts_in="ffn" if model_type == "deberta-v2" else "linear")
+    config = by_sequence(experts_in="ffn" if model_type in DISENTANGLED else "linear")
     moe, batch = ummrm.upcycle(dense, config, copy=True), padded_batch(lengths=(9, 4, 7))
     live, groups = batch["attention_mask"].bool(), {"groups": torch.tensor([2, 0, 1])}
     with torch.no_grad():
@@ -289,6 +288,8 @@ def test_hidden_states_come_out_in_the_callers_order_and_tied_embeddings_stay_ti
     ]
     close(rows_of(models[1], batch, **groups), rows_of(moe, batch, **groups))
     close(rows_of(models[3], batch), rows_of(merged, batch))
+    if model_type == "rembert":  # its output embeddings have a width of their own, and are never tied
+        return
     assert [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in models] == [True] * 4
 
 

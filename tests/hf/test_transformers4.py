@@ -10,14 +10,15 @@ import textwrap
 import pytest
 import torch
 from checkout import ROOT
-from tiny_models import MODEL_TYPES, outputs_of, padded_batch, perturb_experts, tiny_model
+from tiny_models import MODEL_TYPES, in_tier, outputs_of, padded_batch, perturb_experts, tiny_model
 
 import ummrm
 from ummrm import UpcycleConfig
+from ummrm.hf.families import FAMILIES
 
 PYTHON = ROOT / ".venvs/transformers4-57/bin/python"
 CONFIG = UpcycleConfig(num_experts=3, num_experts_per_tok=2)
-NO_ROPE = {"bert", "roberta", "deberta-v2", "gpt2", "opt"}
+NO_ROPE = {m for m in MODEL_TYPES if not FAMILIES[m].rope_keys_v4}
 TWO_BASES = {"gemma3_text", "modernbert"}
 PARTIAL = {"phi", "stablelm", "gpt_neox", "phi3"}
 
@@ -78,7 +79,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(("model_type", "rope"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "rope"), [in_tier(*case, id=i) for case, i in zip(CASES, IDS, strict=True)])
 def test_legacy_rotary_keys_are_written_and_read_back_as_nothing_new(model_type, rope, tmp_path):
     """transformers 4 reads only these; without them it falls back to its default base and scores differently."""
     merged, batch = merged_model(model_type, rope), padded_batch()

@@ -7,7 +7,12 @@ import pytest
 import torch
 from tiny_models import outputs_of, padded_batch, tiny_config, tiny_model
 from torch import nn
-from transformers import BloomConfig, BloomForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    GPTBigCodeConfig,
+    GPTBigCodeForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import ummrm
 from ummrm import UpcycleConfig
@@ -122,10 +127,10 @@ REFUSED = [
     (off_device, CONFIG, ValueError, r"1 parameters are on the meta device, first 'score.weight'"),
     (lambda: tiny_model("llama"), UpcycleConfig(layers=(7,)), ValueError, r"`layers` must be indices in \[-2, 1\]"),
     (
-        lambda: BloomForSequenceClassification(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=10)),
+        lambda: GPTBigCodeForSequenceClassification(GPTBigCodeConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=10)),
         CONFIG,
         ValueError,
-        "no family for model_type 'bloom'; ummrm knows .*bert, .*llama",
+        "no family for model_type 'gpt_bigcode'; ummrm knows .*bert, .*llama",
     ),
     (
         lambda: WithAdapters(tiny_config("llama")),

@@ -1,5 +1,6 @@
 """Tiny stock models of every family and task, with biases and norms off their defaults, and padded batches."""
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
@@ -9,6 +10,20 @@ from ummrm.hf.registry import stock_classes
 VOCABULARY = 61
 LAYERS = 2
 MODEL_TYPES = list(FAMILIES)  # the rows of families.py, without what a test registers later
+# Families whose kind of row the fast tier has in another one; they go through the same tests in the full tier.
+ALIKE = {
+    *("xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+    *("roformer", "mpnet", "deberta", "convbert", "big_bird", "mpt", "ctrl", "seed_oss", "xglm"),
+}
+
+
+def in_tier(model_type, *more, fast=True, **named):
+    """A test's parameters, in the full tier where `fast` is false or another family stands for this one."""
+    marks = () if fast and model_type not in ALIKE else pytest.mark.full
+    return pytest.param(model_type, *more, marks=marks, **named)
+
+
+EACH_TYPE = [in_tier(model_type) for model_type in MODEL_TYPES]
 
 
 # What a family needs beside the common sizes: other names for them, and its own particulars switched on.
@@ -33,6 +48,27 @@ PARTICULARS = {
     "opt": {"ffn_dim": 44, "init_std": 0.2},
     "starcoder2": {"num_key_value_heads": 2, "residual_dropout": 0.1},
     "roberta": {"max_position_embeddings": 80},  # its positions start after the padding index
+    "xlm-roberta": {"max_position_embeddings": 80},
+    "xlm-roberta-xl": {"max_position_embeddings": 80},
+    "camembert": {"max_position_embeddings": 80},
+    "data2vec-text": {"max_position_embeddings": 80},
+    "mpnet": {"max_position_embeddings": 80},
+    "electra": {"embedding_size": 20},
+    "ernie": {"use_task_id": True},
+    "rembert": {"input_embedding_size": 20, "output_embedding_size": 20},
+    "roformer": {"embedding_size": 20},
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "convbert": {"embedding_size": 20, "head_ratio": 2, "conv_kernel_size": 3},
+    "big_bird": {"attention_type": "original_full", "sep_token_id": 2},
+    "xglm": {"ffn_dim": 44, "num_layers": LAYERS, "init_std": 0.2},
+    "lfm2": {
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "ctrl": {"dff": 44},
+    "openai-gpt": {"initializer_range": 0.4},  # its norms after the FFN leave little of what differs
+    "seed_oss": {"num_key_value_heads": 2, "head_dim": 8, "mlp_bias": True, "residual_dropout": 0.0},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "modernbert": {
         "mlp_bias": True,

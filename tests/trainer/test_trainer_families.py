@@ -15,8 +15,10 @@ from ummrm import UmmMergeTrainer, UmmRewardTrainer
 # mask beside the call and FFN in two modules; mask beside the call; transposed; no module, past the backbone; fused
 # halves; gated with norms around it
 MODEL_TYPES = ["deberta-v2", "falcon", "gpt2", "opt", "modernbert", "gemma2"]
+# a residual in the FFN's module; a functional dropout behind the site; convolutions beside the attention
+MODEL_TYPES += [pytest.param(model_type, marks=pytest.mark.full) for model_type in ("bloom", "biogpt", "convbert")]
 # A key's bias shifts all scores of a query alike, which a softmax does not see: its gradient is rounding, or zero.
-WITHOUT_GRADIENT = ("key_proj.bias", "k_proj.bias")
+WITHOUT_GRADIENT = ("key_proj.bias", "k_proj.bias", "self.key.bias")
 
 
 def train(trainer, folder, model, **overrides):

@@ -6,9 +6,11 @@ row to write. Whether a module is an FFN is proven by `probe.py`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
@@ -35,7 +37,7 @@ def detect_family(dense: PreTrainedModel) -> Family:
     """Reads a row off a model's structure.
 
     Args:
-        dense: a stock transformers model with real weights, of any task.
+        dense: a stock transformers model of any task, with real weights or on the meta device.
 
     Returns:
         The row: the backbone's only list of layers, the only child of a layer that is provably an FFN, the only config
@@ -73,8 +75,9 @@ def detect_family(dense: PreTrainedModel) -> Family:
     found |= {"paths": FFNPaths(**below), "site": site}
     if len(fields) != 1:
         _give_up(found, f"the FFN computes {paths.activation}, and {len(fields)} config fields say so", activation="?")
-    # handed beside the call, the mask arrives whatever the backbone does with its arguments
-    return Family(**found, activation=fields[0], passes_mask=False)
+    # Handed beside the call, the mask arrives whatever the backbone does with its arguments; and what it does with the
+    # shape of its outputs (gpt_bigcode keeps its inputs') matters to none that runs all layers for each member.
+    return Family(**found, activation=fields[0], passes_mask=False, shares_lower_layers=False)
 
 
 def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
@@ -82,7 +85,7 @@ def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
     proven, refusals = {}, []
     for name, child in layers[0].named_children():
         try:
-            proven[name] = find_paths(child)
+            proven[name] = find_paths(_with_weights(child))
         except ValueError as error:
             refusals.append(f"{name}: {error}")
     if len(proven) == 1:
@@ -92,6 +95,21 @@ def _only_ffn(found: dict, layers: nn.ModuleList) -> tuple[str, FFNPaths]:
     what = f"{len(proven)} children of a {type(layers[0]).__name__} are provably FFNs"
     what += f" ({', '.join(proven)})" if proven else f"; its linear maps are: {shapes}"
     _give_up(found, what, site="?", details=[r for r in refusals if "projections to be recognised" not in r])
+
+
+def _with_weights(child: nn.Module) -> nn.Module:
+    """The module, or a copy on the CPU with random weights of one that is on the meta device and may be an FFN.
+
+    What a module computes of its weights is the same for all of them, so that a plan need not load a model's.
+    """
+    linears = sum(map(is_linear, child.modules()))
+    if linears not in (2, 3) or not any(p.is_meta for p in child.parameters()):
+        return child
+    made, generator = copy.deepcopy(child).to_empty(device="cpu").float(), torch.Generator("cpu").manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    return made
 
 
 def _give_up(found: dict, what: str, details: list[str] | None = None, **unknown: str) -> NoReturn:

@@ -42,11 +42,14 @@ class Family:
         site: where the upcycled FFN stands, below the layer; what stands there is called with [..., H] and returns it.
         bypass: submodules that become the identity, for an FFN that is no module of its own, or whose module does more
             (a dropout after the down projection): the site is then the down projection, and all before it is bypassed.
-        activation: the config field that names the activation.
+        activation: the config field that names the activation; not read where `paths` name it.
         masked: path below the backbone of the module that is called with the [batch, sequence] attention mask; ""
             is the backbone itself. OPT's heads call the backbone's decoder and leave the backbone out.
         passes_mask: whether that module passes keyword arguments that it does not know on to its layers. If not, the
             token mask is handed to the layers beside the call.
+        shares_lower_layers: whether the backbone's layers below the first experts can run once for all members of a
+            mixture by sequence. Not where the backbone gives its outputs the shape of its inputs: all layers then run
+            for each member.
         rope_keys_v4: pairs (config key that transformers 4 reads, dotted key of transformers 5's `rope_parameters`), so
             that an exported model keeps its rotary base in tools that pin transformers 4.
         rope_scaling_keys_v4: the keys that transformers 4 takes in `rope_scaling` where it takes no others (`type` is
@@ -62,6 +65,7 @@ class Family:
     activation: str = "hidden_act"
     masked: str = ""
     passes_mask: bool = True
+    shares_lower_layers: bool = True
     rope_keys_v4: tuple[tuple[str, str], ...] = (
         ("rope_theta", "rope_theta"),
         ("partial_rotary_factor", "partial_rotary_factor"),
@@ -75,7 +79,8 @@ class Family:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, FFNPaths):
-                paths = ", ".join(f"{name}={path!r}" for name, path in value.given.items())
+                named = value.given | ({"activation": value.activation} if value.activation else {})
+                paths = ", ".join(f"{name}={path!r}" for name, path in named.items())
                 given.append(f"paths=FFNPaths({paths})")
             elif value != field.default:
                 given.append(f"{field.name}={value!r}")
@@ -110,6 +115,8 @@ class Family:
         Raises:
             ValueError: no kernel computes it.
         """
+        if self.paths.activation is not None:
+            return self.paths.activation
         name = getattr(config, self.activation)
         if name not in HF_ACTIVATIONS:
             raise ValueError(
@@ -160,7 +167,7 @@ def _checked_fields(data: object) -> dict[str, Any]:
         "model_type": text(_MODEL_TYPE, data["model_type"]),
         "paths": isinstance(paths, dict)
         and set(paths) == {"gate", "up", "down", "activation"}
-        and paths["activation"] is None
+        and (paths["activation"] is None or paths["activation"] in HF_ACTIVATIONS.values())
         and (paths["gate"] is None or text(_PROJECTION, paths["gate"]))
         and text(_PROJECTION, paths["up"])
         and text(_PROJECTION, paths["down"]),
@@ -170,6 +177,7 @@ def _checked_fields(data: object) -> dict[str, Any]:
         "activation": text(_FIELD, data["activation"]),
         "masked": data["masked"] == "" or text(_PATH, data["masked"]),
         "passes_mask": isinstance(data["passes_mask"], bool),
+        "shares_lower_layers": isinstance(data["shares_lower_layers"], bool),
         "rope_keys_v4": isinstance(data["rope_keys_v4"], list)
         and all(texts(pair, _FIELD, _PATH) for pair in data["rope_keys_v4"]),
         "rope_scaling_keys_v4": data["rope_scaling_keys_v4"] is None
@@ -211,6 +219,18 @@ _BERT: dict[str, Any] = {
     "bypass": ("intermediate",),
     "rope_keys_v4": (),
 }
+_FC: dict[str, Any] = {
+    "paths": FFNPaths(up="fc1", down="fc2"),
+    "site": "fc2",
+    "bypass": ("fc1", "activation_fn"),
+    "rope_keys_v4": (),
+}
+_NO_LAYERDROP = ("layerdrop", 0.0, "a skipped layer has no routing statistics for the auxiliary losses.")
+_NO_DROPOUT_INSIDE = (
+    "activation_dropout",
+    0.0,
+    "it lies between the activation and the down projection of every expert.",
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -248,19 +268,96 @@ FAMILIES: dict[str, Family] = {
         Family("starcoder2", **_CONV),
         Family("gpt2", **_CONV, layers="h", activation="activation_function", rope_keys_v4=()),
         Family(
+            "bloom",
+            FFNPaths(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="gelu_tanh"),
+            layers="h",
+            site="mlp.dense_4h_to_h",
+            bypass=("mlp.dense_h_to_4h", "mlp.gelu_impl"),
+            passes_mask=False,
+            rope_keys_v4=(),
+            refused=(("slow_but_exact", False, "it reads slices of the down projection's weight past its module."),),
+        ),
+        Family(
+            "mpt",
+            FFNPaths(up="ffn.up_proj", down="ffn.down_proj", activation="gelu"),
+            layers="blocks",
+            site="ffn.down_proj",
+            bypass=("ffn.up_proj", "ffn.act"),
+            passes_mask=False,
+            rope_keys_v4=(),
+        ),
+        Family(
+            "openai-gpt",
+            FFNPaths(up="mlp.c_fc", down="mlp.c_proj", activation="gelu_tanh"),
+            layers="h",
+            site="mlp.c_proj",
+            bypass=("mlp.c_fc", "mlp.act"),
+            passes_mask=False,
+            shares_lower_layers=False,
+            rope_keys_v4=(),
+            refused=(("afn", "gelu", "it has names of its own for activations, and this one means gelu_tanh."),),
+        ),
+        Family(
+            "ctrl",
+            FFNPaths(up="ffn.0", down="ffn.2", activation="relu"),
+            layers="h",
+            site="ffn",
+            passes_mask=False,
+            rope_keys_v4=(),
+        ),
+        Family(
+            "lfm2",
+            FFNPaths(gate="feed_forward.w1", up="feed_forward.w3", down="feed_forward.w2", activation="silu"),
+            site="feed_forward",
+        ),
+        Family(
+            "seed_oss",
+            _GATED,
+            refused=(("residual_dropout", 0.0, "its FFN holds this dropout; load it with residual_dropout=0.0."),),
+        ),
+        Family(
             "opt",
-            FFNPaths(up="fc1", down="fc2"),
+            **_FC,
             layers="decoder.layers",
-            site="fc2",
-            bypass=("fc1", "activation_fn"),
             activation="activation_function",
             masked="decoder",
-            rope_keys_v4=(),
-            refused=(("layerdrop", 0.0, "a skipped layer has no routing statistics for the auxiliary losses."),),
+            refused=(_NO_LAYERDROP,),
         ),
+        Family("xglm", **_FC, activation="activation_function", refused=(_NO_LAYERDROP, _NO_DROPOUT_INSIDE)),
+        Family("biogpt", **_FC, refused=(_NO_LAYERDROP, _NO_DROPOUT_INSIDE)),
         Family("bert", **_BERT, refused=(_UNCHUNKED,)),
         Family("roberta", **_BERT, refused=(_UNCHUNKED,)),
+        Family("xlm-roberta", **_BERT, refused=(_UNCHUNKED,)),
+        Family("xlm-roberta-xl", **_BERT, refused=(_UNCHUNKED,)),
+        Family("camembert", **_BERT, refused=(_UNCHUNKED,)),
+        Family("data2vec-text", **_BERT, refused=(_UNCHUNKED,)),
+        Family("electra", **_BERT, refused=(_UNCHUNKED,)),
+        Family("ernie", **_BERT, refused=(_UNCHUNKED,)),
+        Family("megatron-bert", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("rembert", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("roformer", **_BERT, passes_mask=False, refused=(_UNCHUNKED,)),
+        Family("mpnet", **_BERT, passes_mask=False),
+        Family("deberta", **_BERT, passes_mask=False),
         Family("deberta-v2", **_BERT, passes_mask=False),
+        Family(
+            "convbert",
+            **_BERT,
+            passes_mask=False,
+            refused=(_UNCHUNKED, ("num_groups", 1, "an FFN in groups is no pair of linear maps.")),
+        ),
+        Family(
+            "big_bird",
+            **_BERT,
+            passes_mask=False,
+            refused=(
+                _UNCHUNKED,
+                (
+                    "attention_type",
+                    "original_full",
+                    "sparse attention lengthens the batch below the mask; load it with attention_type='original_full'.",
+                ),
+            ),
+        ),
         Family(
             "modernbert",
             FFNPaths(gate="mlp.Wi[0]", up="mlp.Wi[1]", down="mlp.Wo"),

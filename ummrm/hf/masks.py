@@ -23,7 +23,7 @@ from ..nn.upcycled_ffn import UpcycledFFN, check_masked
 from ..ops.library import checking
 from .generated import Generated, new_class
 from .one_thread import one_thread
-from .sequence import bind, by_sequence, check_no_groups, handed_groups, run_by_sequence, spread
+from .sequence import by_sequence, check_no_groups, handed_groups, run_by_sequence, spread
 
 # An additive mask hides a key with at most this: exp(-1e4) is 0 in every dtype. The minimum of any dtype lies below it
 # (a mask may hold another dtype's), and position biases, which hide nothing, above.
@@ -119,7 +119,7 @@ class UmmLayerMixin(Generated, _Stock):
 
     def umm_by_sequence(self, stock_forward: Callable, rows: RowGroups, args: tuple, kwargs: dict):
         if rows.copies > 1 and self.umm_above:
-            args, kwargs = (), spread(rows, bind(stock_forward, args, kwargs))
+            args, kwargs = (), spread(rows, stock_forward, args, kwargs)
         with going_by(sequence_modules(self).values(), rows):
             return stock_forward(self, *args, **kwargs)
 

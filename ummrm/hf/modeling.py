@@ -59,7 +59,7 @@ class UmmPreTrainedMixin(Generated, _Stock):
         family: the row that this model was built by.
         umm_passes_mask: the row's `passes_mask` in a backbone that is itself called with the attention mask, else None.
         umm_groups: by sequence: the groups of the call that is being run, where a head passes none on.
-        umm_lower_layers: by sequence: how many layers lie below the first experts.
+        umm_lower_layers: by sequence: how many layers below the first experts run once for all members.
         umm_head: by sequence: name of the reward head's last linear map where each expert has its own, else "".
     """
 
@@ -246,7 +246,7 @@ def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None
         inner: Any = type(masked)
         _exchange_class(masked, umm_inner_class(inner))
     masked.umm_passes_mask = family.passes_mask
-    masked.umm_lower_layers = min(chosen)
+    masked.umm_lower_layers = min(chosen) if family.shares_lower_layers else 0
 
 
 def _exchange_linears(layer: nn.Module, backbone: PreTrainedModel, family: Family) -> None:

@@ -28,7 +28,9 @@ _ROW_ARGUMENTS = (
     "encoder_attention_mask",
 )
 # Of their layers, beside the hidden states.
-_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids", "alibi")
+_LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids")
+_BIAS_OF_HEADS = "alibi"  # [rows, heads, ...], or [rows x heads, ...]
+_BIAS_OF_ROWS = "position_bias"  # [rows, heads, queries, keys]; with fewer dimensions it is the same for all rows
 _RECORDED = ("output_hidden_states", "output_attentions")
 
 
@@ -274,19 +276,29 @@ def mean_over_members(model: Any, stock_forward: Callable, bound: Mapping[str, A
     return outputs
 
 
-def spread(rows: RowGroups, bound: dict[str, Any]) -> dict[str, Any]:
+def spread(rows: RowGroups, stock_forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's arguments by name for all members, where the layers below have computed one block of equal rows.
 
-    An argument that is not known to have a row for each sequence is passed on as it is.
+    Its first argument is the hidden states. One that is not known to have a row for each sequence is passed on as it
+    is.
     """
+    bound = bind(stock_forward, args, kwargs)
+    states = list(inspect.signature(stock_forward).parameters)[1]
     block, copies = rows.rows // rows.copies, rows.copies
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.repeat(copies, *[1] * (tensor.dim() - 1))
 
-    if bound["hidden_states"].shape[0] == block:
-        bound = {**bound, "hidden_states": repeat(bound["hidden_states"])}
-    return {name: _rows_of(v, block, repeat) if name in _LAYER_ARGUMENTS else v for name, v in bound.items()}
+    def of_all(name: str, value: Any) -> Any:
+        if name == _BIAS_OF_HEADS and isinstance(value, Tensor):
+            return repeat(value) if value.shape[0] % block == 0 else value
+        if name in _LAYER_ARGUMENTS or (name == _BIAS_OF_ROWS and isinstance(value, Tensor) and value.dim() == 4):
+            return _rows_of(value, block, repeat)
+        return value
+
+    if bound[states].shape[0] == block:
+        bound = {**bound, states: repeat(bound[states])}
+    return {name: value if name == states else of_all(name, value) for name, value in bound.items()}
 
 
 def first_experts(layers: nn.ModuleList) -> int:

@@ -48,7 +48,7 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
     folder = Path(recipe.output)
     check_folder(folder, made_by="stages")
     start = find_start(recipe.model, recipe.seed, upcycled=True)
-    arguments = stage_arguments(recipe, "train", folder / "stages" / "train")
+    arguments = stage_arguments(recipe, "train", folder / "stages" / "train", checkpointed=start.checkpointed)
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments.max_length)

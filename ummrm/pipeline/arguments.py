@@ -41,7 +41,7 @@ BESIDE = {"merge": ("weights", "shared_share", "learn_shared_share", "alpha_init
 """What a block has beside the arguments."""
 
 
-def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1) -> Any:
+def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1, checkpointed: bool = True) -> Any:
     """The arguments of a stage's trainer.
 
     Args:
@@ -49,9 +49,10 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
         stage: `dense`, `train`, `merge` or `distill`.
         folder: where it keeps its checkpoints.
         longer: how many times what `training` says the stage takes where its own block says nothing.
+        checkpointed: whether the model's activations can be checkpointed, which TRL's default asks for.
 
     Raises:
-        RecipeError: an argument that there is not, or one that TRL refuses.
+        RecipeError: an argument that there is not, one that TRL refuses, or checkpointing where there is none.
     """
     kind, own = KINDS[stage], stage_block(recipe, stage)
     check_block("training", recipe.training, RewardConfig)
@@ -65,6 +66,13 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
     elif longer > 1:
         given |= {name: given[name] * longer for name in _LENGTH if given.get(name, -1) > 0}
     given |= own
+    if not checkpointed:
+        if given.get("gradient_checkpointing"):
+            raise RecipeError(
+                f"`{stage}`: gradient_checkpointing must be false or left out for this model, whose activations "
+                "transformers can't checkpoint, got true."
+            )
+        given["gradient_checkpointing"] = False
     if not torch.accelerator.is_available():
         given = {**WITHOUT_ACCELERATOR, **given}
     try:

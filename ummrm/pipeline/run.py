@@ -107,8 +107,10 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     upcycle = recipe.upcycle_config(start.fresh)
     used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
     longer = {"train": recipe.longer(upcycle)}
+    given = {"checkpointed": start.checkpointed}
     arguments = {
-        name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1)) for name in used
+        name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1), **given)
+        for name in used
     }
     if recipe.lora is not None:
         check_lora(recipe.lora)

@@ -43,6 +43,7 @@ class Start:
         seed: of the fresh head.
         notes: what was made up, for the log.
         upcycled: whether it is a mixture already.
+        checkpointed: whether transformers can checkpoint the activations of its class.
     """
 
     source: ModelSource
@@ -51,6 +52,7 @@ class Start:
     seed: int
     notes: tuple[str, ...] = ()
     upcycled: bool = False
+    checkpointed: bool = True
 
     def load(self) -> PreTrainedModel:
         """The model as it is, without a fresh head."""
@@ -114,6 +116,13 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
             f"`model.path` must be a dense model, and {source.path} is upcycled already; give the model that it was "
             "made of, or train it with UmmRewardTrainer."
         )
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    stock = mapping.get(type(config), None)
+    if stock is None and not source.trust_remote_code:
+        raise RecipeError(
+            "`model.path` must be of a family that has a class for reward models, and transformers has none for "
+            f"model_type {config.model_type!r}; use a model of another family."
+        )
     named = (config.architectures or [""])[0]
     has_head = named.endswith("ForSequenceClassification") and config.num_labels == 1
     if source.head == "keep" and not has_head:
@@ -126,7 +135,7 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
             f"`model.path` must be a reward model or a backbone, and {source.path} is a classifier of "
             f"{config.num_labels} labels; set `model.head: fresh` to put a reward head in the place of its own."
         )
-    _check_frozen(source, config)
+    _check_frozen(source, config, stock)
     try:
         trust = {"trust_remote_code": source.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source.path, **trust, **_revision(source))
@@ -137,7 +146,15 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
         ) from error
     fresh = source.head == "fresh" or not has_head
     notes = [f"the reward head is fresh (seed {seed})"] if fresh else []
-    return Start(source, tokenizer, fresh, seed, (*notes, *_complete(tokenizer)), has_experts)
+    return Start(
+        source,
+        tokenizer,
+        fresh,
+        seed,
+        (*notes, *_complete(tokenizer)),
+        has_experts,
+        stock is not None and stock.supports_gradient_checkpointing,
+    )
 
 
 def stock_config_of(source: ModelSource, *, upcycled: bool = True) -> Any:
@@ -174,9 +191,7 @@ def _without_advice(error: BaseException) -> str:
     return "it comes with code of its own; set `model.trust_remote_code: true`, or give --trust-remote-code"
 
 
-def _check_frozen(source: ModelSource, config: Any) -> None:
-    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    stock = mapping.get(type(config), None)
+def _check_frozen(source: ModelSource, config: Any, stock: Any) -> None:
     if stock is None or not source.frozen:
         return
     with torch.device("meta"):
