@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig
 
+from ..config import UpcycleConfig
 from ..data import PreferenceData, read_pairs
 from ..hf.texts import texts_of, token_ids
 from ..version import __version__
@@ -76,8 +77,16 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
         return _run(at, say, first)
 
 
-def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[StagePlan]:
+def plan_recipe(
+    recipe: Recipe, *, log: Callable[[str], None] = print, devices: int | None = None
+) -> list[StagePlan]:
     """Checks a recipe with its data and its model's files, and counts what its stages will take; writes nothing.
+
+    Args:
+        recipe: the recipe.
+        log: takes lines on what was read and left out.
+        devices: how many will train; None: as many as there are processes. Where the recipe's `training` has `fsdp`,
+            they share weights, gradients and moments; else each holds all of them.
 
     Raises:
         RecipeError: as `run_recipe`.
@@ -86,14 +95,34 @@ def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[S
     at = prepare(recipe, log)
     with blaming_the_model(recipe.model):
         config = AutoConfig.from_pretrained(recipe.model.path, **at.start.revision())
-    dense, mixture = shapes(config, at.upcycle)
     some = at.pairs.train.select(range(min(_SOME, len(at.pairs.train))))
     lengths = [len(token_ids(at.start.tokenizer, text, row)) for row in some for text in texts_of(row)]
     texts = len(at.texts) * (1 if recipe.texts() else 2)
-    members = at.upcycle.num_experts if at.upcycle.by_sequence else 0
-    sizes: dict[str, Any] = {"pairs": len(at.pairs.train), "texts": texts, "lengths": lengths, "members": members}
-    trained = {name: one for name, one in at.arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
-    return plan(dense, mixture, trained, dtype=recipe.model.dtype, **sizes)
+    sizes: dict[str, Any] = {"pairs": len(at.pairs.train), "texts": texts, "lengths": lengths}
+    return plan_stages(recipe, config, at.upcycle, at.arguments, devices=devices, **sizes)
+
+
+def plan_stages(
+    recipe: Recipe, config: Any, upcycle: UpcycleConfig, arguments: Mapping[str, Any], **sizes: Any
+) -> list[StagePlan]:
+    """What the stages of a recipe that train will take, of a model's configuration alone.
+
+    Args:
+        recipe: the recipe.
+        config: the stock model's.
+        upcycle: what becomes of it.
+        arguments: of each stage that it has.
+        sizes: `pairs`, `texts`, `lengths` and `devices` of `plan`.
+
+    Raises:
+        RecipeError: as `shapes`.
+    """
+    merge = recipe.merge_config()
+    found = shapes(
+        config, upcycle, dtype=recipe.model.dtype, frozen=recipe.model.frozen, lora=recipe.lora, merge=merge
+    )
+    trained = {name: one for name, one in arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
+    return plan(found, trained, members=upcycle.num_experts if upcycle.by_sequence else 0, **sizes)
 
 
 def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
