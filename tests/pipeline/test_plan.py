@@ -47,7 +47,12 @@ def test_flops_are_those_that_torch_counts():
 
 @pytest.mark.parametrize(
     "trained",
-    [{}, {"frozen": ("model.layers.1.mlp", "score")}, {"lora": {"r": 4}}, {"lora": {"r": 4, "target_modules": ["q_proj"]}}],
+    [
+        {},
+        {"frozen": ("model.layers.1.mlp", "score")},
+        {"lora": {"r": 4}},
+        {"lora": {"r": 4, "target_modules": ["q_proj"]}},
+    ],
     ids=["all", "frozen", "lora", "lora on q"],
 )
 def test_flops_of_a_step_are_those_that_torch_counts(trained):
@@ -183,6 +188,26 @@ def test_a_plan_has_what_the_runs_optimizers_hold(tmp_path, monkeypatch, way, as
         assert (one.trained < one.parameters) == (way not in ("full", "bfloat16") or stage == "merge"), stage
 
 
+def test_devices_share_what_a_recipe_says_that_they_share(tmp_path):
+    write_backbone(tmp_path / "backbone")
+    write_pairs(tmp_path / "pairs.jsonl")
+
+    def planned(devices=None, **training):
+        training = {"per_device_train_batch_size": 2, **training}
+        recipe = Recipe.from_dict(recipe_of(tmp_path, training=training))
+        assert recipe.training == training, "TRL writes into what it is given"
+        return plan_recipe(recipe, log=lambda _: None, devices=devices)[0]
+
+    one, each = planned(), planned(4)
+    shared = planned(4, fsdp=True, fsdp_config={"fsdp_reshard_after_forward": True})
+    parts = ("weights", "gradients", "optimizer", "activations")
+    assert [getattr(each, part) for part in parts] == [getattr(one, part) for part in parts]
+    assert [getattr(shared, part) * 4 for part in parts[:3]] == [getattr(one, part) for part in parts[:3]]
+    assert shared.activations == one.activations and (shared.devices, shared.sharded) == (4, True)
+    assert one.steps == 4 * shared.steps == 4 * each.steps and shared.flops == one.flops == each.flops
+    assert (one.devices, each.devices, each.sharded) == (1, 4, False)
+
+
 def test_the_command_shows_a_plan_and_says_mistakes_in_a_line(tmp_path):
     from typer.testing import CliRunner
 
@@ -193,6 +218,12 @@ def test_the_command_shows_a_plan_and_says_mistakes_in_a_line(tmp_path):
     result = CliRunner().invoke(app, ["run", str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["stage", "train", "distill"]
+    assert result.stdout.split("\n")[0].split()[-5:] == ["weights", "gradients", "optimizer", "activations", "memory"]
+    assert "for one device; nothing is measured" in result.stderr and "left out: 16-bit copies" in result.stderr
+    result = CliRunner().invoke(app, ["run", str(path), "--dry-run", "--devices", "2"])
+    assert "for each of 2 devices, which each hold everything" in result.stderr
+    result = CliRunner().invoke(app, ["run", str(path), "--devices", "2"])
+    assert "`--devices` must be left out without --dry-run, got 2" in str(result.exception)
     path.write_text(f"model: {tmp_path}/backbone\n")
     result = CliRunner().invoke(app, ["run", str(path)])
     assert "a recipe must have data, output" in str(result.exception)

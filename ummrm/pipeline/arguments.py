@@ -6,6 +6,7 @@ Whatever a block says goes before what `training` says, and that before the defa
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -63,9 +64,33 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
     if not torch.accelerator.is_available():
         given = {"use_cpu": True, "bf16": False, **given}
     try:
-        return kind(output_dir=str(folder), seed=recipe.seed, **given)
+        return kind(output_dir=str(folder), seed=recipe.seed, **copy.deepcopy(given))  # which it writes into
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"`{stage}`: TRL refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def check_sharding(recipe: Recipe, arguments: Mapping[str, Any], *, learned: bool) -> None:
+    """Raises RecipeError where FSDP is asked for and a stage can't be run so.
+
+    Args:
+        recipe: the recipe.
+        arguments: of each stage that it has.
+        learned: whether merge weights are learned.
+    """
+    whole = [name for name, one in arguments.items() if not one.fsdp]
+    if len(whole) == len(arguments):
+        return
+    if whole:
+        raise RecipeError(
+            f"`fsdp` must be said of all stages, and {', '.join(whole)} has none; say it in `training`, once."
+        )
+    if recipe.lora is not None:
+        raise RecipeError("`lora` must be left out with `fsdp`: sharded adapters can't be folded in; drop one.")
+    if learned:
+        raise RecipeError(
+            "`merge.weights` must be mean with `fsdp`: merge weights of a sharded mixture can't be learned; set it, or "
+            "drop `fsdp`."
+        )
 
 
 def stage_block(recipe: Recipe, stage: str) -> dict[str, Any]:

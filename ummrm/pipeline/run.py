@@ -24,7 +24,7 @@ from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
 from .adapters import check_lora
-from .arguments import said, stage_arguments
+from .arguments import check_sharding, said, stage_arguments
 from .measure import measure
 from .plan import StagePlan, plan, shapes
 from .processes import processes
@@ -73,13 +73,16 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
     first = processes().is_main_process
     say = log if first else (lambda _: None)
     at = prepare(recipe, say)
+    if at.arguments["train"].fsdp and processes().num_processes < 2:
+        raise RecipeError(
+            "`training.fsdp` must be left out in one process, which has nobody to share with; start several: "
+            "accelerate launch --num_processes 8 -m ummrm run recipe.yaml."
+        )
     with locked(at.folder) if first else contextlib.nullcontext():
         return _run(at, say, first)
 
 
-def plan_recipe(
-    recipe: Recipe, *, log: Callable[[str], None] = print, devices: int | None = None
-) -> list[StagePlan]:
+def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print, devices: int | None = None) -> list[StagePlan]:
     """Checks a recipe with its data and its model's files, and counts what its stages will take; writes nothing.
 
     Args:
@@ -118,9 +121,7 @@ def plan_stages(
         RecipeError: as `shapes`.
     """
     merge = recipe.merge_config()
-    found = shapes(
-        config, upcycle, dtype=recipe.model.dtype, frozen=recipe.model.frozen, lora=recipe.lora, merge=merge
-    )
+    found = shapes(config, upcycle, dtype=recipe.model.dtype, frozen=recipe.model.frozen, lora=recipe.lora, merge=merge)
     trained = {name: one for name, one in arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
     return plan(found, trained, members=upcycle.num_experts if upcycle.by_sequence else 0, **sizes)
 
@@ -141,6 +142,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     arguments = {
         name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1)) for name in used
     }
+    check_sharding(recipe, arguments, learned=recipe.merge_weights == "learned")
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments["train"].max_length)
