@@ -85,9 +85,9 @@ def _show(plans: list[StagePlan]) -> None:
         say("  ".join(cells))
     note(f"computed from shapes, {_where(plans[0])}; nothing is measured, and nothing was written")
     note(
-        "left out: 16-bit copies that mixed precision keeps of 32-bit weights, attention's matrices, what several experts "
-        "a token keep beyond one, a single layer's gathered or merged weights and their gradients, the teacher's memory, "
-        "and what libraries hold; optimizer is AdamW's, whatever `optim` says"
+        "left out: 16-bit copies that mixed precision keeps of 32-bit weights, attention's matrices, what several "
+        "experts a token keep beyond one, one layer's gathered or merged weights and their gradients, the teacher's "
+        "memory, and what libraries hold; optimizer is AdamW's, whatever `optim` says"
     )
 
 
