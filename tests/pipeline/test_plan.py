@@ -206,6 +206,10 @@ def test_devices_share_what_a_recipe_says_that_they_share(tmp_path):
     assert shared.activations == one.activations and (shared.devices, shared.sharded) == (4, True)
     assert one.steps == 4 * shared.steps == 4 * each.steps and shared.flops == one.flops == each.flops
     assert (one.devices, each.devices, each.sharded) == (1, 4, False)
+    kept = planned(4, fsdp=True, gradient_checkpointing=False)
+    own = planned(4, fsdp=True, gradient_checkpointing=False, fsdp_config={"activation_checkpointing": True})
+    assert (own.flops, own.activations) == (shared.flops, shared.activations)
+    assert kept.flops < own.flops and kept.activations > own.activations
 
 
 def test_the_command_shows_a_plan_and_says_mistakes_in_a_line(tmp_path):

@@ -11,7 +11,7 @@ from checkout import ROOT, SUPPORT
 from pipeline_inputs import recipe_of, write_backbone, write_pairs
 
 import ummrm
-from ummrm.pipeline import Recipe, run_recipe
+from ummrm.pipeline import Recipe, read_recipe, run_recipe
 
 pytestmark = pytest.mark.full
 
@@ -23,7 +23,9 @@ def test_a_sharded_run_is_that_of_one_process(tmp_path):
     whole = {**made, "output": str(tmp_path / "whole")}
     whole["training"] = {**made["training"], "per_device_train_batch_size": 16}
     run_recipe(Recipe.from_dict(whole), log=lambda _: None)
-    made["training"] = {**made["training"], "fsdp": True}
+    said = read_recipe(ROOT / "recipes/pythia-1.4b-hh-fsdp2.yaml").training
+    names = ("fsdp", "fsdp_config", "gradient_checkpointing")
+    made["training"] = {**made["training"], **{name: said[name] for name in names}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     child = [str(SUPPORT / "sharded_child.py"), str(tmp_path / "recipe.yaml")]

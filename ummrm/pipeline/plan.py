@@ -259,7 +259,7 @@ def plan(
         an_epoch = max(1, math.ceil(rows / batch))
         steps = given.max_steps if given.max_steps > 0 else math.ceil(given.num_train_epochs * an_epoch)
         tokens = steps * batch * per_row * mean
-        flops = tokens * shape.training_flops(mean, given.gradient_checkpointing)
+        flops = tokens * shape.training_flops(mean, _recomputed(given))
         if stage == "distill":  # the teacher's scores, once
             flops += rows * mean * shapes["train"].flops(mean) * max(members, 1)
         sharded = bool(given.fsdp)
@@ -283,6 +283,12 @@ def plan(
     return made
 
 
+def _recomputed(given: Any) -> bool:
+    """Whether layers are computed again in the backward, by either of the two arguments that say so."""
+    sharding = given.fsdp_config if given.fsdp else {}
+    return given.gradient_checkpointing or str(sharding.get("activation_checkpointing", False)).lower() == "true"
+
+
 def _activations(shape: Shape, given: Any, tokens_a_row: int) -> float:
     """Bytes that a micro-batch keeps for backward: 17 numbers a token, layer and hidden unit, or with checkpointing one
     and those of a single layer (Korthikanti et al. 2022, arXiv 2205.05198, without attention's own matrices); and the
@@ -290,7 +296,7 @@ def _activations(shape: Shape, given: Any, tokens_a_row: int) -> float:
     """
     size = 2.0 if given.bf16 or given.fp16 else shape.weights / max(shape.parameters, 1)
     tokens = given.per_device_train_batch_size * tokens_a_row
-    if given.gradient_checkpointing:
+    if _recomputed(given):
         kept, adapted = shape.layers + 17, shape.adapted / max(shape.layers, 1)
     else:
         kept, adapted = 17 * shape.layers, shape.adapted

@@ -137,11 +137,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     check_folder(folder)
     start = find_start(recipe.model, recipe.seed)
     upcycle = recipe.upcycle_config(start.fresh)
-    used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
-    longer = {"train": recipe.longer(upcycle)}
-    arguments = {
-        name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1)) for name in used
-    }
+    arguments = every_argument(recipe, upcycle, folder / "stages")
     check_sharding(recipe, arguments, learned=recipe.merge_weights == "learned")
     if recipe.lora is not None:
         check_lora(recipe.lora)
@@ -150,6 +146,22 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     for line in (*pairs.report.lines(), *start.notes):
         say(line)
     return stages.Setting(recipe, start, pairs, texts, folder, upcycle, arguments, lambda stage: [Bar(stage)])
+
+
+def every_argument(recipe: Recipe, upcycle: UpcycleConfig, folder: Path) -> dict[str, Any]:
+    """The arguments of each stage's trainer, by stage.
+
+    Args:
+        recipe: the recipe.
+        upcycle: what becomes of its model, which says how long the mixture is trained.
+        folder: where stages keep their checkpoints.
+
+    Raises:
+        RecipeError: as `stage_arguments`.
+    """
+    used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
+    longer = {"train": recipe.longer(upcycle)}
+    return {name: stage_arguments(recipe, name, folder / name, longer=longer.get(name, 1)) for name in used}
 
 
 def _run(at: stages.Setting, say: Callable[[str], None], first: bool) -> Outcome:
