@@ -16,7 +16,7 @@ from ..trainer.base import phase_of
 from ..trainer.dense import DenseRewardTrainer
 from . import stages
 from .adapters import check_lora
-from .arguments import check_sharding, said, stage_arguments
+from .arguments import check_sharding, check_started, said, stage_arguments
 from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
@@ -50,6 +50,7 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
     start = find_start(recipe.model, recipe.seed, upcycled=True)
     arguments = stage_arguments(recipe, "train", folder / "stages" / "train")
     check_sharding(recipe, {"train": arguments}, learned=False)
+    check_started(arguments, processes().num_processes)
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments.max_length)

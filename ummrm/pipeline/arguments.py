@@ -82,7 +82,7 @@ def check_sharding(recipe: Recipe, arguments: Mapping[str, Any], *, learned: boo
         return
     if whole:
         raise RecipeError(
-            f"`fsdp` must be said of all stages, and {', '.join(whole)} has none; say it in `training`, once."
+            f"`fsdp` must be said of all stages, got none in {', '.join(whole)}; say it in `training`, once."
         )
     if recipe.lora is not None:
         raise RecipeError("`lora` must be left out with `fsdp`: sharded adapters can't be folded in; drop one.")
@@ -90,6 +90,15 @@ def check_sharding(recipe: Recipe, arguments: Mapping[str, Any], *, learned: boo
         raise RecipeError(
             "`merge.weights` must be mean with `fsdp`: merge weights of a sharded mixture can't be learned; set it, or "
             "drop `fsdp`."
+        )
+
+
+def check_started(arguments: Any, processes: int) -> None:
+    """Raises RecipeError where weights are to be shared by the processes, and there is one."""
+    if arguments.fsdp and processes < 2:
+        raise RecipeError(
+            "`training.fsdp` must be left out in one process, which has nobody to share with; start several: "
+            "accelerate launch --num_processes 8 -m ummrm ..."
         )
 
 

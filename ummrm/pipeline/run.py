@@ -24,7 +24,7 @@ from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
 from .adapters import check_lora
-from .arguments import check_sharding, said, stage_arguments
+from .arguments import check_sharding, check_started, said, stage_arguments
 from .measure import measure
 from .plan import StagePlan, plan, shapes
 from .processes import processes
@@ -73,11 +73,7 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
     first = processes().is_main_process
     say = log if first else (lambda _: None)
     at = prepare(recipe, say)
-    if at.arguments["train"].fsdp and processes().num_processes < 2:
-        raise RecipeError(
-            "`training.fsdp` must be left out in one process, which has nobody to share with; start several: "
-            "accelerate launch --num_processes 8 -m ummrm run recipe.yaml."
-        )
+    check_started(at.arguments["train"], processes().num_processes)
     with locked(at.folder) if first else contextlib.nullcontext():
         return _run(at, say, first)
 
