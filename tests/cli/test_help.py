@@ -149,7 +149,8 @@ def test_no_color_is_respected(command, models, monkeypatch):
 
 
 PLANS = [
-    StagePlan(name, 28_000_000_000, 28_000_000_000, 12_345, 1.2e12, 3.4e21, 4.5e11) for name in ("train", "distill")
+    StagePlan(name, 28_000_000_000, 28_000_000_000, 12_345, 1.2e12, 3.4e21, 1e11, 1e11, 2e11, 5e10)
+    for name in ("train", "distill")
 ]
 
 

@@ -152,6 +152,8 @@ def test_every_task_upcycles_and_merges(model_type, stock):
     assert isinstance(moe, stock) and not moe.training
     layers = {type(layer).__name__ for layer in FAMILIES[model_type].layer_list(moe.base_model)}
     assert layers <= set(moe._no_split_modules), "device_map could part a layer"
+    gone = {name.removeprefix("Umm") for name in layers}
+    assert not gone & set(moe._no_split_modules), "FSDP looks for a layer of the stock class, and there is none"
     for batch, outputs in zip(batches, expected, strict=True):
         torch.testing.assert_close(outputs_of(moe, batch), outputs, rtol=1e-5, atol=1e-5)
         live = int(batch["attention_mask"].sum())

@@ -313,6 +313,10 @@ MISTAKES = [
     ({"data": {"train": "pairs.jsonl", "held_out_shares": 1}}, "`data` has no field `held_out_shares`; did you mean"),
     ({"evaluate": {"probes": ["lenght"]}}, "evaluate: EvaluationConfig: `probes` must be names of length"),
     ({"lora": {"rank": 4}}, "`lora` has no field `rank`"),
+    ({"training": {"fsdp": True}}, "`training.fsdp` must be left out in one process"),
+    ({"train": {"fsdp": True}}, "`fsdp` must be said of all stages, got none in merge, distill"),
+    ({"training": {"fsdp": True}, "lora": {"r": 2}}, "`lora` must be left out with `fsdp`"),
+    ({"training": {"fsdp": True}, "upcycle": {"assignment": "token"}}, "`merge.weights` must be mean with `fsdp`"),
     ({"distill": {"texts": "no.jsonl"}}, "`distill.texts` must name files of texts, and no.jsonl is none"),
 ]
 

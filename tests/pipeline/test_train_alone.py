@@ -71,6 +71,9 @@ def test_merge_weights_are_trained_and_mistakes_named(tmp_path):
     with pytest.raises(UserError, match="`train` has no field `learning_rat`; did you mean `learning_rate`"):
         (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
         command("train", tmp_path / "merging", pairs, tmp_path / "new", "--config", tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="`training.fsdp` must be left out in one process"):
+        (tmp_path / "sharded.yaml").write_text("fsdp: true\n")
+        command("train", tmp_path / "merging", pairs, tmp_path / "new", "--config", tmp_path / "sharded.yaml")
     assert not (tmp_path / "new").exists()
 
 

@@ -28,6 +28,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, its data and its model, show what it takes, and stop.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: how many devices will train. Default: one a process.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop where a row of the data makes no pair, instead of leaving it out.")
     ] = False,
@@ -53,6 +56,11 @@ def run(
         raise UserError(f"`ummrm run` needs more than is installed ({error}); pip install 'ummrm[run]'.") from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if devices is not None and not dry_run:
+        raise UserError(
+            f"`--devices` must be left out without --dry-run, got {devices}; a run has as many as its processes: "
+            f"accelerate launch --num_processes {devices} -m ummrm run {recipe}"
+        )
     changes = {name: value for name, value in (("output", output), ("seed", seed)) if value is not None}
     with blaming("", RecipeError, DataError), quiet_libraries():
         read = read_recipe(recipe, **changes)
@@ -61,7 +69,7 @@ def run(
         if trust_remote_code:
             read = dataclasses.replace(read, model=dataclasses.replace(read.model, trust_remote_code=True))
         if dry_run:
-            _show(plan_recipe(read, log=note))
+            _show(plan_recipe(read, log=note, devices=devices))
             return
         keep_freed_memory()
         outcome = run_recipe(read, log=note)
@@ -72,7 +80,7 @@ def run(
 
 def _show(plans: list[StagePlan]) -> None:
     """The stages that train, as a table; computed, not measured."""
-    head = ("stage", "parameters", "trained", "steps", "tokens", "FLOPs", "memory")
+    head = ("stage", "parameters", "trained", "steps", "tokens", "FLOPs", *_MEMORY)
     rows = [
         (
             one.stage,
@@ -81,7 +89,7 @@ def _show(plans: list[StagePlan]) -> None:
             f"{one.steps:,}",
             f"{one.tokens:.2e}",
             f"{one.flops:.2e}",
-            size(one.memory),
+            *(size(getattr(one, part)) for part in _MEMORY),
         )
         for one in plans
     ]
@@ -96,7 +104,19 @@ def _show(plans: list[StagePlan]) -> None:
             say(row[0])
             for name, cell in zip(head[1:], row[1:], strict=True):
                 say(f"  {name:<{names}}  {cell:>{numbers}}")
+    note(f"computed from shapes, {_where(plans[0])}; nothing is measured, and nothing was written")
     note(
-        "computed from shapes, for one device without sharding, as if every parameter were trained (frozen ones and "
-        "LoRA take less); nothing is measured, and nothing was written"
+        "left out: 16-bit copies that mixed precision keeps of 32-bit weights, attention's matrices, what several "
+        "experts a token keep beyond one, one layer's gathered or merged weights and their gradients, the teacher's "
+        "memory, and what libraries hold; optimizer is AdamW's, whatever `optim` says"
     )
+
+
+_MEMORY = ("weights", "gradients", "optimizer", "activations", "memory")
+
+
+def _where(one: StagePlan) -> str:
+    if one.devices == 1:
+        return "for one device"
+    share = "which share weights, gradients and optimizer" if one.sharded else "which each hold everything"
+    return f"for each of {one.devices} devices, {share}"

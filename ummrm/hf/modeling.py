@@ -211,9 +211,12 @@ def install(model: UmmPreTrainedMixin) -> None:
     if config.upcycle_config.has_head_experts and not headless and not model.umm_head:
         model.umm_head = head_name(model)
         _exchange_linear(model, model.umm_head, backbone)
-    # device_map must keep a layer whole; a head that made its backbone itself has collected the stock names alone
+    # device_map must keep a layer whole, and FSDP wraps each by the names here, of which none may be missing; a head
+    # that made its backbone itself has collected the stock names alone
+    ours = {type(layer).__name__ for layer in layers}
     for holder in (backbone, model):
-        holder._no_split_modules = {*(holder._no_split_modules or ()), *(type(layer).__name__ for layer in layers)}
+        others = {*(holder._no_split_modules or ())} - {name.removeprefix("Umm") for name in ours}
+        holder._no_split_modules = others | ours
 
 
 def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None:

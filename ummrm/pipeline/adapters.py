@@ -55,6 +55,18 @@ def lora_config(given: Mapping[str, Any], model: Any) -> Any:
     )
 
 
+def adapted(model: Any, config: Any, **options: Any) -> Any:
+    """A model under fresh adapters, as a trainer makes it of a `peft.LoraConfig`.
+
+    Raises:
+        RecipeError: peft can't put them where `lora` says.
+    """
+    try:
+        return _peft().get_peft_model(model, config, **options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"`lora`: peft refuses its places: {' '.join(str(error).split())[:400]}") from error
+
+
 def folded(model: Any) -> Any:
     """A model with its adapters folded in; one without is as it is."""
     return model.merge_and_unload() if hasattr(model, "peft_config") else model

@@ -16,7 +16,7 @@ from ..trainer.base import phase_of
 from ..trainer.dense import DenseRewardTrainer
 from . import stages
 from .adapters import check_lora
-from .arguments import said, stage_arguments
+from .arguments import check_sharding, check_started, said, stage_arguments
 from .processes import processes
 from .progress import Bar
 from .recipe import Recipe, RecipeError
@@ -49,6 +49,8 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
     check_folder(folder, made_by="stages")
     start = find_start(recipe.model, recipe.seed, upcycled=True)
     arguments = stage_arguments(recipe, "train", folder / "stages" / "train", checkpointed=start.checkpointed)
+    check_sharding(recipe, {"train": arguments}, learned=False)
+    check_started(arguments, processes().num_processes)
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments.max_length)
@@ -67,6 +69,7 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
             kind: Any = _TRAINERS[phase_of(model)]
             if kind is UmmMergeTrainer and recipe.lora is not None:
                 raise RecipeError("`lora` must be left out for a model in its merge phase, which trains alpha alone.")
+            check_sharding(recipe, {"train": arguments}, learned=kind is UmmMergeTrainer)
             found = stages.fit(stages.make_trainer(kind, at, "train", model), at, "train", folder)
             record.finish("train", settings, found)
             stages.clean(at, "train")

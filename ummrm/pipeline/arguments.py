@@ -6,6 +6,7 @@ Whatever a block says goes before what `training` says, and that before the defa
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -76,9 +77,42 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
     if not torch.accelerator.is_available():
         given = {**WITHOUT_ACCELERATOR, **given}
     try:
-        return kind(output_dir=str(folder), seed=recipe.seed, **given)
+        return kind(output_dir=str(folder), seed=recipe.seed, **copy.deepcopy(given))  # which it writes into
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"`{stage}`: TRL refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def check_sharding(recipe: Recipe, arguments: Mapping[str, Any], *, learned: bool) -> None:
+    """Raises RecipeError where FSDP is asked for and a stage can't be run so.
+
+    Args:
+        recipe: the recipe.
+        arguments: of each stage that it has.
+        learned: whether merge weights are learned.
+    """
+    whole = [name for name, one in arguments.items() if not one.fsdp]
+    if len(whole) == len(arguments):
+        return
+    if whole:
+        raise RecipeError(
+            f"`fsdp` must be said of all stages, got none in {', '.join(whole)}; say it in `training`, once."
+        )
+    if recipe.lora is not None:
+        raise RecipeError("`lora` must be left out with `fsdp`: sharded adapters can't be folded in; drop one.")
+    if learned:
+        raise RecipeError(
+            "`merge.weights` must be mean with `fsdp`: merge weights of a sharded mixture can't be learned; set it, or "
+            "drop `fsdp`."
+        )
+
+
+def check_started(arguments: Any, processes: int) -> None:
+    """Raises RecipeError where weights are to be shared by the processes, and there is one."""
+    if arguments.fsdp and processes < 2:
+        raise RecipeError(
+            "`training.fsdp` must be left out in one process, which has nobody to share with; start several: "
+            "accelerate launch --num_processes 8 -m ummrm ..."
+        )
 
 
 def stage_block(recipe: Recipe, stage: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 import yaml
 from datasets import Dataset, load_dataset
 
+from ..config import UpcycleConfig
 from ..data import PreferenceData, read_pairs
 from ..files import write_atomically, write_json
 from ..hf.texts import texts_of, token_ids
 from ..version import __version__
 from . import stages
 from .adapters import check_lora
-from .arguments import said, stage_arguments
+from .arguments import check_sharding, check_started, said, stage_arguments
 from .measure import measure
 from .plan import StagePlan, plan, shapes
 from .processes import processes
@@ -72,26 +73,52 @@ def run_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> Outcome
     first = processes().is_main_process
     say = log if first else (lambda _: None)
     at = prepare(recipe, say)
+    check_started(at.arguments["train"], processes().num_processes)
     with locked(at.folder) if first else contextlib.nullcontext():
         return _run(at, say, first)
 
 
-def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print) -> list[StagePlan]:
+def plan_recipe(recipe: Recipe, *, log: Callable[[str], None] = print, devices: int | None = None) -> list[StagePlan]:
     """Checks a recipe with its data and its model's files, and counts what its stages will take; writes nothing.
+
+    Args:
+        recipe: the recipe.
+        log: takes lines on what was read and left out.
+        devices: how many will train; None: as many as there are processes. Where the recipe's `training` has `fsdp`,
+            they share weights, gradients and moments; else each holds all of them.
 
     Raises:
         RecipeError: as `run_recipe`.
         DataError: as `run_recipe`.
     """
     at = prepare(recipe, log)
-    dense, mixture = shapes(stock_config_of(recipe.model), at.upcycle)
+    config = stock_config_of(recipe.model)
     some = at.pairs.train.select(range(min(_SOME, len(at.pairs.train))))
     lengths = [len(token_ids(at.start.tokenizer, text, row)) for row in some for text in texts_of(row)]
     texts = len(at.texts) * (1 if recipe.texts() else 2)
-    members = at.upcycle.num_experts if at.upcycle.by_sequence else 0
-    sizes: dict[str, Any] = {"pairs": len(at.pairs.train), "texts": texts, "lengths": lengths, "members": members}
-    trained = {name: one for name, one in at.arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
-    return plan(dense, mixture, trained, dtype=recipe.model.dtype, **sizes)
+    sizes: dict[str, Any] = {"pairs": len(at.pairs.train), "texts": texts, "lengths": lengths}
+    return plan_stages(recipe, config, at.upcycle, at.arguments, devices=devices, **sizes)
+
+
+def plan_stages(
+    recipe: Recipe, config: Any, upcycle: UpcycleConfig, arguments: Mapping[str, Any], **sizes: Any
+) -> list[StagePlan]:
+    """What the stages of a recipe that train will take, of a model's configuration alone.
+
+    Args:
+        recipe: the recipe.
+        config: the stock model's.
+        upcycle: what becomes of it.
+        arguments: of each stage that it has.
+        sizes: `pairs`, `texts`, `lengths` and `devices` of `plan`.
+
+    Raises:
+        RecipeError: as `shapes`.
+    """
+    merge = recipe.merge_config()
+    found = shapes(config, upcycle, dtype=recipe.model.dtype, frozen=recipe.model.frozen, lora=recipe.lora, merge=merge)
+    trained = {name: one for name, one in arguments.items() if name != "merge" or recipe.merge_weights == "learned"}
+    return plan(found, trained, members=upcycle.num_experts if upcycle.by_sequence else 0, **sizes)
 
 
 def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
@@ -105,13 +132,8 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     check_folder(folder)
     start = find_start(recipe.model, recipe.seed)
     upcycle = recipe.upcycle_config(start.fresh)
-    used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
-    longer = {"train": recipe.longer(upcycle)}
-    given = {"checkpointed": start.checkpointed}
-    arguments = {
-        name: stage_arguments(recipe, name, folder / "stages" / name, longer=longer.get(name, 1), **given)
-        for name in used
-    }
+    arguments = every_argument(recipe, upcycle, folder / "stages", checkpointed=start.checkpointed)
+    check_sharding(recipe, arguments, learned=recipe.merge_weights == "learned")
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments["train"].max_length)
@@ -119,6 +141,28 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     for line in (*pairs.report.lines(), *start.notes):
         say(line)
     return stages.Setting(recipe, start, pairs, texts, folder, upcycle, arguments, lambda stage: [Bar(stage)])
+
+
+def every_argument(
+    recipe: Recipe, upcycle: UpcycleConfig, folder: Path, *, checkpointed: bool = True
+) -> dict[str, Any]:
+    """The arguments of each stage's trainer, by stage.
+
+    Args:
+        recipe: the recipe.
+        upcycle: what becomes of its model, which says how long the mixture is trained.
+        folder: where stages keep their checkpoints.
+        checkpointed: whether the model's activations can be checkpointed.
+
+    Raises:
+        RecipeError: as `stage_arguments`.
+    """
+    used = [name for name in ("dense", "train", "merge", "distill") if _is_run(recipe, name)]
+    longer = {"train": recipe.longer(upcycle)}
+    return {
+        name: stage_arguments(recipe, name, folder / name, longer=longer.get(name, 1), checkpointed=checkpointed)
+        for name in used
+    }
 
 
 def _run(at: stages.Setting, say: Callable[[str], None], first: bool) -> Outcome:

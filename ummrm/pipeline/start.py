@@ -76,9 +76,7 @@ class Start:
 
     def freeze(self, model: Any) -> None:
         """Excludes from training what the recipe says."""
-        for name, parameter in model.named_parameters():
-            if name.startswith(self.source.frozen):
-                parameter.requires_grad_(False)
+        freeze(model, self.source.frozen)
 
     def name_padding(self, model: Any) -> None:
         """Tells a model what batches are padded with."""
@@ -94,6 +92,13 @@ class Start:
         files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in kinds]
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return {"path": str(folder.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+
+
+def freeze(model: Any, frozen: tuple[str, ...]) -> None:
+    """Excludes the parameters from training whose names begin as `frozen` says."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
 
 
 def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Start:
