@@ -85,6 +85,7 @@ NOT_SURE = [
     ("apertus", {}, "ApertusMLP .*computes something else"),
     ("mixtral", {}, "0 children of a MixtralDecoderLayer are provably FFNs"),
     ("albert", {}, r"the backbone has 0 lists of layers \(none\), not one"),
+    ("squeezebert", {"embedding_size": 24}, "0 children of a SqueezeBertModule are provably FFNs"),
     ("t5", {}, r"encoder is a model of its own.*masked='\?'"),
 ]
 
