@@ -154,7 +154,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("width", [40, 100])
+@pytest.mark.parametrize("width", [40, 150])
 def test_a_plan_fits_the_terminal(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     run_command._show(PLANS)
@@ -163,7 +163,7 @@ def test_a_plan_fits_the_terminal(width, monkeypatch, capsys):
     text = " ".join(lines)
     for part in ("train", "distill", "parameters", "28,000,000,000", "12,345", "1.20e+12", "3.40e+21", "450 GB"):
         assert part in text, part
-    assert len(lines) == (3 if width == 100 else 2 * 7)
+    assert len(lines) == (3 if width == 150 else 2 * 11)
 
 
 @pytest.mark.parametrize("width", [40, 100])

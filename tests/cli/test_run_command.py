@@ -27,6 +27,7 @@ def folder(tmp_path, monkeypatch):
         (b"\xff\xfe\x00", "can't be read as YAML"),
         ("[" * 5000, "can't be read as YAML"),
         ("? [a]\n: b\n", "can't be read as YAML"),
+        ("train: {}\nseed: 1\ntrain: {}\n", "the key 'train' is given twice, again in line 3"),
         ("- model\n", "a recipe must be a mapping of model, data, output"),
         ("", "a recipe must be a mapping"),
         ("3: 4\n", "a recipe has no field `3`"),
@@ -96,6 +97,7 @@ def test_a_number_without_a_point_is_a_number(folder):
     from ummrm.pipeline import read_recipe
     from ummrm.pipeline.arguments import stage_arguments
 
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(PLAIN) + "training: {learning_rate: 1e-5, max_steps: 3}\n")
+    more = "dense: &same {learning_rate: 1e-5, max_steps: 3}\ntraining: {<<: *same}\n"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(PLAIN) + more)
     arguments = stage_arguments(read_recipe("recipe.yaml"), "train", folder / "stage")
     assert arguments.learning_rate == 1e-5 and arguments.max_steps == 3

@@ -213,13 +213,14 @@ def test_devices_share_what_a_recipe_says_that_they_share(tmp_path):
     assert kept.flops < own.flops and kept.activations > own.activations
 
 
-def test_the_command_shows_a_plan_and_says_mistakes_in_a_line(tmp_path):
+def test_the_command_shows_a_plan_and_says_mistakes_in_a_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     write_backbone(tmp_path / "backbone")
     write_pairs(tmp_path / "pairs.jsonl")
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {tmp_path}/backbone\ndata: {tmp_path}/pairs.jsonl\noutput: {tmp_path}/out\n")
+    monkeypatch.setenv("COLUMNS", "150")
     result = CliRunner().invoke(app, ["run", str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["stage", "train", "distill"]

@@ -203,6 +203,21 @@ class Recipe:
         return (given,) if isinstance(given, str) else tuple(given)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would take the last of equal keys in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        found: list[Any] = []
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose keys give way to the mapping's own
+                continue
+            name = self.construct_object(key, deep=True)
+            if name in found:
+                raise ValueError(f"the key {name!r} is given twice, again in line {key.start_mark.line + 1}")
+            found.append(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: str | Path, **changes: Any) -> Recipe:
     """A recipe from a YAML file.
 
@@ -221,7 +236,7 @@ def read_recipe(path: str | Path, **changes: Any) -> Recipe:
             f"{path} must be a recipe of at most {_LARGEST >> 10} kB, got {path.stat().st_size >> 10} kB."
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except Exception as error:  # PyYAML raises what its constructors happen to: overflows, dates that are none
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise RecipeError(f"{path} can't be read as YAML: {said}; mend the file.") from error
