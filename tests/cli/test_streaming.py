@@ -70,7 +70,7 @@ class Written:
         self.contents = {name: contents(root / name) for name in ("dense", "moe", "merged")}
         self.largest = 2 * 8 * width**2 * 4  # gate_up_proj [2, 2I, H] in fp32
 
-    def check_memory(self, beside=32 << 20):  # of which 10 to 25 MB were seen, much of it a heap's gaps
+    def check_memory(self, beside=40 << 20):  # of which 10 to 35 MB were seen, much of it a heap's gaps
         dense, moe = size_of(self.root / "dense"), size_of(self.root / "moe")
         allowed = self.largest + SHARD + beside
         assert allowed < 0.6 * dense and allowed < moe / 4, "or the test says nothing"
