@@ -100,7 +100,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def written(run, tmp_path_factory):
-    return Written(run, tmp_path_factory.mktemp("big"), layers=24, width=224)
+    return Written(run, tmp_path_factory.mktemp("big"), layers=30, width=224)
 
 
 def test_memory_stays_below_a_part_of_the_checkpoint(written):
