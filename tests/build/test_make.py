@@ -32,7 +32,7 @@ def sources():
 @pytest.fixture
 def plan(tmp_path):
     """Plans of a checkout whose set-up is done: its markers lie in a folder of this test."""
-    for marker in (".made", ".torch", ".cmake", ".ummrm", ".test"):
+    for marker in (".made", ".torch", ".cmake", ".ummrm", ".real", ".test"):
         (tmp_path / marker).touch()
 
     def make(*arguments):

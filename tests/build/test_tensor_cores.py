@@ -117,7 +117,7 @@ def test_what_changed_is_compiled_again(compiled, sass_check, tmp_path, monkeypa
     for path in copied:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((ROOT / path).read_bytes())
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools").mkdir(exist_ok=True)
     files = [f"{path.name}.o" for path in (ROOT / "kernels/cuda/sm90").glob("*.cu")]
     kernels = [sass_check.Kernel(file, "sm_90a", "kernel", 168, 0, 8, 0) for file in files]
     monkeypatch.setattr(compiled.sass_check, "check", lambda build: kernels)

@@ -182,7 +182,9 @@ def test_the_keys_of_every_kind_are_those_of_the_page(written, tmp_path):
         for phase in ("mixture", "merging"):
             config = kinds[phase][1]
             held = {key for key in config if key.startswith("umm")}
-            assert held == keys - {"model_type", "umm_family"} - ({"umm_merge"} if phase == "mixture" else set())
+            assert held == keys - {"model_type", "umm_family", "umm_code"} - (
+                {"umm_merge"} if phase == "mixture" else set()
+            )
             assert config["model_type"].startswith("umm_") and config["umm_phase"] == phase
             assert UpcycleConfig.from_dict(config["umm"]).to_dict() == config["umm"]
             assert config["umm_format_version"] == 1 and config["umm_base_model"] is None
@@ -191,7 +193,8 @@ def test_the_keys_of_every_kind_are_those_of_the_page(written, tmp_path):
         assert not re.search(r"\bumm(rm)?\b|\bumm_|\bUmm[A-Z]", json.dumps(merged))
         assert merged["model_type"] == dense["model_type"] and merged["architectures"] == dense["architectures"]
     _, config = saved(ummrm.upcycle(structure_model(), UpcycleConfig()), tmp_path)
-    assert seen | {"umm_family"} == set(KEYS) and config["umm_family"]["model_type"] == "smollm3"
+    assert seen | {"umm_family", "umm_code"} == set(KEYS)  # the latter: tests/cli/test_remote_code.py
+    assert config["umm_family"]["model_type"] == "smollm3"
     assert "writes and reads\nformat 1." in PAGE and FORMAT_VERSION == OLDEST_FORMAT == 1
 
 

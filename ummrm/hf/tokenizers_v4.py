@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 _FILE = "tokenizer_config.json"
 
 
@@ -38,6 +40,4 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
         told["additional_special_tokens"] = told.pop("extra_special_tokens")
     if hasattr(tokenizer, "model_input_names"):
         told.setdefault("model_input_names", list(tokenizer.model_input_names))
-    new = path.with_name(f".{_FILE}.new")  # a reader finds the old file or the new one
-    new.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_atomically(path, json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
