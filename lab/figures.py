@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,7 +25,12 @@ FONT = {
 }
 
 
-def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend for the figure, of the entries of `axis`."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2)
+def legend_below(figure: Figure, axes: Iterable[Axes], columns: int) -> None:
+    """One legend for the figure: what any of `axes` has, once, in the order in which it comes."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
+    )

@@ -104,7 +104,7 @@ def over_optimisation(study: StudyConfig, curves: Sequence[dict], optimiser: str
         axes[1, column].set_xlabel("√KL from the policy, √nats")
     for axis in axes[:, 0]:
         axis.set_ylabel("standard deviations of\nthe policy's own answers")
-    legend_below(figure, axes[0, 0], columns=3)
+    legend_below(figure, axes.flat, columns=3)
     points = "steps" if optimiser == "ppo" else "measurements"
     name = "Best-of-n" if optimiser == "best_of_n" else f"{optimiser.upper()} (means over {window} {points})"
     after = ": " if len(regimes) > 1 else "\n"  # one column is too narrow for the whole line
@@ -183,7 +183,7 @@ def accuracies(study: StudyConfig, runs: Runs) -> Figure | None:
         axis.set(title=study.title(regime), xlabel="share of pairs ordered as gold does")
     axes[0].set_yticks(range(len(arms)), [study.label(arm) for arm in arms])
     axes[0].invert_yaxis()
-    legend_below(figure, axes[0], columns=3)
+    legend_below(figure, axes, columns=3)
     figure.suptitle("Preference accuracy (dotted: chance)", fontsize=11)
     return figure
 
@@ -215,7 +215,7 @@ def shared_share(study: StudyConfig, runs: Runs) -> Figure | None:
                 axis.axhline(found[0], color=color, linestyle="--", label=f"{study.label(name)} (mean)")
         axis.set(title=study.title(regime), xlabel="λ, the shared expert's share of the merge")
     axes[0].set_ylabel(OUTCOMES.get(outcome, outcome))
-    legend_below(figure, axes[0], columns=3)
+    legend_below(figure, axes, columns=3)
     return figure
 
 
@@ -242,7 +242,7 @@ def gates(study: StudyConfig, experts: Sequence[dict]) -> Figure | None:
     for axis in axes[:, 0]:
         axis.set_ylim(bottom=0)
         axis.set_ylabel("share")
-    legend_below(figure, axes[0, 0], columns=4)
+    legend_below(figure, axes.flat, columns=4)
     figure.suptitle("Routing statistics and merge weights (dotted: all equal)", fontsize=11)
     return figure
 
@@ -276,7 +276,7 @@ def specialisation(study: StudyConfig, experts: Sequence[dict]) -> Figure | None
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("bits")
     axes[1, 0].set_ylabel("rise of the preference loss, nats a pair")
-    legend_below(figure, axes[0, 0], columns=4)
+    legend_below(figure, axes[0], columns=4)
     axes[1, 0].legend(frameon=False, title="left out")
     return figure
 

@@ -75,7 +75,7 @@ def training_curves(result: RecipeResult) -> Figure:
     for axis in axes[:3]:
         for start in {upcycling, merging} - {0}:
             axis.axvline(start, color="0.6", linewidth=0.9, linestyle=":", zorder=0)
-    legend_below(figure, axes[1], columns=len(result.histories))
+    legend_below(figure, [axes[1]], columns=len(result.histories))
     lines = "dotted lines: upcycling, merging" if upcycling else "dotted line: merging"
     figure.suptitle(f"{result.config.name}: training ({lines})", fontsize=11)
     return figure
@@ -194,7 +194,7 @@ def best_of_n(result: RecipeResult) -> Figure:
     axes[1].set(title="Score by the selecting model", xlabel=kl_label, ylabel=proxy_label)
     axes[2].set(title="Gold against proxy, n rising rightwards", xlabel=proxy_label, ylabel="gold reward")
     axes[1].yaxis.set_major_locator(MaxNLocator(6))
-    legend_below(figure, axes[0], columns=len(result.arms))
+    legend_below(figure, [axes[0]], columns=len(result.arms))
     largest = next(iter(result.arms.values())).best_of_n.n[-1]
     prompts = result.task.policy.gold.shape[0]
     figure.suptitle(
