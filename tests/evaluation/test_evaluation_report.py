@@ -1,9 +1,11 @@
 """The whole evaluation of tiny models: its numbers from their rewards, what it says of odd data, JSON and page."""
 
+import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,3 +259,17 @@ def test_mistakes_are_clear(models, data):
         evaluate({}, data)
     with pytest.raises(ValueError, match="`gold` must be given where, and only where"):
         evaluate({"one": models["one"]}, data, gold=models["one"])
+
+
+def test_the_head_compares_with_the_first_model_alone():
+    """Of three models there are three comparisons: two in sentences, all of them in the table."""
+    agreement = SimpleNamespace(value=0.9, low=0.8, high=0.95)
+
+    def compared(first, second):
+        return SimpleNamespace(first=first, second=second, better=None, agreement=agreement, adjusted_p=1.0)
+
+    names = ("dense", "mixture", "merged")
+    models = {name: SimpleNamespace(accuracy=None, benchmarks=(), best_of_n=None) for name in names}
+    comparisons = [compared(a, b) for a, b in itertools.combinations(names, 2)]
+    said = summary(SimpleNamespace(models=models, comparisons=comparisons, pairs=5))
+    assert len(said) == 2 and all(one.startswith("dense and ") for one in said)

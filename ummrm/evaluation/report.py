@@ -76,7 +76,7 @@ def page(result: Evaluation) -> str:
 
 
 def summary(result: Evaluation) -> list[str]:
-    """The results in sentences, a few a model."""
+    """The results in sentences, a few a model; of comparisons those with the first model, the others are in a table."""
     said = []
     for name, model in result.models.items():
         if model.accuracy is not None:
@@ -91,7 +91,7 @@ def summary(result: Evaluation) -> list[str]:
         if model.best_of_n is not None and model.best_of_n.fall > 0:
             curve = model.best_of_n
             said.append(f"{name}: gold reward is highest at n = {curve.peak} and {curve.fall:.2f} SD lower at the end.")
-    for one in result.comparisons:
+    for one in (one for one in result.comparisons if one.first == next(iter(result.models))):
         better = one.better
         ends = "no difference in accuracy is shown" if better is None else f"{better} is more accurate"
         said.append(

@@ -379,7 +379,7 @@ def _notes(
     if any(pair.prompt is None and isinstance(pair.chosen, str) for pair in data.pairs):
         notes.append(
             "Some pairs are texts in which the prompt is not told from the answer: edits of an answer's beginning or "
-            "form are left out there. A column `prompt`, or conversations, bring them in."
+            "form are left out there. A column named prompt, or conversations, bring them in."
         )
     if any(choice.subset == TIES for choice in data.choices):
         notes.append(
