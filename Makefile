@@ -42,7 +42,7 @@ LAB := $(BIN)/python -m lab
 
 # All that the extension is compiled from and by; CUDA's sources too, which are where torch is built with CUDA.
 folders := csrc kernels/cpu kernels/cuda kernels/cuda/sm80 kernels/cuda/sm90 kernels/include/ummrm
-NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py $(wildcard third_party/*.py third_party/*.cmake \
+NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_build.py tools/architectures.cmake $(wildcard third_party/*.py third_party/*.cmake \
 	$(foreach folder,$(folders),$(foreach kind,cpp h cu cuh inc,$(folder)/*.$(kind))))
 STUDIES := $(addprefix lab-,claim ablations followup sweep backbone-search backbone-lengths backbone-heads backbone-questions backbone-claim \
 	trained-search trained-claim ratings-search ratings-claim smollm)

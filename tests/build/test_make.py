@@ -17,6 +17,7 @@ SESSIONS = {"address", "thread", "csrc-sanitized", "cuda", "emulated", "types", 
 SESSIONS |= {"python3.12-torch2.11", "triton3.6", "torch2.14", "distributions", "package"}
 SESSIONS |= {"extras-lowest", "extras-newest"}
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "tools/build_backend.py", "tools/cuda_build.py")
+FILES += ("tools/architectures.cmake",)
 
 
 def sources():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from ..config import MergeConfig, UpcycleConfig
 from ..hf.detect import find_family
@@ -26,7 +25,7 @@ from ..nn.upcycled_ffn import upcycled_ffns
 from ..nn.upcycled_linear import UpcycledLinear
 from .adapters import adapted, lora_config
 from .recipe import RecipeError
-from .start import freeze
+from .start import freeze, stock_class_of
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,7 @@ def shapes(
     Raises:
         RecipeError: there is no reward model of its family, it can't be upcycled, or peft refuses the adapters.
     """
-    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    stock = mapping.get(type(config), None)
-    if stock is None:
-        raise RecipeError(
-            f"`model.path` must be of a family that has a class for reward models, and transformers has none for "
-            f"model_type {config.model_type!r}."
-        )
+    stock = stock_class_of(config)
     config = copy.deepcopy(config)
     config.num_labels = 1
     with torch.device("meta"):

@@ -121,13 +121,7 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
             f"`model.path` must be a dense model, and {source.path} is upcycled already; give the model that it was "
             "made of, or train it with UmmRewardTrainer."
         )
-    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    stock = mapping.get(type(config), None)
-    if stock is None and not source.trust_remote_code:
-        raise RecipeError(
-            "`model.path` must be of a family that has a class for reward models, and transformers has none for "
-            f"model_type {config.model_type!r}; use a model of another family."
-        )
+    stock = stock_class_of(config, required=not source.trust_remote_code)
     named = (config.architectures or [""])[0]
     has_head = named.endswith("ForSequenceClassification") and config.num_labels == 1
     if source.head == "keep" and not has_head:
@@ -160,6 +154,22 @@ def find_start(source: ModelSource, seed: int, *, upcycled: bool = False) -> Sta
         has_experts,
         stock is not None and stock.supports_gradient_checkpointing,
     )
+
+
+def stock_class_of(config: Any, *, required: bool = True) -> Any:
+    """The class for reward models that transformers has for a configuration.
+
+    Raises:
+        RecipeError: it has none, where one is required; else that is None.
+    """
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    stock = mapping.get(type(config), None)
+    if stock is None and required:
+        raise RecipeError(
+            "`model.path` must be of a family that has a class for reward models, and transformers has none for "
+            f"model_type {config.model_type!r}; use a model of another family."
+        )
+    return stock
 
 
 def stock_config_of(source: ModelSource, *, upcycled: bool = True) -> Any:
