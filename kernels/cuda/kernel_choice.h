@@ -2,26 +2,15 @@
 // repeat. Every candidate names its workspace, so that the one that is launched is the one that was provided for.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <atomic>
 #include <iterator>
 
+#include "per_device.h"
 #include "tensor_cores.h"
 
 namespace ummrm::cuda {
 
-// The device's major compute capability, asked once a device; 0 where there is none.
-inline int device_major() {
-  constexpr int kKnown = 64;
-  static std::atomic<int> known[kKnown];
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0) return 0;
-  if (device < kKnown && known[device] != 0) return known[device];
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
-  if (device < kKnown) known[device] = major;
-  return major;
-}
+// The current device's major compute capability; 0 where there is none.
+inline int device_major() { return device_attribute<cudaDevAttrComputeCapabilityMajor>(); }
 
 inline constexpr int kAnyMajor = 0x7fffffff;
 

@@ -6,6 +6,7 @@
 
 #include "expert_tiles.h"
 #include "grouped_product.h"
+#include "per_device.h"
 
 #if defined(UMMRM_SM80) || defined(UMMRM_SM90)
 
@@ -28,12 +29,7 @@ constexpr Architecture kSm90 = {90, sm90::forward, sm90::input_grad, sm90::weigh
 #endif
 
 // Of the current device; 0 where there is none.
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  return count;
-}
+int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 
 // A bias's address is one of these as well: Ampere reads it in words of 16 bytes.
 template <class... Addresses>

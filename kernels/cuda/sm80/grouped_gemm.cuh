@@ -1,10 +1,11 @@
 // The instances for Ampere and Ada, which newer GPUs without instances of their own run too: CUTLASS's grouped GEMM
 // with its schedule made on the device, mma.sync fed by cp.async, sums in fp32.
 //
-// Of CUTLASS 4.2 this relies on the following, read in its sources. The schedule needs no workspace and no shape on the
-// host, walks a problem's tiles along its columns, and counts tiles in int32. An operand's address and row stride are
-// read for each problem, so a source of stride 0 is one row for all of them: the bias. A source of factor 0 is not
-// read.
+// The kernel is launched here and not by CUTLASS, which asks the runtime for the same at each call, and keeps its
+// errors. Of CUTLASS 4.2 this relies on the following, read in its sources. The schedule needs no workspace and no
+// shape on the host, walks a problem's tiles along its columns, and counts tiles in int32. An operand's address and row
+// stride are read for each problem, so a source of stride 0 is one row for all of them: the bias. A source of factor 0
+// is not read.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -18,7 +19,7 @@
 
 #include "../expert_tiles.h"
 #include "../grouped_product.h"
-#include "../launch_error.h"
+#include "../per_device.h"
 
 namespace ummrm::cuda::sm80 {
 
@@ -47,10 +48,26 @@ struct Instance {
 
   static int64_t scratch_bytes(int) { return 0; }
 
+  static constexpr int kShared = static_cast<int>(sizeof(typename Kernel::SharedStorage));
+
+  // Blocks that a multiprocessor of the current device holds; the kernel is then ready to be launched there.
+  static int resident_blocks(cudaError_t& status) {
+    static PerDevice known;
+    return known.get(
+        [](int, int* blocks) {
+          const auto kernel = &cutlass::Kernel<Kernel>;
+          cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+          if (status == cudaSuccess)
+            status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Kernel::kThreadCount, kShared);
+          return status == cudaSuccess && *blocks < 1 ? cudaErrorInvalidConfiguration : status;
+        },
+        status);
+  }
+
   static int run(const GroupedProduct& product, Stream stream) {
-    const auto* kernel = reinterpret_cast<const void*>(&cutlass::Kernel<Kernel>);
-    const int resident = Gemm::maximum_active_blocks();
-    if (resident < 1) return error_of(kernel, cudaErrorInvalidConfiguration);
+    cudaError_t status = cudaSuccess;
+    const int resident = resident_blocks(status);
+    if (status != cudaSuccess) return status;
     const GroupTables& tables = product.tables;
     const typename Gemm::Arguments args(
         reinterpret_cast<cutlass::gemm::GemmCoord*>(tables.shapes), product.problems, resident * product.sms,
@@ -58,10 +75,9 @@ struct Instance {
         const_cast<Element**>(reinterpret_cast<const Element**>(tables.b)),
         const_cast<Out**>(reinterpret_cast<const Out**>(tables.bias)), reinterpret_cast<Out**>(tables.d),
         tables.a_stride, tables.b_stride, tables.bias_stride, tables.d_stride);
-    Gemm gemm;
-    if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess)
-      return error_of(kernel, cudaErrorInvalidValue);
-    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : error_of(kernel, cudaErrorLaunchFailure);
+    const cudaLaunchConfig_t config = {dim3(static_cast<unsigned>(resident * product.sms)), dim3(Kernel::kThreadCount),
+                                       kShared, stream};
+    return cudaLaunchKernelEx(&config, &cutlass::Kernel<Kernel>, typename Kernel::Params(args));
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }

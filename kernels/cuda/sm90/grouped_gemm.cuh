@@ -6,7 +6,8 @@
 // encodes two descriptors on the host (their addresses and sizes are replaced on the device before use) and sets the
 // kernel's shared memory. The scratch holds each block's descriptors; no earlier content is read. Three ints are a
 // shape; a stride is the int64 of its one mode that is not constant. Tiles past a group's rows read zeros and store
-// nothing.
+// nothing. The kernel is launched here and not by CUTLASS's adapter, which encodes maps and sets attributes at each
+// call, and keeps the runtime's errors to itself.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -20,11 +21,12 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include <cstring>
 #include <type_traits>
 
 #include "../expert_tiles.h"
 #include "../grouped_product.h"
-#include "../launch_error.h"
+#include "../per_device.h"
 
 namespace ummrm::cuda::sm90 {
 
@@ -106,14 +108,70 @@ struct Instance {
     return static_cast<int64_t>(Gemm::get_workspace_size(arguments(product)));
   }
 
+  using Params = typename Kernel::Params;
+
+  // A driver that refuses to encode a map leaves it as it was; CUTLASS prints so and goes on.
+  static bool encoded(const cute::TmaDescriptor& map) {
+    constexpr cute::TmaDescriptor kNone{};
+    return std::memcmp(&map, &kNone, sizeof(map)) != 0;
+  }
+
+  // The maps are encoded for the first call; blocks replace their addresses and sizes, so they serve all calls.
+  static Params params_of(const typename Gemm::Arguments& args, void* scratch) {
+    static const Params first = Kernel::to_underlying_arguments(args, scratch);
+    Params params = first;
+    params.problem_shape = args.problem_shape;
+    params.hw_info.sm_count = args.hw_info.sm_count;
+    params.mainloop.ptr_A = args.mainloop.ptr_A;
+    params.mainloop.dA = args.mainloop.dA;
+    params.mainloop.ptr_B = args.mainloop.ptr_B;
+    params.mainloop.dB = args.mainloop.dB;
+    params.epilogue.ptr_D = args.epilogue.ptr_D;
+    params.epilogue.dD = args.epilogue.dD;
+    params.epilogue.thread =
+        Epilogue::FusionCallbacks::to_underlying_arguments(args.problem_shape, args.epilogue.thread, nullptr);
+    params.scheduler = Kernel::TileScheduler::to_underlying_arguments(
+        args.problem_shape, typename Kernel::TileShape{}, typename Kernel::ClusterShape{}, params.hw_info,
+        args.scheduler, nullptr, Epilogue::get_store_pipe_increment(typename Kernel::TileShape{}));
+    // The scratch: the epilogue's maps, then the main loop's.
+    auto* at = static_cast<unsigned char*>(scratch);
+    params.epilogue.tensormaps = reinterpret_cast<cute::TmaDescriptor*>(at);
+    const auto bytes = Epilogue::get_workspace_size(args.problem_shape, args.epilogue, args.hw_info.sm_count);
+    params.mainloop.tensormaps = at + cutlass::round_nearest(bytes, Kernel::MinTensorMapWorkspaceAlignment);
+    params.workspace = scratch;
+    return params;
+  }
+
+  // Makes the kernel ready to be launched on the current device.
+  static cudaError_t prepare() {
+    static PerDevice prepared;
+    cudaError_t status = cudaSuccess;
+    prepared.get(
+        [](int, int* done) {
+          *done = 1;
+          return cudaFuncSetAttribute(&cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Kernel::SharedStorageSize);
+        },
+        status);
+    return status;
+  }
+
   static int run(const GroupedProduct& product, Stream stream) {
-    Gemm gemm;
+    const cudaError_t status = prepare();
+    if (status != cudaSuccess) return status;
     const auto args = arguments(product);
     if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    const auto* kernel = reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>);
-    if (gemm.initialize(args, product.scratch, stream) != cutlass::Status::kSuccess)
-      return error_of(kernel, cudaErrorInvalidValue);
-    return gemm.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : error_of(kernel, cudaErrorLaunchFailure);
+    const Params params = params_of(args, product.scratch);
+    if (!encoded(*params.mainloop.tma_load_a.get_tma_descriptor()) ||
+        !encoded(*params.mainloop.tma_load_b.get_tma_descriptor()) ||
+        !encoded(*params.epilogue.tma_store_d.get_tma_descriptor()))
+      return cudaErrorNotSupported;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kShape.cluster_m, kShape.cluster_n, 1};
+    const cudaLaunchConfig_t config = {
+        Kernel::get_grid_shape(params), Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, &cluster, 1};
+    return cudaLaunchKernelEx(&config, &cutlass::device_kernel<Kernel>, params);
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }
