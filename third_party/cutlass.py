@@ -3,7 +3,8 @@ alone, so that any Python runs it.
 
 Given a path, that is it: a folder that holds `include/cutlass` or `cutlass`, or the wheel below as a file. Given none,
 pip downloads the wheel. A wheel's hash is checked, and its headers are unpacked beside their final place and renamed,
-so that a half-unpacked folder is never used.
+so that a half-unpacked folder is never used. What is wrong in a header is mended on the way (MENDS); a folder that was
+given is used as it is.
 """
 
 import argparse
@@ -22,6 +23,23 @@ OLDEST = (4, 2)
 WITHIN_WHEEL = "cutlass_library/source/include"
 NEEDED = ("cutlass", "cute")  # folders
 MARKS = ("cutlass/version.h", "cute/tensor.hpp")  # files that tell an include folder
+# Header: what is wrong in it, and what is right.
+MENDS = {
+    # An asm statement writes an operand that it declares as an input, a constant: the compiler may share its register.
+    # Not fixed upstream (NVIDIA/cutlass#3458).
+    "cute/arch/copy_sm90_desc.hpp": (
+        """  uint64_t const smem_int64_desc = 0;
+  asm volatile (
+    "cvt.u64.u32 %0, %1;"
+    :: "l"(smem_int64_desc), "r"(smem_int_desc));
+""",
+        """  uint64_t smem_int64_desc = 0;
+  asm volatile (
+    "cvt.u64.u32 %0, %1;"
+    : "=l"(smem_int64_desc) : "r"(smem_int_desc));
+""",
+    ),
+}
 REMEDY = (
     "Give the build a copy by the environment variable UMMRM_CUTLASS or by -DUMMRM_CUTLASS= (a folder of CUTLASS 4.2 "
     f"or newer, or the wheel that `pip download --no-deps {PACKAGE}` brings), or build without tensor cores by "
@@ -57,6 +75,16 @@ def check_hash(wheel):
         raise NotFound(f"{wheel} has the SHA-256 {digest}; that of {PACKAGE} is {SHA256}.")
 
 
+def mended(inner, header):
+    """The bytes of a header, `inner` its path."""
+    if inner.as_posix() not in MENDS:
+        return header
+    wrong, right = (text.encode() for text in MENDS[inner.as_posix()])
+    if header.count(wrong) != 1:
+        raise NotFound(f"{inner} of the wheel is not what {PACKAGE} has: what is to be mended in it was not found.")
+    return header.replace(wrong, right)
+
+
 def unpack(wheel, target):
     """Unpacks the needed folders of a wheel to `target`, all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +100,7 @@ def unpack(wheel, target):
             if inner.parts[0] in NEEDED:
                 to = Path(scratch, "include", *inner.parts)
                 to.parent.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(archive.read(entry))
+                to.write_bytes(mended(inner, archive.read(entry)))
         whole = Path(scratch, "include")
         missing = [mark for mark in MARKS if not (whole / mark).is_file()]
         if missing:
@@ -85,9 +113,15 @@ def unpack(wheel, target):
     return target
 
 
+def unpacked_folder(into):
+    """Of another name when the mends change, so that headers unpacked before are not used."""
+    contents = hashlib.sha256(f"{SHA256}{sorted(MENDS.items())}".encode()).hexdigest()
+    return into / f"cutlass-{contents[:12]}"
+
+
 def from_wheel(wheel, into):
     check_hash(wheel)
-    return unpack(wheel, into / f"cutlass-{SHA256[:12]}")
+    return unpack(wheel, unpacked_folder(into))
 
 
 def download(folder):
@@ -117,7 +151,7 @@ def find(into, given=None):
         if given.is_file():
             return from_wheel(given, into)
         raise NotFound(f"{given}, given for CUTLASS, does not exist.")
-    unpacked = into / f"cutlass-{SHA256[:12]}"
+    unpacked = unpacked_folder(into)
     if unpacked.is_dir():
         return unpacked
     folder = Path(tempfile.mkdtemp(prefix="ummrm-cutlass-"))

@@ -67,6 +67,24 @@ def test_downloads_once_checks_and_unpacks_only_the_headers(cutlass, monkeypatch
     assert cutlass.find(into) == include and len(calls) == 1
 
 
+def test_mends_a_header_on_the_way(cutlass, monkeypatch, tmp_path):
+    (header, (wrong, right)), into = next(iter(cutlass.MENDS.items())), tmp_path / "build"
+    wheel = fake_wheel(cutlass, monkeypatch, tmp_path / "a.whl", FILES | {header: f"// before\n{wrong}// after\n"})
+    mended = cutlass.find(into, wheel)
+    assert (mended / header).read_text() == f"// before\n{right}// after\n"
+    monkeypatch.setattr(cutlass, "MENDS", {})  # other mends, another folder
+    unmended = cutlass.find(into, wheel)
+    assert unmended != mended and wrong in (unmended / header).read_text()
+
+
+def test_refuses_a_wheel_where_nothing_is_to_be_mended(cutlass, monkeypatch, tmp_path):
+    header = next(iter(cutlass.MENDS))
+    wheel = fake_wheel(cutlass, monkeypatch, tmp_path / "a.whl", FILES | {header: "// rewritten"})
+    with pytest.raises(cutlass.NotFound, match=f"{header} of the wheel is not what"):
+        cutlass.find(tmp_path / "build", wheel)
+    assert list((tmp_path / "build").iterdir()) == []
+
+
 def test_refuses_a_wheel_of_another_hash(cutlass, monkeypatch, tmp_path):
     wheel = fake_wheel(cutlass, monkeypatch, tmp_path / "a.whl", right_hash=False)
     pip_that(monkeypatch, cutlass, wheel)
