@@ -30,6 +30,7 @@ CheckOf<decltype(ummrm::activation)>::type activation;
 CheckOf<decltype(ummrm::activation_backward)>::type activation_backward;
 CheckOf<decltype(ummrm::merge_experts)>::type merge_experts;
 CheckOf<decltype(ummrm::merge_experts_dots)>::type merge_experts_dots;
+CheckOf<decltype(ummrm::merge_experts_grads)>::type merge_experts_grads;
 CheckOf<decltype(ummrm::moe_ffn)>::type moe_ffn;
 CheckOf<decltype(ummrm::moe_ffn_backward)>::type moe_ffn_backward;
 CheckOf<decltype(ummrm::merge_ffn)>::type merge_ffn;

@@ -1,4 +1,4 @@
-// Operators of the stem `merge_experts`: merge_experts, merge_experts_dots.
+// Operators of the stem `merge_experts`: merge_experts, merge_experts_dots, merge_experts_grads.
 #include "ummrm/merge_experts.h"
 
 #include "checks.h"
@@ -139,6 +139,24 @@ void checks::merge_experts_dots(TensorList grads, TensorList shared, TensorList 
   }
 }
 
+void checks::merge_experts_grads(const Tensor& grad, const Tensor& coefficients, int64_t num_shared, bool, bool) {
+  const Checker check{"merge_experts_grads"};
+  check.floating("grad", grad);
+  check.device("coefficients", coefficients, grad, "grad");
+  check.shape("coefficients", coefficients, {-1, -1}, "[parts, S + E]",
+              "one row an equal part of the tensor, shared experts first");
+  check.dtype("coefficients", coefficients, accumulator(grad), "coefficients stay in fp32 (fp64 for fp64 experts)");
+  const int64_t parts = coefficients.size(0), experts = coefficients.size(1), rows = grad.dim() > 0 ? grad.size(0) : 0;
+  TORCH_CHECK_VALUE(parts > 0 && grad.dim() > 0 && rows % parts == 0,
+                    "ummrm.merge_experts_grads: `coefficients` must have a number of rows that divides grad's leading "
+                    "size, got ",
+                    parts, " rows for a grad of shape ", grad.sizes(),
+                    "; pass two for a fused gate-and-up projection, else one.");
+  TORCH_CHECK_VALUE(0 <= num_shared && num_shared <= experts,
+                    "ummrm.merge_experts_grads: `num_shared` must be from 0 to the number of experts (", experts,
+                    "), got ", num_shared, "; the other coefficients are the routed experts'.");
+}
+
 std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients_in) {
   checks::merge_experts(shared, routed, coefficients_in);
   const Checker check{"merge_experts"};
@@ -192,9 +210,63 @@ Tensor merge_experts_dots(TensorList grads_in, TensorList shared, TensorList rou
   return dots;
 }
 
+Tensor2 merge_experts_grads(const Tensor& grad_in, const Tensor& coefficients_in, int64_t num_shared, bool need_shared,
+                            bool need_routed) {
+  checks::merge_experts_grads(grad_in, coefficients_in, num_shared, need_shared, need_routed);
+  const Checker check{"merge_experts_grads"};
+  const Tensor grad = grad_in.contiguous(), coefficients = coefficients_in.contiguous();
+  const DType dtype = check.element("grad", grad);
+  const int64_t parts = coefficients.size(0), experts = coefficients.size(1), num_routed = experts - num_shared;
+  const auto result = [&](bool need, int64_t count) {
+    if (!need) return at::empty({0}, grad.options());
+    auto sizes = grad.sizes().vec();
+    sizes.insert(sizes.begin(), count);
+    return at::empty(sizes, grad.options());
+  };
+  const Tensor of_shared = result(need_shared, num_shared), of_routed = result(need_routed, num_routed);
+  // Part `part` of expert e, counted from the first of its kind; null where it is not wanted.
+  const int64_t stride = grad.numel(), elements = stride / parts, bytes = grad.element_size();
+  const auto place = [&](bool need, const Tensor& of, int64_t e, int64_t part) -> void* {
+    return need ? static_cast<char*>(of.mutable_data_ptr()) + (e * stride + part * elements) * bytes : nullptr;
+  };
+  const auto* from = static_cast<const char*>(grad.const_data_ptr());
+  if (on_host(grad)) {
+    std::vector<void*> pointers;
+    std::vector<MergeGradTensor> tensors;
+    const int64_t blocks = cpu::merge_blocks(elements);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t e = 0; e < num_shared; ++e) pointers.push_back(place(need_shared, of_shared, e, part));
+      for (int64_t e = 0; e < num_routed; ++e) pointers.push_back(place(need_routed, of_routed, e, part));
+      tensors.push_back({nullptr, elements, part * blocks, from + part * elements * bytes});
+    }
+    for (int64_t part = 0; part < parts; ++part) tensors[part].expert_grads = pointers.data() + part * experts;
+    const MergeExpertsGrads args{dtype, parts, experts, tensors.data(), coefficients.const_data_ptr()};
+    parallel_over(parts * blocks, cpu::kMergeBlock * (experts + 1),
+                  [&](int64_t begin, int64_t end) { cpu::merge_experts_grads(args, begin, end); });
+    return {of_shared, of_routed};
+  }
+  for (int64_t first = 0; first < parts; first += cuda::kMaxMergeTensors) {
+    cuda::MergeExpertsGrads args{};
+    args.dtype = dtype;
+    args.num_tensors = std::min(cuda::kMaxMergeTensors, parts - first);
+    args.num_shared = num_shared;
+    args.num_routed = num_routed;
+    args.coefficients = coefficients.const_data_ptr<float>() + first * experts;
+    for (int64_t i = 0; i < args.num_tensors; ++i) {
+      const int64_t part = first + i;
+      args.tensors[i] = {
+          place(need_shared, of_shared, 0, part), place(need_routed, of_routed, 0, part), stride, stride, elements,
+          from + part * elements * bytes};
+    }
+    on_cuda(check, grad, [&](auto stream) { return cuda::merge_experts_grads(args, stream); });
+  }
+  return {of_shared, of_routed};
+}
+
 UMMRM_REGISTER(m) {
   m.impl("merge_experts", &merge_experts);
   m.impl("merge_experts_dots", &merge_experts_dots);
+  m.impl("merge_experts_grads", &merge_experts_grads);
 }
 
 }  // namespace ummrm

@@ -164,21 +164,6 @@ Tensor dense_bias_grad(const Tensor& grad) {
                          .call(grad, grad.slice(0, 0, 0), std::nullopt, offsets, grad.size(0), 1, true, false))[0];
 }
 
-// The experts' gradients c_e * dW, [n, ...], from the gradients of a tensor's parts and their coefficient rows.
-Tensor expert_grads(const std::vector<Tensor>& parts, const Tensor& coefficients, int64_t first_row,
-                    int64_t first_expert, const Tensor& like) {
-  const Tensor out = at::empty(like.sizes(), like.options());
-  for (int64_t e = 0; e < like.size(0); ++e) {
-    int64_t row = 0;
-    for (size_t i = 0; i < parts.size(); ++i) {
-      const Tensor c = coefficients[first_row + static_cast<int64_t>(i)][first_expert + e];
-      out[e].slice(0, row, row + parts[i].size(0)).copy_(parts[i].to(coefficients.scalar_type()) * c);
-      row += parts[i].size(0);
-    }
-  }
-  return out;
-}
-
 }  // namespace
 
 void checks::merge_ffn(const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
@@ -286,15 +271,10 @@ std::vector<Tensor> merged_ffn_backward(const Tensor& grad_out, const Tensor& x,
   const bool up_bias = parts.has_up_bias && (need[kCoefficients] || need[kSharedUpBias] || need[kRoutedUpBias]);
   const bool down_bias = parts.has_down_bias && (need[kCoefficients] || need[kSharedDownBias] || need[kRoutedDownBias]);
 
-  // Gradients of the merged tensors, part by part as merged, in the parameters' dtype.
+  // Gradients of the merged tensors, in the parameters' dtype.
   const auto dtype = routed_up.scalar_type();
-  const auto split_up = [&](const Tensor& grad) {
-    const Tensor wide = grad.to(dtype);
-    return glu ? std::vector<Tensor>{wide.slice(0, 0, parts.width), wide.slice(0, parts.width)}
-               : std::vector<Tensor>{wide};
-  };
-  std::vector<Tensor> grad_up, grad_down, grad_up_bias, grad_down_bias;
-  if (down_bias) grad_down_bias = {dense_bias_grad(grad_out).to(dtype)};
+  Tensor grad_up, grad_down, grad_up_bias, grad_down_bias;
+  if (down_bias) grad_down_bias = dense_bias_grad(grad_out).to(dtype);
   if (need[kX] || up_weights || up_bias || down_weights) {
     const Dense dense(parts, coefficients, x.scalar_type());
     // Weights of one make the activation a by-product of its backward, in the same pass.
@@ -303,33 +283,39 @@ std::vector<Tensor> merged_ffn_backward(const Tensor& grad_out, const Tensor& x,
     const Tensor grad_act = dense_gemm(grad_out, dense.down, std::nullopt, true);
     const auto [grad_pre, act, dots] =
         UMMRM_DISPATCHED(activation_backward).call(grad_act, pre_activation, ones, activation, glu);
-    if (down_weights) grad_down = {dense_wgrad(grad_out, act).to(dtype)};
-    if (up_weights) grad_up = split_up(dense_wgrad(grad_pre, x));
-    if (up_bias) grad_up_bias = split_up(dense_bias_grad(grad_pre));
+    if (down_weights) grad_down = dense_wgrad(grad_out, act).to(dtype);
+    if (up_weights) grad_up = dense_wgrad(grad_pre, x).to(dtype);
+    if (up_bias) grad_up_bias = dense_bias_grad(grad_pre).to(dtype);
     if (need[kX]) grads[kX] = dense_gemm(grad_pre, dense.up, std::nullopt, true);
   }
 
   if (need[kCoefficients]) {
-    std::vector<Tensor> merged_grads;
-    for (const auto* list : {&grad_up, &grad_down, &grad_up_bias, &grad_down_bias}) {
-      merged_grads.insert(merged_grads.end(), list->begin(), list->end());
-    }
+    std::vector<Tensor> merged_grads;  // part by part, as merged
+    const auto add_up = [&](const Tensor& grad) {
+      for (const Tensor& part : grad.chunk(parts.up_parts())) merged_grads.push_back(part);
+    };
+    add_up(grad_up);
+    merged_grads.push_back(grad_down);
+    if (parts.has_up_bias) add_up(grad_up_bias);
+    if (parts.has_down_bias) merged_grads.push_back(grad_down_bias);
     const Tensor dots = UMMRM_DISPATCHED(merge_experts_dots).call(merged_grads, parts.shared, parts.routed);
     Tensor total = dots.slice(0, 0, parts.num_projections);
     if (dots.size(0) > parts.num_projections) total = total.clone();
     for (int64_t i = parts.num_projections; i < dots.size(0); ++i) total[parts.projection[i]].add_(dots[i]);
     grads[kCoefficients] = total;
   }
-  const int64_t num_shared = shared_up.size(0), down_row = parts.num_projections - 1;
-  const auto fill = [&](int64_t at, const std::vector<Tensor>& of, int64_t row, const Tensor& shared,
-                        const Tensor& routed) {
-    if (need[at]) grads[at] = expert_grads(of, coefficients, row, 0, shared);
-    if (need[at + 1]) grads[at + 1] = expert_grads(of, coefficients, row, num_shared, routed);
+  const Tensor of_up = coefficients.slice(0, 0, parts.up_parts()), of_down = coefficients.slice(0, parts.up_parts());
+  const auto fill = [&](int64_t at, const Tensor& of, const Tensor& rows) {
+    if (!need[at] && !need[at + 1]) return;
+    const auto [of_shared, of_routed] =
+        UMMRM_DISPATCHED(merge_experts_grads).call(of, rows, shared_up.size(0), need[at], need[at + 1]);
+    if (need[at]) grads[at] = of_shared;
+    if (need[at + 1]) grads[at + 1] = of_routed;
   };
-  fill(kSharedUp, grad_up, 0, shared_up, routed_up);
-  fill(kSharedDown, grad_down, down_row, shared_down, routed_down);
-  if (parts.has_up_bias) fill(kSharedUpBias, grad_up_bias, 0, *shared_up_bias, *routed_up_bias);
-  if (parts.has_down_bias) fill(kSharedDownBias, grad_down_bias, down_row, *shared_down_bias, *routed_down_bias);
+  fill(kSharedUp, grad_up, of_up);
+  fill(kSharedDown, grad_down, of_down);
+  if (parts.has_up_bias) fill(kSharedUpBias, grad_up_bias, of_up);
+  if (parts.has_down_bias) fill(kSharedDownBias, grad_down_bias, of_down);
   return grads;
 }
 

@@ -68,6 +68,9 @@ TORCH_LIBRARY(ummrm, m) {
   // merge_experts
   define(m, "merge_experts(Tensor[] shared, Tensor[] routed, Tensor coefficients) -> Tensor[]");
   define(m, "merge_experts_dots(Tensor[] grads, Tensor[] shared, Tensor[] routed) -> Tensor");
+  define(m,
+         "merge_experts_grads(Tensor grad, Tensor coefficients, int num_shared, bool need_shared, bool need_routed) -> "
+         "(Tensor, Tensor)");
   // moe_ffn
   const std::string moe = "Tensor x, Tensor shared_weight, Tensor routed_weights, Tensor expert_indices, " + experts;
   define(m, "moe_ffn(" + moe + ", str activation, bool glu) -> Tensor");
@@ -163,6 +166,7 @@ void define_checks(py::module_ m) {
   define_check(m, "activation_backward", &checks::activation_backward);
   define_check(m, "merge_experts", &checks::merge_experts);
   define_check(m, "merge_experts_dots", &checks::merge_experts_dots);
+  define_check(m, "merge_experts_grads", &checks::merge_experts_grads);
   define_check(m, "moe_ffn", &checks::moe_ffn);
   define_check(m, "moe_ffn_forward", &checks::moe_ffn);
   define_check(m, "moe_ffn_backward", &checks::moe_ffn_backward);

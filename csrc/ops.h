@@ -56,6 +56,8 @@ Tensor3 activation_backward(const Tensor& grad, const Tensor& pre_activation, co
 
 std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients);
 Tensor merge_experts_dots(TensorList grads, TensorList shared, TensorList routed);
+Tensor2 merge_experts_grads(const Tensor& grad, const Tensor& coefficients, int64_t num_shared, bool need_shared,
+                            bool need_routed);
 
 Tensor moe_ffn(const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights, const Tensor& expert_indices,
                const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,

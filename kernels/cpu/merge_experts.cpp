@@ -12,7 +12,8 @@ namespace ummrm::cpu {
 namespace {
 
 // The tensor that a block belongs to, searched onwards from `tensor` since blocks are visited in order.
-UMMRM_INLINE int64_t tensor_of(const MergeExperts& args, int64_t block, int64_t tensor) {
+template <class Args>
+UMMRM_INLINE int64_t tensor_of(const Args& args, int64_t block, int64_t tensor) {
   while (tensor + 1 < args.num_tensors && args.tensors[tensor + 1].first_block <= block) ++tensor;
   return tensor;
 }
@@ -98,9 +99,39 @@ UMMRM_INLINE void dots_body(const MergeExperts& args, int64_t begin, int64_t end
   }
 }
 
+// The gradient is read once and stays in registers while each expert's share of it is written.
+template <class T>
+UMMRM_INLINE void grads_piece(const MergeGradTensor& tensor, const Accumulator<T>* c, int64_t num_experts,
+                              int64_t first, int64_t count) {
+  Accumulator<T> grad[kPiece], scaled[kPiece];
+  const T* from = static_cast<const T*>(tensor.grad) + first;
+  prefetch(from);
+  load_many(from, count, grad);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (tensor.expert_grads[e] == nullptr) continue;
+    for (int64_t i = 0; i < count; ++i) scaled[i] = c[e] * grad[i];
+    store_many(scaled, count, static_cast<T*>(tensor.expert_grads[e]) + first);
+  }
+}
+
+template <class T>
+UMMRM_INLINE void grads_body(const MergeExpertsGrads& args, int64_t begin, int64_t end) {
+  int64_t index = 0;
+  for (int64_t block = begin; block < end; ++block) {
+    index = tensor_of(args, block, index);
+    const MergeGradTensor& tensor = args.tensors[index];
+    const auto* c = static_cast<const Accumulator<T>*>(args.coefficients) + index * args.num_experts;
+    int64_t first = (block - tensor.first_block) * kMergeBlock;
+    const int64_t last = std::min(first + kMergeBlock, tensor.elements);
+    for (; first + kPiece <= last; first += kPiece) grads_piece<T>(tensor, c, args.num_experts, first, kPiece);
+    grads_piece<T>(tensor, c, args.num_experts, first, last - first);
+  }
+}
+
 }  // namespace
 
 UMMRM_DEFINE_LAUNCHER(merge_experts, MergeExperts, merge_body)
+UMMRM_DEFINE_LAUNCHER(merge_experts_grads, MergeExpertsGrads, grads_body)
 UMMRM_DEFINE_LAUNCHER(merge_experts_dots, MergeExperts, dots_body)
 
 void merge_experts_dots_finish(const MergeExperts& args, void* dots) {

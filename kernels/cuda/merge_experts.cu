@@ -1,6 +1,6 @@
-// CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBytes of a tensor numbered through all tensors of the
-// call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double, both
-// in an order that depends on the sizes alone.
+// CUDA kernels of merge_experts.h, bound by memory: blocks of kMergeBytes of a tensor numbered through all tensors of
+// the call, each expert read once. Dots are made in two stages, a number a block and expert, then their sum in double,
+// both in an order that depends on the sizes alone.
 #include "ummrm/merge_experts.h"
 
 #include "numeric.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kMergeBytes = 16384;  // of one tensor, a block: four accesses of 16 bytes in flight a thread
-constexpr int kExpertsAtOnce = 32;     // whose warps' sums wait in shared memory
+constexpr int kExpertsAtOnce = 32;      // whose warps' sums wait in shared memory
 
 template <class T>
 constexpr int64_t kMergeBlock = kMergeBytes / sizeof(T);  // elements
@@ -18,20 +18,25 @@ constexpr int64_t kMergeBlock = kMergeBytes / sizeof(T);  // elements
 int64_t merge_block(DType dtype) { return dtype == DType::f32 ? kMergeBlock<float> : kMergeBlock<bf16>; }
 
 // What a kernel is given: the tensors with the number of each one's first block, and whether 16-byte accesses fit it.
+template <class Args>
 struct Plan {
-  MergeExperts args;
+  Args args;
   int64_t first_block[kMaxMergeTensors];
   bool wide[kMaxMergeTensors];
 };
 
-template <class T>
-bool fits_vectors(const MergeTensor& tensor) {
-  return aligned16(tensor.shared) && aligned16(tensor.routed) && aligned16(tensor.merged) && aligned16(tensor.grad) &&
-         tensor.shared_stride % kVector<T> == 0 && tensor.routed_stride % kVector<T> == 0;
+const void* result_of(const MergeTensor& tensor) { return tensor.merged; }
+const void* result_of(const MergeGradTensor&) { return nullptr; }  // `shared` and `routed` are
+
+template <class T, class Tensor>
+bool fits_vectors(const Tensor& tensor) {
+  return aligned16(tensor.shared) && aligned16(tensor.routed) && aligned16(result_of(tensor)) &&
+         aligned16(tensor.grad) && tensor.shared_stride % kVector<T> == 0 && tensor.routed_stride % kVector<T> == 0;
 }
 
 // Returns the number of blocks.
-int64_t make_plan(const MergeExperts& args, Plan& plan) {
+template <class Args>
+int64_t make_plan(const Args& args, Plan<Args>& plan) {
   plan.args = args;
   int64_t blocks = 0;
   for (int64_t i = 0; i < args.num_tensors; ++i) {
@@ -43,7 +48,8 @@ int64_t make_plan(const MergeExperts& args, Plan& plan) {
   return blocks;
 }
 
-__device__ inline int tensor_of(const Plan& plan, int64_t block) {
+template <class Args>
+__device__ inline int tensor_of(const Plan<Args>& plan, int64_t block) {
   int index = 0;
   while (index + 1 < plan.args.num_tensors && plan.first_block[index + 1] <= block) ++index;
   return index;
@@ -75,7 +81,7 @@ __device__ int64_t merge_range(const MergeTensor& tensor, const float* c, int64_
 
 // Bytes moved: S + E + 1 elements an element.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident) merge_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, kResident) merge_kernel(const __grid_constant__ Plan<MergeExperts> plan) {
   const int index = tensor_of(plan, blockIdx.x);
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
@@ -124,7 +130,7 @@ __device__ float slow_dot(const T* a, const T* b, int64_t count) {
 }
 
 template <bool whole, class T>
-__device__ void block_dots(const Plan& plan, int index, int64_t count, int64_t blocks,
+__device__ void block_dots(const Plan<MergeExperts>& plan, int index, int64_t count, int64_t blocks,
                            float (&sums)[kWarps][kExpertsAtOnce], float* partial) {
   const MergeTensor& tensor = plan.args.tensors[index];
   const int64_t num_shared = plan.args.num_shared, experts = num_shared + plan.args.num_routed;
@@ -162,11 +168,10 @@ __device__ void block_dots(const Plan& plan, int index, int64_t count, int64_t b
 // Stage one. Bytes moved: S + E + 1 elements an element. partial: [experts, blocks].
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident + 1)
-    dots_kernel(const __grid_constant__ Plan plan, int64_t blocks, float* partial) {
+    dots_kernel(const __grid_constant__ Plan<MergeExperts> plan, int64_t blocks, float* partial) {
   __shared__ float sums[kWarps][kExpertsAtOnce];
   const int index = tensor_of(plan, blockIdx.x);
-  const int64_t left =
-      plan.args.tensors[index].elements - (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
+  const int64_t left = plan.args.tensors[index].elements - (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
   if (plan.wide[index] && left >= kMergeBlock<T>) {
     block_dots<true, T>(plan, index, kMergeBlock<T>, blocks, sums, partial);
   } else {
@@ -176,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, kResident + 1)
 
 // Stage two: a block a dot.
 __global__ void __launch_bounds__(kThreads, kResident)
-    dots_finish_kernel(const __grid_constant__ Plan plan, int64_t blocks, const float* partial, float* dots) {
+    dots_finish_kernel(const __grid_constant__ Plan<MergeExperts> plan, int64_t blocks, const float* partial,
+                       float* dots) {
   __shared__ double warps[kWarps];
   const int64_t experts = plan.args.num_shared + plan.args.num_routed;
   const int64_t index = blockIdx.x / experts, expert = blockIdx.x % experts;
@@ -193,16 +199,62 @@ __global__ void __launch_bounds__(kThreads, kResident)
   dots[blockIdx.x] = static_cast<float>(total);
 }
 
-bool bad(const MergeExperts& args) { return args.num_tensors > kMaxMergeTensors; }
+// Elements [first, last) of one tensor's gradient, times each coefficient; returns where it stopped, as merge_range.
+template <int N, class T>
+__device__ int64_t grads_range(const MergeGradTensor& tensor, const float* c, int64_t num_shared, int64_t num_routed,
+                               int64_t first, int64_t last) {
+  const int64_t whole = first + (last - first) / N * N;
+  for (int64_t at = first + static_cast<int64_t>(threadIdx.x) * N; at < whole; at += kThreads * N) {
+    float grad[N];
+    load<N>(static_cast<const T*>(tensor.grad) + at, grad);
+    const auto write = [&](void* to, int64_t stride, const float* coefficients, int64_t count) {
+      for (int64_t e = 0; to != nullptr && e < count; ++e) {
+        float scaled[N];
+        for (int i = 0; i < N; ++i) scaled[i] = coefficients[e] * grad[i];
+        store<N>(scaled, static_cast<T*>(to) + e * stride + at);
+      }
+    };
+    write(tensor.shared, tensor.shared_stride, c, num_shared);
+    write(tensor.routed, tensor.routed_stride, c + num_shared, num_routed);
+  }
+  return whole;
+}
+
+// Bytes moved: S + E + 1 elements an element.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident)
+    grads_kernel(const __grid_constant__ Plan<MergeExpertsGrads> plan) {
+  const int index = tensor_of(plan, blockIdx.x);
+  const MergeGradTensor& tensor = plan.args.tensors[index];
+  const int64_t num_shared = plan.args.num_shared, num_routed = plan.args.num_routed;
+  const float* c = plan.args.coefficients + index * (num_shared + num_routed);
+  int64_t first = (blockIdx.x - plan.first_block[index]) * kMergeBlock<T>;
+  const int64_t last = first + kMergeBlock<T> < tensor.elements ? first + kMergeBlock<T> : tensor.elements;
+  if (plan.wide[index]) first = grads_range<kVector<T>, T>(tensor, c, num_shared, num_routed, first, last);
+  grads_range<1, T>(tensor, c, num_shared, num_routed, first, last);
+}
+
+template <class Args>
+bool bad(const Args& args) {
+  return args.num_tensors > kMaxMergeTensors;
+}
 
 }  // namespace
 
 int merge_experts(const MergeExperts& args, Stream stream) {
   if (bad(args)) return cudaErrorInvalidValue;
-  Plan plan;
+  Plan<MergeExperts> plan;
   const int64_t blocks = make_plan(args, plan);
   return with_type(args.dtype,
                    [&](auto type) { return launch(merge_kernel<decltype(type)>, blocks, kThreads, stream, plan); });
+}
+
+int merge_experts_grads(const MergeExpertsGrads& args, Stream stream) {
+  if (bad(args)) return cudaErrorInvalidValue;
+  Plan<MergeExpertsGrads> plan;
+  const int64_t blocks = make_plan(args, plan);
+  return with_type(args.dtype,
+                   [&](auto type) { return launch(grads_kernel<decltype(type)>, blocks, kThreads, stream, plan); });
 }
 
 int64_t merge_experts_dots_workspace(const MergeExperts& args) {
@@ -214,7 +266,7 @@ int64_t merge_experts_dots_workspace(const MergeExperts& args) {
 
 int merge_experts_dots(const MergeExperts& args, float* dots, void* workspace, Stream stream) {
   if (bad(args)) return cudaErrorInvalidValue;
-  Plan plan;
+  Plan<MergeExperts> plan;
   const int64_t blocks = make_plan(args, plan);
   auto* partial = static_cast<float*>(workspace);
   const int status = with_type(args.dtype, [&](auto type) {

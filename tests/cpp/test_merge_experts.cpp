@@ -34,6 +34,36 @@ static void compare(DType type, int64_t num_experts) {
     launch(blocks, threads, [&](int64_t begin, int64_t end) { ummrm::cpu::merge_experts_dots(args, begin, end); });
     ummrm::cpu::merge_experts_dots_finish(args, dots.data());
   };
+  const auto run_grads = [&](int64_t threads, std::vector<Array>& of_experts) {
+    std::vector<std::vector<void*>> to(n);
+    std::vector<ummrm::MergeGradTensor> tensors;
+    int64_t blocks = 0;
+    of_experts.reserve(n * num_experts);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t e = 0; e < num_experts; ++e) {
+        of_experts.emplace_back(type, sizes[i]);
+        to[i].push_back(e % 3 == 2 ? nullptr : of_experts.back().data());  // some are not wanted
+      }
+      tensors.push_back({to[i].data(), sizes[i], blocks, grads[i].data()});
+      blocks += ummrm::cpu::merge_blocks(sizes[i]);
+    }
+    const ummrm::MergeExpertsGrads args{type, n, num_experts, tensors.data(), coefficients.data()};
+    launch(blocks, threads, [&](int64_t begin, int64_t end) { ummrm::cpu::merge_experts_grads(args, begin, end); });
+  };
+  std::vector<Array> of_experts, of_experts_again;
+  run_grads(1, of_experts);
+  run_grads(3, of_experts_again);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const Array& got = of_experts[i * num_experts + e];
+      CHECK(got.same_bits(of_experts_again[i * num_experts + e]), "an expert's gradient depends on the threads");
+      for (int64_t j = 0; j < sizes[i] && e % 3 != 2; ++j) {
+        const double want = coefficients[i * num_experts + e] * grads[i][j];
+        check_close(got, j, want, epsilon(type) * std::fabs(want) + 1e-30, "expert's gradient");
+      }
+    }
+  }
+
   std::vector<Array> merged, merged_again;
   Array dots(accumulator(type), n * num_experts), dots_again(accumulator(type), n * num_experts);
   run(1, merged, dots);

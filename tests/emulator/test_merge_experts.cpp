@@ -17,7 +17,7 @@ struct Case {
 };
 
 struct Results {
-  std::vector<Array> merged;
+  std::vector<Array> merged, of_shared, of_routed;
   Array dots;
 };
 
@@ -51,18 +51,38 @@ static void check(const Case& c) {
       outputs.push_back(keep.size() - 1);
       args.tensors[i].grad = place(grads[i]);
     }
-    Results results{{}, Array(DType::f32, n * experts)};
+    // The experts' gradients go where experts of such strides would lie.
+    ummrm::cuda::MergeExpertsGrads of{c.type, n, c.num_shared, c.num_routed, {}, args.coefficients};
+    std::vector<size_t> grad_outputs;
+    for (int64_t i = 0; i < n; ++i) {
+      const ummrm::cuda::MergeTensor& like = args.tensors[i];
+      of.tensors[i] = {place(Array(c.type, c.num_shared * like.shared_stride)),
+                       place(Array(c.type, c.num_routed * like.routed_stride)),
+                       like.shared_stride,
+                       like.routed_stride,
+                       like.elements,
+                       like.grad};
+      grad_outputs.push_back(keep.size() - 2);
+    }
+    Results results{{}, {}, {}, Array(DType::f32, n * experts)};
     check_launch(ummrm::cuda::merge_experts(args, nullptr), "merge_experts");
     std::vector<unsigned char> workspace(ummrm::cuda::merge_experts_dots_workspace(args), 0xff);
     check_launch(
         ummrm::cuda::merge_experts_dots(args, static_cast<float*>(results.dots.data()), workspace.data(), nullptr),
         "merge_experts_dots");
+    check_launch(ummrm::cuda::merge_experts_grads(of, nullptr), "merge_experts_grads");
     for (const size_t at : outputs) results.merged.push_back(keep[at]->array());
+    for (const size_t at : grad_outputs) {
+      results.of_shared.push_back(keep[at]->array());
+      results.of_routed.push_back(keep[at + 1]->array());
+    }
     return results;
   };
   const Results got = under_all_orders("merge_experts", run, [](const Results& a, const Results& b) {
     bool same = a.dots.same_bits(b.dots);
-    for (size_t i = 0; i < a.merged.size(); ++i) same &= a.merged[i].same_bits(b.merged[i]);
+    for (size_t i = 0; i < a.merged.size(); ++i)
+      same &= a.merged[i].same_bits(b.merged[i]) && a.of_shared[i].same_bits(b.of_shared[i]) &&
+              a.of_routed[i].same_bits(b.of_routed[i]);
     return same;
   });
   for (int64_t i = 0; i < n; ++i) {
@@ -77,6 +97,10 @@ static void check(const Case& c) {
         size += std::fabs(coefficients[i * experts + e] * w);
         dots[e] += grads[i][j] * w;
         sizes[e] += std::fabs(grads[i][j] * w);
+        const double of_expert = coefficients[i * experts + e] * grads[i][j];
+        const Array& at = e < c.num_shared ? got.of_shared[i] : got.of_routed[i];
+        check_close(at, e < c.num_shared ? e * shared_stride + j : (e - c.num_shared) * stride + j, of_expert,
+                    epsilon(c.type) * std::fabs(of_expert), "expert's gradient");
       }
       check_close(got.merged[i], j, want, 1e-6 * size + epsilon(c.type) * std::fabs(want), "merged");
     }
@@ -97,9 +121,11 @@ int main() {
     }
   }
   ummrm::cuda::MergeExperts many{};
-  many.num_tensors = ummrm::cuda::kMaxMergeTensors + 1;
+  ummrm::cuda::MergeExpertsGrads many_grads{};
+  many.num_tensors = many_grads.num_tensors = ummrm::cuda::kMaxMergeTensors + 1;
   CHECK(ummrm::cuda::merge_experts(many, nullptr) != 0 &&
-            ummrm::cuda::merge_experts_dots(many, nullptr, nullptr, nullptr) != 0,
+            ummrm::cuda::merge_experts_dots(many, nullptr, nullptr, nullptr) != 0 &&
+            ummrm::cuda::merge_experts_grads(many_grads, nullptr) != 0,
         "more tensors than a call takes are refused");
   return finish();
 }

@@ -14,7 +14,7 @@ from test_merged_ffn import merged_inputs
 from tolerances import assert_close_to_truth, compare, to_double
 
 from ummrm import ops
-from ummrm.ops import reference
+from ummrm.ops import composed_reference, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -281,7 +281,7 @@ def test_dead_rows_are_ignored(device, dtype):
 )
 def test_moe_ffn(device, dtype, glu, biases, sizes, kind):
     arguments = moe_inputs(*sizes, glu, biases, kind, dtype) | {"glu": glu}
-    compare(on(device, ops.moe_ffn), reference.moe_ffn, arguments, dtype, roundings=4)
+    compare(on(device, ops.moe_ffn), composed_reference.moe_ffn, arguments, dtype, roundings=4)
 
 
 @dtypes
@@ -289,7 +289,7 @@ def test_moe_ffn(device, dtype, glu, biases, sizes, kind):
 @pytest.mark.parametrize("glu", [True, False])
 def test_moe_ffn_activations(device, dtype, kind, glu):
     arguments = moe_inputs(19, 16, 24, 4, 2, 1, glu, dtype=dtype) | {"glu": glu, "activation": kind}
-    compare(on(device, ops.moe_ffn), reference.moe_ffn, arguments, dtype, roundings=4)
+    compare(on(device, ops.moe_ffn), composed_reference.moe_ffn, arguments, dtype, roundings=4)
 
 
 @dtypes
@@ -298,13 +298,18 @@ def test_moe_ffn_activations(device, dtype, kind, glu):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (33, 17, 11, 7, 3), (64, 32, 48, 3, 1)], ids=str)
 def test_merged_ffn(device, dtype, glu, biases, sizes):
     arguments = merged_inputs(*sizes, glu, biases, dtype) | {"glu": glu}
-    compare(on(device, ops.merged_ffn), reference.merged_ffn, arguments, dtype, roundings=4)
+    compare(on(device, ops.merged_ffn), composed_reference.merged_ffn, arguments, dtype, roundings=4)
 
 
 @pytest.mark.parametrize("narrow", DTYPES[1:], ids=str)
 def test_merged_ffn_of_wider_parameters(device, narrow):
     arguments = merged_inputs(20, 16, 24, 3, 1, dtype=narrow, wide=torch.float32)
-    compare(on(device, ops.merged_ffn), reference.merged_ffn, arguments, narrow, roundings=4)
+    compare(on(device, ops.merged_ffn), composed_reference.merged_ffn, arguments, narrow, roundings=4)
+
+
+def plain_of(name):
+    stem = name.split()[0]
+    return getattr(composed_reference if stem.endswith("ffn") else reference, stem)
 
 
 @pytest.mark.parametrize("layout", [interleaved, by_columns])
@@ -312,7 +317,7 @@ def test_merged_ffn_of_wider_parameters(device, narrow):
 @pytest.mark.parametrize("name", NAMES)
 def test_strided_inputs(device, name, shape, layout):
     op, arguments = case(name, shape)
-    plain = getattr(reference, name.split()[0])
+    plain = plain_of(name)
     compare(on(device, op, layout), plain, arguments, roundings=4)
 
 
@@ -321,7 +326,7 @@ def test_strided_inputs(device, name, shape, layout):
 def test_no_tokens(device, dtype, name):
     """Empty inputs give empty outputs, zero gradients, and leave the device well."""
     op, arguments = case(name, (0, 8, 8, 3, 2, 2), dtype)
-    compare(on(device, op), getattr(reference, name.split()[0]), arguments, dtype)
+    compare(on(device, op), plain_of(name), arguments, dtype)
 
 
 @pytest.mark.sanitize
@@ -331,4 +336,4 @@ def test_no_tokens(device, dtype, name):
 def test_small(device, dtype, shape, name):
     """One small case of every operator, forward and backward: what compute-sanitizer looks at."""
     op, arguments = case(name, shape, dtype, "hole")
-    compare(on(device, op), getattr(reference, name.split()[0]), arguments, dtype, roundings=4)
+    compare(on(device, op), plain_of(name), arguments, dtype, roundings=4)

@@ -1,4 +1,5 @@
-"""merge_experts and the dots of its backward: any number of tensors and experts, any stride between experts."""
+"""merge_experts and its backward, dots and experts' gradients: any number of tensors and experts, any stride between
+experts."""
 
 import pytest
 import torch
@@ -37,6 +38,57 @@ def test_dots(backend, dtype):
     arguments = grads, inputs["shared"], inputs["routed"]
     actual, plain = raw.merge_experts_dots(*arguments), reference.merge_experts_dots(*arguments)
     assert_close_to_truth(actual, plain, reference.merge_experts_dots(*to_double(arguments)))
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_grads(backend, dtype, needs):
+    """Experts' gradients: whole tensors, parts with coefficients of their own, more parts than a launch takes."""
+    for (s, e), shape, parts in (
+        ((2, 3), (3, 5), 1),
+        ((0, 2), (18, 257), 2),
+        ((1, 0), (22, 3), 11),
+        ((1, 40), (4099,), 1),
+    ):
+        grad = floats(*shape, dtype=dtype)
+        coefficients = torch.rand(parts, s + e, dtype=torch.float64).to(gate_dtype(dtype))
+        arguments = grad, coefficients, s, *needs
+        actual, plain = raw.merge_experts_grads(*arguments), reference.merge_experts_grads(*arguments)
+        assert [t.shape[0] for t in actual] == [count if need else 0 for count, need in zip((s, e), needs, strict=True)]
+        for results in zip(actual, plain, reference.merge_experts_grads(*to_double(arguments)), strict=True):
+            assert_close_to_truth(*results)
+
+
+@poisoned
+def test_grads_of_strided_inputs_and_of_nothing(backend):
+    grad, coefficients = torch.randn(6, 8), torch.rand(2, 5)
+    want = raw.merge_experts_grads(grad, coefficients, 2, True, True)
+    got = raw.merge_experts_grads(grad.mT.contiguous().mT, coefficients.repeat(1, 2)[:, :5], 2, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    empty = raw.merge_experts_grads(torch.empty(0, 4), coefficients, 1, True, True)
+    assert [tuple(t.shape) for t in empty] == [(1, 0, 4), (4, 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "argument"),
+    [
+        ({"grad": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "grad"),
+        ({"grad": torch.tensor(1.0)}, ValueError, "coefficients"),
+        ({"grad": torch.randn(5, 3)}, ValueError, "coefficients"),
+        ({"coefficients": torch.rand(0, 5)}, ValueError, "coefficients"),
+        ({"coefficients": torch.rand(5)}, ValueError, "coefficients"),
+        ({"coefficients": torch.rand(2, 5).double()}, TypeError, "coefficients"),
+        ({"coefficients": torch.rand(2, 5, device="meta")}, ValueError, "coefficients"),
+        ({"num_shared": 6}, ValueError, "num_shared"),
+        ({"num_shared": -1}, ValueError, "num_shared"),
+    ],
+)
+def test_grads_refuse(override, error, argument):
+    good = {"grad": torch.randn(4, 3), "coefficients": torch.rand(2, 5), "num_shared": 1}
+    raw.merge_experts_grads(**good, need_shared=True, need_routed=True)
+    with pytest.raises(error, match=f"`{argument}` must .*got"):
+        raw.merge_experts_grads(**good | override, need_shared=True, need_routed=True)
 
 
 @poisoned
@@ -144,12 +196,13 @@ def test_only_coefficients_or_only_experts():
     with torch.profiler.profile() as profile:
         ops.merge_experts(**inputs)[0].sum().backward()
     names = [event.name for event in profile.events()]
-    assert "ummrm::merge_experts_dots" in names and "aten::mul" not in names
+    assert "ummrm::merge_experts_dots" in names and "ummrm::merge_experts_grads" not in names
     inputs = merge_inputs(1, 2, [(3, 4)], grad=False)
     inputs["routed"][0].requires_grad_()
     with torch.profiler.profile() as profile:
         ops.merge_experts(**inputs)[0].sum().backward()
-    assert "ummrm::merge_experts_dots" not in [event.name for event in profile.events()]
+    names = [event.name for event in profile.events()]
+    assert "ummrm::merge_experts_dots" not in names and names.count("ummrm::merge_experts_grads") == 1
     want = inputs["coefficients"][0, 1:].view(2, 1, 1).expand(2, 3, 4)
     torch.testing.assert_close(inputs["routed"][0].grad, want)
 
@@ -199,6 +252,8 @@ def test_opcheck():
     torch.library.opcheck(raw.merge_experts.default, tuple(inputs.values()))
     detached = [[t.detach() for t in inputs[n]] for n in ("shared", "routed")]
     torch.library.opcheck(raw.merge_experts_dots.default, ([torch.randn(3), torch.randn(2, 4)], *detached))
+    for needs in ((True, True), (True, False)):
+        torch.library.opcheck(raw.merge_experts_grads.default, (torch.randn(4, 3), torch.rand(2, 5), 2, *needs))
 
 
 @poisoned
@@ -226,3 +281,8 @@ def test_beyond_two_to_the_31_elements():
     grad = floats(16, 16, dtype=torch.bfloat16)
     dots = raw.merge_experts_dots([grad], [shared], [routed])
     assert torch.equal(dots, raw.merge_experts_dots([grad], [shared], [routed.contiguous()]))
+    grad, coefficients = torch.randn(2**20 + 3).bfloat16(), torch.rand(1, 2**11 + 1)
+    _, of_routed = raw.merge_experts_grads(grad, coefficients, 0, False, True)
+    assert of_routed.numel() > 2**31
+    for e in (0, 2**11):
+        assert torch.equal(of_routed[e], (coefficients[0, e] * grad.float()).bfloat16())

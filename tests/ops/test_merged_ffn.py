@@ -6,7 +6,7 @@ from op_inputs import assert_deterministic, assert_refused, expert_parameters, f
 from tolerances import DTYPES, compare
 
 from ummrm import ops
-from ummrm.ops import reference
+from ummrm.ops import composed_reference
 
 poisoned = pytest.mark.usefixtures("poisoned")
 raw = torch.ops.ummrm
@@ -43,7 +43,7 @@ def in_order(arguments, activation="silu", glu=True):
 
 def check(arguments, floor_dtype=None):
     """Against the reference. On the way to a result up to three intermediates are rounded, and then the result."""
-    compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype, roundings=4)
+    compare(ops.merged_ffn, composed_reference.merged_ffn, arguments, floor_dtype, roundings=4)
 
 
 @poisoned
@@ -130,7 +130,7 @@ def test_merge_ffn_against_reference(backend, dtype, glu):
     for case, missing in zip(CASES, (None, "up_bias", "down_bias", "bias", None), strict=True):
         arguments = without_x(merged_inputs(*case, glu, dtype=dtype)) | {"glu": glu}
         arguments = {n: v for n, v in arguments.items() if missing is None or not n.endswith(missing)}
-        compare(ops.merge_ffn, reference.merge_ffn, arguments, floor_dtype=dtype)
+        compare(ops.merge_ffn, composed_reference.merge_ffn, arguments, floor_dtype=dtype)
         with torch.no_grad():
             plain = ops.merge_ffn(**arguments)
         assert all(torch.equal(a, b) for a, b in zip(plain, ops.merge_ffn(**arguments), strict=True))

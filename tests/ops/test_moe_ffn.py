@@ -14,7 +14,7 @@ from op_inputs import (
 from tolerances import DTYPES, compare
 
 from ummrm import ops
-from ummrm.ops import backends, reference
+from ummrm.ops import backends, composed_reference
 
 poisoned = pytest.mark.usefixtures("poisoned")
 raw = torch.ops.ummrm
@@ -52,7 +52,7 @@ def in_order(arguments, activation="silu", glu=True):
 
 def check(arguments, floor_dtype=None):
     """Against the reference. On the way to a result up to three intermediates are rounded, and then the result."""
-    compare(ops.moe_ffn, reference.moe_ffn, arguments, floor_dtype, roundings=4)
+    compare(ops.moe_ffn, composed_reference.moe_ffn, arguments, floor_dtype, roundings=4)
 
 
 @poisoned

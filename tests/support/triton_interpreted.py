@@ -21,7 +21,7 @@ from triton.runtime.errors import InterpreterError
 
 import ummrm
 from ummrm import MergeConfig, UpcycleConfig, auxiliary_loss, ops, preference_loss
-from ummrm.ops import backends, reference
+from ummrm.ops import backends, composed_reference, reference
 
 kernels = backends.load_triton()
 moe = importlib.import_module("ummrm.ops.triton_kernels.moe_ffn")
@@ -81,9 +81,9 @@ def test_a_layer_that_fills_no_tile(dtype):
     compare(ops.route, reference.route, {"logits": logits, "top_k": 3, "mask": torch.rand(150) < 0.7})
     for kind in ("some_dead", "hole"):
         arguments = moe_inputs(45, 37, 35, 5, 2, 2, kind=kind, dtype=dtype)
-        compare(ops.moe_ffn, reference.moe_ffn, arguments, floor_dtype=dtype, roundings=4)
+        compare(ops.moe_ffn, composed_reference.moe_ffn, arguments, floor_dtype=dtype, roundings=4)
     arguments = merged_inputs(45, 37, 35, 3, 2, dtype=dtype)
-    compare(ops.merged_ffn, reference.merged_ffn, arguments, floor_dtype=dtype, roundings=4)
+    compare(ops.merged_ffn, composed_reference.merged_ffn, arguments, floor_dtype=dtype, roundings=4)
 
 
 def launched(monkeypatch):
@@ -174,7 +174,7 @@ def test_descriptors_give_the_same_bits(monkeypatch):
 @pytest.mark.usefixtures("poisoned")
 def test_without_a_shared_expert():
     arguments = moe_inputs(19, 12, 10, 4, 2, 0, kind="some_dead")
-    compare(ops.moe_ffn, reference.moe_ffn, arguments, roundings=4)
+    compare(ops.moe_ffn, composed_reference.moe_ffn, arguments, roundings=4)
 
 
 def test_what_is_fused_is_not_launched(monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import reference
+from . import composed_reference, reference
 from .fakes import FAKES
 from .reference import accumulator
 
@@ -209,15 +209,15 @@ class _MergeExperts(Function):
         n, need = ctx.settings, ctx.needs_input_grad
         shared, routed, of_merged = tensors[:n], tensors[n:], [g.contiguous() for g in grads]
         dots = ops.merge_experts_dots(of_merged, shared, routed) if need[0] else None
-
-        def scaled(i: int) -> Tensor | None:
-            if not need[2 + i]:
-                return None
-            of_shared, of_routed = coefficients[i % n].tensor_split([shared[i % n].shape[0]])
-            c = of_shared if i < n else of_routed
-            return (c.view(-1, *[1] * of_merged[i % n].dim()) * of_merged[i % n]).to(tensors[i].dtype)
-
-        return dots, None, *[scaled(i) for i in range(2 * n)]
+        of_experts: list[Tensor | None] = [None] * (2 * n)
+        for i in range(n):
+            needs = need[2 + i], need[2 + n + i]
+            if any(needs):
+                of_part = of_merged[i].reshape(1, -1), coefficients[i : i + 1], shared[i].shape[0]
+                both = ops.merge_experts_grads(*of_part, *needs)
+                for at, wanted, tensor in zip((i, n + i), needs, both, strict=True):
+                    of_experts[at] = tensor.view(tensors[at].shape) if wanted else None
+        return dots, None, *of_experts
 
 
 class _MoeFfn(Function):
@@ -229,7 +229,7 @@ class _MoeFfn(Function):
         ctx.settings = activation, glu
         return out
 
-    @_backward_of(lambda saved, settings: (reference.moe_ffn, (*saved[:12], *settings)))
+    @_backward_of(lambda saved, settings: (composed_reference.moe_ffn, (*saved[:12], *settings)))
     def backward(ctx: Any, grad):
         need = [n for i, n in enumerate(ctx.needs_input_grad[:12]) if i != 3]  # expert_indices has no gradient
         grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need)
@@ -245,7 +245,7 @@ class _MergedFfn(Function):
         ctx.settings = activation, glu
         return out
 
-    @_backward_of(lambda saved, settings: (reference.merged_ffn, (*saved[:10], *settings)))
+    @_backward_of(lambda saved, settings: (composed_reference.merged_ffn, (*saved[:10], *settings)))
     def backward(ctx: Any, grad):
         need = list(ctx.needs_input_grad[:10])
         return (
@@ -258,7 +258,7 @@ class _MergedFfn(Function):
 def _recorded_merge_ffn(_, coefficients, *experts_and_glu):
     """Made of merge_experts, whose node it records: with the bits of the operator, which is made of it too."""
     FAKES["merge_ffn"](coefficients, *experts_and_glu)  # for its checks
-    return reference.merge_ffn_by(ops.merge_experts, coefficients, experts_and_glu[:-1])
+    return composed_reference.merge_ffn_by(ops.merge_experts, coefficients, experts_and_glu[:-1])
 
 
 def _register(
@@ -316,6 +316,6 @@ def register(library: torch.library.Library) -> None:
     _register(library, "expert_gemm", _ExpertGemm, reference.expert_gemm, _apply_expert_gemm)
     _register(library, "activation", _Activation, reference.activation)
     _register(library, "merge_experts", _MergeExperts, reference.merge_experts, _apply_merge_experts)
-    _register(library, "merge_ffn", _MergeExperts, reference.merge_ffn, _recorded_merge_ffn)
-    _register(library, "moe_ffn", _MoeFfn, reference.moe_ffn)
-    _register(library, "merged_ffn", _MergedFfn, reference.merged_ffn)
+    _register(library, "merge_ffn", _MergeExperts, composed_reference.merge_ffn, _recorded_merge_ffn)
+    _register(library, "moe_ffn", _MoeFfn, composed_reference.moe_ffn)
+    _register(library, "merged_ffn", _MergedFfn, composed_reference.merged_ffn)

@@ -54,6 +54,7 @@ _REFERENCE_KERNELS = {
             "activation_backward",
             "merge_experts",
             "merge_experts_dots",
+            "merge_experts_grads",
         )
     },
 }

@@ -298,3 +298,26 @@ def _merge_experts_dots(grads, shared, routed):
     for g, r in zip(grads, routed, strict=True):
         check.beside("grads", g, routed[0], "routed[0]", r.shape[1:], "a merged tensor's", routed[0].dtype, remedies)
     return routed[0].new_empty(n, experts, dtype=accumulator(routed[0]))
+
+
+@fake
+def _merge_experts_grads(grad, coefficients, num_shared, need_shared, need_routed):
+    check = Checker("merge_experts_grads")
+    check.floating("grad", grad)
+    remedies = (
+        "one row an equal part of the tensor, shared experts first",
+        "coefficients stay in fp32 (fp64 for fp64 experts)",
+    )
+    acc = accumulator(grad)
+    check.beside("coefficients", coefficients, grad, "grad", (None, None), "[parts, S + E]", acc, remedies)
+    parts, experts = coefficients.shape
+    fits = parts > 0 and grad.dim() > 0 and grad.shape[0] % parts == 0
+    expectation = "have a number of rows that divides grad's leading size"
+    check.value(fits, "coefficients", expectation, parts, "pass two for a fused gate-and-up projection, else one")
+    expectation, remedy = (
+        f"be from 0 to the number of experts ({experts})",
+        "the other coefficients are the routed experts'",
+    )
+    check.value(0 <= num_shared <= experts, "num_shared", expectation, num_shared, remedy)
+    sizes = (num_shared, need_shared), (experts - num_shared, need_routed)
+    return tuple(grad.new_empty((count, *grad.shape) if need else (0,)) for count, need in sizes)

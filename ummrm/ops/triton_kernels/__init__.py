@@ -8,7 +8,7 @@ from .activation import activation, activation_backward
 from .bias_grad import expert_bias_grad
 from .expert_gemm import expert_gemm, expert_gemm_wgrad
 from .launch import INTERPRETED
-from .merge_experts import merge_experts, merge_experts_dots
+from .merge_experts import merge_experts, merge_experts_dots, merge_experts_grads
 from .moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
 from .permute import permute, unpermute, unpermute_backward
 from .routing import route, route_backward, sort_slots
@@ -29,6 +29,7 @@ KERNELS = {
         activation_backward,
         merge_experts,
         merge_experts_dots,
+        merge_experts_grads,
         moe_ffn,
         moe_ffn_forward,
         moe_ffn_backward,

@@ -1,5 +1,6 @@
-"""Triton kernels of the merge: the weighted sum of experts, and the dot products with them that are its backward; bound
-by memory. A launch serves one tensor of the list. Dots are summed by block, then over blocks in order.
+"""Triton kernels of the merge: the weighted sum of experts, and its backward, dot products with them and multiples of
+the gradient; bound by memory. A launch serves one tensor of the list. Dots are summed by block, then over blocks in
+order.
 """
 
 from __future__ import annotations
@@ -82,6 +83,26 @@ def _dots_sum(partial, dots, num_blocks, num_experts, ACC: tl.constexpr, BLOCKS:
     tl.store(dots + expert, tl.sum(total, 0).to(ACC))
 
 
+@triton.jit
+def _grads(
+    grad,
+    coefficients,
+    out,
+    elements,
+    stride,
+    num_experts,
+    ACC: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """The gradient is read once for all experts of a kind."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < elements
+    g = tl.load(grad + at, mask=inside, other=0.0).to(ACC)
+    for e in range(num_experts):
+        scaled = tl.load(coefficients + e) * g
+        tl.store(out + (at + tl.cast(e, tl.int64) * stride), scaled.to(out.dtype.element_ty), mask=inside)
+
+
 def _contiguous_slices(experts: Tensor) -> Tensor:
     """An expert's slice must be contiguous; the stride from expert to expert is free."""
     return experts if experts.shape[0] == 0 or experts[0].is_contiguous() else experts.contiguous()
@@ -119,3 +140,21 @@ def merge_experts_dots(grads: list[Tensor], shared: list[Tensor], routed: list[T
         launch(_dots, (count,), r, grad.contiguous(), s, r, partial, *sizes, ACC=wide(r), ELEMENTS=each)
         launch(_dots_sum, (experts,), r, partial, dots[i], count, experts, ACC=wide(r), BLOCKS=1024)
     return dots
+
+
+def merge_experts_grads(
+    grad: Tensor, coefficients: Tensor, num_shared: int, need_shared: bool, need_routed: bool
+) -> tuple[Tensor, Tensor]:
+    grad, coefficients = grad.contiguous(), coefficients.contiguous()
+    parts, stride, each = coefficients.shape[0], grad.numel(), _elements(grad.dtype)
+    elements = stride // parts
+
+    def of(need: bool, rows: Tensor) -> Tensor:
+        out = grad.new_empty((rows.shape[1], *grad.shape) if need else (0,))
+        for part in range(parts if out.numel() else 0):
+            pointers = grad.view(-1)[part * elements :], rows[part], out.view(-1)[part * elements :]
+            sizes = elements, stride, rows.shape[1]
+            launch(_grads, (blocks(elements, each),), grad, *pointers, *sizes, ACC=wide(grad), ELEMENTS=each)
+        return out
+
+    return of(need_shared, coefficients[:, :num_shared]), of(need_routed, coefficients[:, num_shared:])
