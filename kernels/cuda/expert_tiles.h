@@ -1,6 +1,6 @@
-// Which tile a grouped GEMM takes: by measurement where bench/tune.py wrote one for its sizes, else by the rules below. The
-// choice depends on sizes and the kind of GPU alone, never on what tokens chose, so that results repeat. Plain C++: the
-// tests run it without a GPU.
+// Which tile a grouped GEMM takes: by measurement where bench/tune.py wrote one for its sizes, else by the rules below.
+// The choice depends on sizes and the kind of GPU alone, never on what tokens chose, so that results repeat. Plain C++:
+// the tests run it without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -69,10 +69,15 @@ constexpr TileChoice choose_tile(int arch, int sms, const GroupedSizes& sizes) {
   const bool rows_reduced = sizes.product == ExpertProduct::weight_grad;
   const int64_t m = rows_reduced ? sizes.other : sizes.rows, reduced = rows_reduced ? sizes.rows : sizes.other;
   const int64_t large_tiles = sizes.groups * ((m + 127) / 128) * ((sizes.columns + 255) / 256);
-  const int64_t wasted = (256 - sizes.columns % 256) % 256;  // columns of the last large tile
-  const bool small = reduced <= 1024 || large_tiles < 4 * sms || wasted * 16 > sizes.columns;
+  const int64_t wasted = (256 - sizes.columns % 256) % 256;          // columns of the last large tile
+  const bool short_groups = arch == 90 && !rows_reduced && m < 512;  // the large tile's clusters are 256 rows tall
+  const bool small = reduced <= 1024 || large_tiles < 4 * sms || wasted * 16 > sizes.columns || short_groups;
   const bool banded = sizes.columns > kBandColumns && sizes.columns * reduced * 2 > kBandedBytes;
-  const bool odd = sizes.columns % 256 > 0 && sizes.columns % 256 <= 128 && wasted * 16 > sizes.columns && m >= 2048;
+  // Of Hopper's small tiles the one whose clusters compute less that nobody asked for: columns up to 256 or rows, of
+  // which a group has 128 more half of the time.
+  const int64_t more_columns = sizes.columns % 256 > 0 && sizes.columns % 256 <= 128 ? 128 : 0;
+  const int64_t more_rows = !rows_reduced ? 64 : m % 256 > 0 && m % 256 <= 128 ? 128 : 0;
+  const bool odd = more_rows * sizes.columns < more_columns * m;
   const int small_tile = arch != 90 ? kSm80SmallTile : odd ? kSm90OddTile : kSm90SmallTile;
   return {small ? small_tile : 0, banded ? kBandColumns : sizes.columns};
 }

@@ -223,6 +223,10 @@ static void tiles() {
   CHECK(choose(256, 4096, 4096, ExpertProduct::forward).tile == kSm90SmallTile, "few tiles");
   CHECK(choose(16384, 896, 4864, ExpertProduct::forward).tile == kSm90OddTile, "columns that large tiles waste");
   CHECK(choose(300, 896, 4864, ExpertProduct::forward).tile == kSm90SmallTile, "rows that tall clusters waste");
+  CHECK(choose(600, 896, 4864, ExpertProduct::forward).tile == kSm90OddTile, "more columns wasted than rows");
+  CHECK(choose(300, 9728, 4096, ExpertProduct::forward).tile == kSm90SmallTile, "short groups");
+  CHECK(choose(4096, 896, 1152, ExpertProduct::weight_grad).tile == kSm90OddTile, "128 columns of 1152 rows wasted");
+  CHECK(choose(4096, 1152, 896, ExpertProduct::weight_grad).tile == kSm90SmallTile, "128 rows of 1152 columns wasted");
   CHECK(choose(16384, 4096, 28672, ExpertProduct::weight_grad).tile == 0, "a long weight gradient");
   CHECK(choose(512, 4096, 28672, ExpertProduct::weight_grad).tile == kSm90SmallTile, "a short weight gradient");
   CHECK(choose_tile(80, 108, {ExpertProduct::forward, 9, 100, 4096, 512}).tile == kSm80SmallTile, "another GPU");
