@@ -84,6 +84,12 @@ void check_rows(const Checker& check, const char* shared_name, const Tensor& sha
 // torch's own setting, torch._C._set_sm_carveout_experimental, which its matrix products follow as well.
 int spare_multiprocessors() { return at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0); }
 
+// torch's own setting too: torch.backends.cuda.matmul.fp32_precision, or allow_tf32, or set_float32_matmul_precision.
+bool allow_tf32() {
+  const auto& context = at::globalContext();
+  return context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
+
 int64_t slots_of(const Tensor& routed) { return routed.dim() == 2 ? routed.size(0) : -1; }
 
 void check_proj(const Checker& check, const char* name, const Tensor& tensor, const Tensor& rows, at::IntArrayRef shape,
@@ -197,7 +203,8 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
                               data_or_null(biases[1]),
                               offsets.const_data_ptr<int32_t>(),
                               out.mutable_data_ptr(),
-                              spare_multiprocessors()};
+                              spare_multiprocessors(),
+                              allow_tf32()};
   on_cuda(check, out, [&](auto stream) {
     const Tensor space = workspace(cuda::expert_gemm_workspace(args), out);
     return cuda::expert_gemm(args, space.mutable_data_ptr(), stream);
@@ -257,7 +264,8 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_route
                                    offsets.const_data_ptr<int32_t>(),
                                    need_shared ? shared_grad.mutable_data_ptr() : nullptr,
                                    need_routed ? routed_grad.mutable_data_ptr() : nullptr,
-                                   spare_multiprocessors()};
+                                   spare_multiprocessors(),
+                                   allow_tf32()};
   on_cuda(check, routed, [&](auto stream) {
     const Tensor space = workspace(cuda::expert_gemm_wgrad_workspace(args), routed);
     return cuda::expert_gemm_wgrad(args, space.mutable_data_ptr(), stream);

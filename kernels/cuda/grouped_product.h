@@ -28,6 +28,8 @@ struct GroupedInstance {
 
 namespace sm80 {
 UMMRM_GROUPED_PRODUCTS
+// Whether the build's code for Ampere runs on the current device; on Hopper, whose own serves what it can, not always.
+bool has_image();
 }  // namespace sm80
 
 namespace sm90 {

@@ -19,13 +19,15 @@ struct Architecture {
   GroupedInstance (*input_grad)(int, DType);
   GroupedInstance (*weight_grad)(int, DType);
   GroupedInstance (*weight_grad_f32)(int, DType);
+  bool (*tf32)();  // whether the device has its instances for fp32 operands, rounded to TF32; null: there are none
 };
 
 #ifdef UMMRM_SM80
-constexpr Architecture kSm80 = {80, sm80::forward, sm80::input_grad, sm80::weight_grad, sm80::weight_grad_f32};
+constexpr Architecture kSm80 = {
+    80, sm80::forward, sm80::input_grad, sm80::weight_grad, sm80::weight_grad_f32, sm80::has_image};
 #endif
 #ifdef UMMRM_SM90
-constexpr Architecture kSm90 = {90, sm90::forward, sm90::input_grad, sm90::weight_grad, sm90::weight_grad_f32};
+constexpr Architecture kSm90 = {90, sm90::forward, sm90::input_grad, sm90::weight_grad, sm90::weight_grad_f32, nullptr};
 #endif
 
 // Of the current device; 0 where there is none.
@@ -37,7 +39,11 @@ bool all_aligned(const Addresses*... addresses) {
   return (aligned16(addresses) && ...);
 }
 
-bool half_wide(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+template <class Args>
+bool has_type(const Architecture& arch, const Args& args) {
+  return args.dtype == DType::bf16 || args.dtype == DType::f16 ||
+         (args.dtype == DType::f32 && args.allow_tf32 && arch.tf32 != nullptr && arch.tf32());
+}
 
 // Widths whose rows start on 16-byte boundaries, and row counts, fit: shapes are int32, and so is Ampere's count of
 // tiles.
@@ -53,15 +59,15 @@ bool sizes_fit(int64_t tokens, int64_t num_shared, int64_t num_experts, int64_t 
   return rows_fit && gradients_fit;
 }
 
-bool suits(const ExpertGemm& args) {
-  return half_wide(args.dtype) &&
+bool suits(const Architecture& arch, const ExpertGemm& args) {
+  return has_type(arch, args) &&
          sizes_fit(args.tokens, args.num_shared, args.num_experts, args.slots, args.in, args.out_width) &&
          all_aligned(args.shared_rows, args.routed_rows, args.shared_proj, args.routed_proj, args.shared_bias,
                      args.routed_bias, args.out);
 }
 
-bool suits(const ExpertGemmWgrad& args) {
-  return half_wide(args.dtype) && (args.grad_dtype == args.dtype || args.grad_dtype == DType::f32) &&
+bool suits(const Architecture& arch, const ExpertGemmWgrad& args) {
+  return has_type(arch, args) && (args.grad_dtype == args.dtype || args.grad_dtype == DType::f32) &&
          sizes_fit(args.tokens, args.num_shared, args.num_experts, args.slots, args.width, args.grad_width) &&
          all_aligned(args.shared_rows, args.routed_rows, args.grad_shared_rows, args.grad_routed_rows, args.shared_grad,
                      args.routed_grad);
@@ -151,7 +157,7 @@ int run(const Architecture& arch, int sms, const Args& args, const TileChoice& c
 }  // namespace
 
 #define UMMRM_TENSOR_CORES(arch, Args, function)                                             \
-  bool serves(const Args& args) { return suits(args); }                                      \
+  bool serves(const Args& args) { return suits(arch, args); }                                \
   int64_t workspace(const Args& args, const TileChoice& choice) {                            \
     return workspace_of(arch, multiprocessors(), args, choice);                              \
   }                                                                                          \

@@ -48,6 +48,7 @@ static GroupedInstance instance(DType dtype) {
     };
   };
   if (dtype == DType::bf16) return {&scratch, run(std::integral_constant<DType, DType::bf16>{})};
+  if (dtype == DType::f32) return {&scratch, run(std::integral_constant<DType, DType::f32>{})};
   return {&scratch, run(std::integral_constant<DType, DType::f16>{})};
 }
 
@@ -60,16 +61,18 @@ UMMRM_INSTANCES(input_grad, false, false, false)
 UMMRM_INSTANCES(weight_grad, true, false, false)
 UMMRM_INSTANCES(weight_grad_f32, true, false, true)
 
+static bool image = true;
+bool ummrm::cuda::sm80::has_image() { return image; }
+
 struct Problem {
   DType dtype;
   int64_t tokens = 5, num_shared = 2, num_experts = 4, slots = 12, in = 16, out = 24;
   std::vector<int32_t> offsets = {0, 7, 7, 8, 10};
   Random random{3};
-  Array shared = random.array(dtype, tokens* in), routed = random.array(dtype, slots* in);
-  Array grads_shared = random.array(dtype, num_shared * tokens * out), grads_routed = random.array(dtype, slots* out);
-  Array shared_proj = random.array(dtype, num_shared * in * out),
-        routed_proj = random.array(dtype, num_experts * in * out);
-  Array shared_bias = random.array(dtype, num_shared* out), routed_bias = random.array(dtype, num_experts* out);
+  Array shared = random.array(dtype, tokens*in), routed = random.array(dtype, slots*in);
+  Array grads_shared = random.array(dtype, num_shared*tokens*out), grads_routed = random.array(dtype, slots*out);
+  Array shared_proj = random.array(dtype, num_shared*in*out), routed_proj = random.array(dtype, num_experts*in*out);
+  Array shared_bias = random.array(dtype, num_shared*out), routed_bias = random.array(dtype, num_experts*out);
 
   explicit Problem(DType dtype) : dtype(dtype) {}
 
@@ -90,7 +93,9 @@ struct Problem {
             bias_shared ? shared_bias.data() : nullptr,
             bias_routed ? routed_bias.data() : nullptr,
             offsets.data(),
-            to};
+            to,
+            0,
+            true};
   }
   ExpertGemmWgrad wgrad(DType grad_dtype, void* to_shared, void* to_routed) const {
     return {dtype,
@@ -109,7 +114,9 @@ struct Problem {
             grads_routed.data(),
             offsets.data(),
             to_shared,
-            to_routed};
+            to_routed,
+            0,
+            true};
   }
   // The expert of a row of the combined buffer and its row of the input, of a kind; -1 for no expert.
   int64_t expert_of(int64_t sorted) const {
@@ -122,13 +129,13 @@ struct Problem {
 // A workspace of just the asked size on a 256-byte boundary, poisoned, so that ASan sees what passes its end.
 struct Exact {
   void* data;
-  explicit Exact(int64_t bytes) : data(::operator new(static_cast<size_t>(bytes), std::align_val_t{256})) {
+  explicit Exact(int64_t bytes) : data(::operator new (static_cast<size_t>(bytes), std::align_val_t{256})) {
     CHECK(bytes > 0 && bytes % 256 == 0, "a workspace of %lld bytes", static_cast<long long>(bytes));
     std::memset(data, 0xff, static_cast<size_t>(bytes));
   }
   Exact(const Exact&) = delete;
   Exact& operator=(const Exact&) = delete;
-  ~Exact() { ::operator delete(data, std::align_val_t{256}); }
+  ~Exact() { ::operator delete (data, std::align_val_t{256}); }
 };
 
 static void forward(DType dtype, bool bias_shared, bool bias_routed, const TileChoice* choice) {
@@ -227,6 +234,12 @@ static void served() {
   CHECK(gemm([](ExpertGemm& a) { a.dtype = DType::f16; }), "f16");
   CHECK(gemm([](ExpertGemm& a) { a.tokens = a.slots = 0; }), "nothing at all");
   CHECK(!gemm([](ExpertGemm& a) { a.dtype = DType::f32; }), "fp32 is exact elsewhere");
+  CHECK(gemm([](ExpertGemm& a) { a.dtype = DType::f32, a.allow_tf32 = true; }), "and rounded here");
+  image = false;
+  CHECK(!gemm([](ExpertGemm& a) { a.dtype = DType::f32, a.allow_tf32 = true; }), "where the device has the code");
+  CHECK(gemm([](ExpertGemm&) {}), "which is asked for fp32 alone");
+  image = true;
+  CHECK(!gemm([](ExpertGemm& a) { a.dtype = DType::f64, a.allow_tf32 = true; }), "fp64 never");
   CHECK(!gemm([](ExpertGemm& a) { a.in = 60; }), "rows off 16-byte boundaries");
   CHECK(!gemm([](ExpertGemm& a) { a.out_width = 4; }), "rows of less than 16 bytes");
   CHECK(!gemm([](ExpertGemm& a) { a.in = 0; }), "nothing to sum");
@@ -245,13 +258,15 @@ static void served() {
   CHECK(wgrad([](ExpertGemmWgrad&) {}), "fp32 gradients of the shared experts alone");
   CHECK(wgrad([](ExpertGemmWgrad& a) { a.grad_dtype = DType::bf16; }), "gradients of the rows' type");
   CHECK(!wgrad([](ExpertGemmWgrad& a) { a.grad_dtype = DType::f16; }), "gradients of another type");
+  CHECK(!wgrad([](ExpertGemmWgrad& a) { a.dtype = DType::f32; }), "fp32 is exact elsewhere");
+  CHECK(wgrad([](ExpertGemmWgrad& a) { a.dtype = DType::f32, a.allow_tf32 = true; }), "and rounded here");
   CHECK(!wgrad([](ExpertGemmWgrad& a) { a.grad_width = 100; }), "rows off 16-byte boundaries");
   CHECK(!wgrad([&](ExpertGemmWgrad& a) { a.shared_grad = memory + 4; }), "a result at an odd address");
 }
 
 int main() {
   const TileChoice choices[] = {{0, 24}, {1, 8}};
-  for (const DType dtype : {DType::bf16, DType::f16}) {
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
     for (const bool shared : {true, false}) {
       for (const bool routed : {true, false}) {
         forward(dtype, shared, routed, nullptr);

@@ -14,7 +14,7 @@ from test_merged_ffn import merged_inputs
 from tolerances import assert_close_to_truth, compare, to_double
 
 from ummrm import ops
-from ummrm.ops import composed_reference, reference
+from ummrm.ops import composed_reference, library, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,13 +29,18 @@ def on_cuda(*values):
     return pytest.param(*values, marks=pytest.mark.cuda_only)
 
 
-def compare_raw(device, name, arguments, floor_dtype=None):
-    """One of the backward operators by itself, on positional arguments."""
+def call_raw(device, name, arguments):
+    """The results of an operator by itself, on positional arguments."""
 
     def call(**by_position):
         return getattr(raw, name)(*by_position.values())
 
-    got = on(device, call)(**{f"a{i}": value for i, value in enumerate(arguments)})
+    return on(device, call)(**{f"a{i}": value for i, value in enumerate(arguments)})
+
+
+def compare_raw(device, name, arguments, floor_dtype=None):
+    """One of the backward operators by itself."""
+    got = call_raw(device, name, arguments)
     plain, truth = (getattr(reference, name)(*a) for a in (arguments, to_double(arguments)))
     if isinstance(plain, torch.Tensor):
         plain, truth = [plain], [truth]
@@ -212,6 +217,40 @@ def test_expert_gemm(device, dtype, transpose, copies, sizes):
 @pytest.mark.parametrize(("t", "d", "n", "e", "k", "s"), TILES)
 def test_expert_gemm_of_many_tiles(device, dtype, transpose, t, d, n, e, k, s):
     check_gemm(device, (t, d, n, e, k, s), "hole", dtype, transpose, copies=transpose)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("sizes", [(70, 64, 72, 5, 2, 2), (300, 512, 384, 5, 2, 1)], ids=str)
+def test_fp32_products_follow_torchs_setting(device, tf32, sizes):
+    """Operands rounded to 10 bits of fraction, as torch's own products then are; sums in fp32 all the same."""
+    t, d, n, e, k, s = sizes
+    offsets = reference.sort_slots(expert_indices(t, e, k, "hole"), e)[2]
+    rows, grads = (floats(t, d), floats(t * k, d)), (floats(s * t, n), floats(t * k, n))
+    products = {
+        "expert_gemm": (*rows, floats(s, n, d), floats(e, n, d), offsets, t),
+        "expert_gemm_wgrad": (*grads, *rows, offsets, t, s, True, True),
+    }
+    rounds = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    rounds = rounds and any(row["arch"] == "sm80" for row in library.tile_table())
+    for name, arguments in products.items():
+        wide = to_double(arguments)
+        sizes_of = [a.abs() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in wide]
+        found = (
+            tuple(call_raw(device, name, arguments)),
+            getattr(reference, name)(*wide),
+            getattr(reference, name)(*sizes_of),
+        )
+        for got, truth, size in zip(*(x if isinstance(x, tuple) else (x,) for x in found), strict=True):
+            error = (got.cpu().double() - truth).abs()
+            assert error.le(2**-9 * size).all()
+            assert bool(error.gt(2**-16 * size).any()) == rounds, "whether products were rounded"
 
 
 def check_gradients(device, sizes, kind, dtype):

@@ -26,9 +26,13 @@ namespace ummrm::cuda::sm80 {
 using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
 
+// fp32 operands are rounded to TF32 on their way to mma.sync. One tile, of as many bytes as the smaller one's.
+inline constexpr TileShape kTf32Tile = {128, 128, 16, 1, 1, "multistage"};
+inline constexpr int kTf32 = -1;
+
 template <int tile, class Element, class LayoutA, class LayoutB, class Out>
 struct Instance {
-  static constexpr TileShape kShape = kSm80Tiles[tile];
+  static constexpr TileShape kShape = tile == kTf32 ? kTf32Tile : kSm80Tiles[tile == kTf32 ? 0 : tile];
   static constexpr int kStages = kShape.n == 256 ? 3 : 4;
   static constexpr int kAlignment = 128 / cutlass::sizeof_bits<Element>::value;
   static constexpr int kOutAlignment = 128 / cutlass::sizeof_bits<Out>::value;
@@ -37,7 +41,7 @@ struct Instance {
       Element, LayoutA, cutlass::ComplexTransform::kNone, kAlignment, Element, LayoutB,
       cutlass::ComplexTransform::kNone, kAlignment, Out, RowMajor, float, cutlass::arch::OpClassTensorOp,
       cutlass::arch::Sm80, cutlass::gemm::GemmShape<kShape.m, kShape.n, kShape.k>,
-      cutlass::gemm::GemmShape<64, 64, kShape.k>, cutlass::gemm::GemmShape<16, 8, 16>,
+      cutlass::gemm::GemmShape<64, 64, kShape.k>, cutlass::gemm::GemmShape<16, 8, tile == kTf32 ? 8 : 16>,
       cutlass::epilogue::thread::LinearCombination<Out, kOutAlignment, float, float>,
       cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, kStages,
       cutlass::gemm::kernel::GroupScheduleMode::kDeviceOnly>::GemmKernel;
@@ -75,8 +79,8 @@ struct Instance {
         const_cast<Element**>(reinterpret_cast<const Element**>(tables.b)),
         const_cast<Out**>(reinterpret_cast<const Out**>(tables.bias)), reinterpret_cast<Out**>(tables.d),
         tables.a_stride, tables.b_stride, tables.bias_stride, tables.d_stride);
-    const cudaLaunchConfig_t config = {dim3(static_cast<unsigned>(resident * product.sms)), dim3(Kernel::kThreadCount),
-                                       kShared, stream};
+    const cudaLaunchConfig_t config = {
+        dim3(static_cast<unsigned>(resident * product.sms)), dim3(Kernel::kThreadCount), kShared, stream, nullptr, 0};
     return cudaLaunchKernelEx(&config, &cutlass::Kernel<Kernel>, typename Kernel::Params(args));
   }
 
@@ -94,6 +98,9 @@ GroupedInstance instance_of(int tile) {
 // Out is void for the type of a and b.
 template <class LayoutA, class LayoutB, class Out>
 GroupedInstance instance_of(int tile, DType dtype) {
+  if constexpr (std::is_void_v<Out>) {
+    if (dtype == DType::f32) return Instance<kTf32, float, LayoutA, LayoutB, float>::get();
+  }
   return dtype == DType::bf16 ? instance_of<LayoutA, LayoutB, Out, cutlass::bfloat16_t>(tile)
                               : instance_of<LayoutA, LayoutB, Out, cutlass::half_t>(tile);
 }

@@ -31,7 +31,8 @@ void column_sums(const ColumnSums& args, int64_t begin_block, int64_t end_block)
 // none. Rows and projections are contiguous; `num_shared` or `num_experts` may be 0, and any group may be empty.
 namespace cuda {
 
-// out = rows @ proj^T + bias, or with `transpose` out = rows @ proj; accumulated in fp32, in fp32 exactly (no TF32).
+// out = rows @ proj^T + bias, or with `transpose` out = rows @ proj; accumulated in fp32; fp32 products are exact but
+// under allow_tf32.
 struct ExpertGemm {
   DType dtype;  // of all tensors: f32, bf16 or f16
   int64_t tokens, num_shared, num_experts, slots;
@@ -47,6 +48,7 @@ struct ExpertGemm {
   const int32_t* expert_offsets;  // [E + 1], on the device
   void* out;                      // [S*tokens + slots, out_width]; rows of no group become zero
   int spare_multiprocessors = 0;  // that kernels which would take all of the device leave to others, as NCCL's
+  bool allow_tf32 = false;        // fp32 operands may be rounded to TF32's 10 bits of fraction
 };
 
 // grad_proj = grad_rows^T @ rows of each group; zero for a group without rows.
@@ -65,6 +67,7 @@ struct ExpertGemmWgrad {
   void* shared_grad;              // out, [S, grad_width, width], or null: not needed
   void* routed_grad;              // out, [E, grad_width, width], or null: not needed
   int spare_multiprocessors = 0;  // as above
+  bool allow_tf32 = false;
 };
 
 // Column sums of every group's rows, times row_weights: the gradient of biases.
