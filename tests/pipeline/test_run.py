@@ -161,8 +161,10 @@ def test_settings_of_stages_that_have_not_begun_may_change(inputs, tmp_path, mon
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_a_killed_run_ends_with_the_same_bits(inputs, tmp_path, kills):
-    made = {"train": {"num_train_epochs": kills}}
-    run_recipe(recipe(inputs, tmp_path / "whole", **made), log=lambda _: None)
+    """Between and amid steps of both stages that train, and, in the full tier, after a random line of what follows."""
+    made = {"train": {"num_train_epochs": kills}, "distill": {"num_train_epochs": kills // 2}}
+    said = []
+    run_recipe(recipe(inputs, tmp_path / "whole", **made), log=said.append)
     path, draw = tmp_path / "recipe.yaml", random.Random(kills)
     path.write_text(yaml.safe_dump(recipe(inputs, tmp_path / "killed", **made).to_dict()))
     child = [sys.executable, str(SUPPORT / "pipeline_child.py"), str(path)]
@@ -174,11 +176,19 @@ def test_a_killed_run_ends_with_the_same_bits(inputs, tmp_path, kills):
     for kill in range(kills):
         process = subprocess.Popen([*child, "0.3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before, wait = reached(), draw.uniform(0, 0.5)
-        while process.poll() is None and (reached() == before or (kill == 1 and not (stages / "distill").exists())):
+        trained = kill == kills // 2
+        while process.poll() is None and (reached() == before or (trained and not (stages / "distill").exists())):
             time.sleep(0.02)
         time.sleep(wait)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+    for _ in range(6 if kills > 2 else 0):
+        process = subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(draw.randrange(len(said) // 2, len(said))):
+            process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
     done = subprocess.run(child, capture_output=True, text=True, check=True)
     assert "done before" in done.stdout
     for name in ("mixture", "merged"):
