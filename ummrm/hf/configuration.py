@@ -16,6 +16,7 @@ from ..config import MergeConfig, UpcycleConfig
 from ..version import __version__
 from .families import Family, known_family
 from .generated import Generated
+from .parallel import ep_plan, fsdp_plan, tp_plan
 
 PREFIX = "umm_"
 PHASES = ("mixture", "merging")
@@ -117,13 +118,22 @@ class UmmConfigMixin(Generated, _Stock):
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
         """The stock plan without the dense projections, which are no longer there."""
         plan = super().base_model_tp_plan
-        if not plan or not isinstance(self.umm, dict):
+        if not isinstance(self.umm, dict):
             return plan
-        row = self.umm_row
-        dense = {f"{row.layers}.*.{path}" for path in row.paths.modules}
-        if self.upcycle_config.has_linear_experts:  # attention's are gone too
-            return {key: value for key, value in plan.items() if not key.startswith(f"{row.layers}.*.")}
-        return {key: value for key, value in plan.items() if key not in dense}
+        return tp_plan(self.umm_row, plan, self.upcycle_config.has_linear_experts)
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """Whole routed experts on each rank; none in the merge phase, which folds all of a layer."""
+        if not isinstance(self.umm, dict) or self.umm_phase != "mixture":
+            return None
+        return ep_plan(self.umm_row)
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """The stock plan, with the layers by the name that the family has for them."""
+        plan = getattr(super(), "base_model_fsdp_plan", None)  # not in every version
+        return fsdp_plan(self.umm_row, plan) if isinstance(self.umm, dict) else plan
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

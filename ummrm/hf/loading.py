@@ -64,7 +64,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], source: object, *
     shapes = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
     wrong = [key for key in shapes if not (new_head and is_head(key))]
     saved_by = next(iter(model.config.architectures or ()), None)
-    own = saved_by == type(model).__name__ and not new_head
+    own = saved_by == type(model).__name__.removeprefix("FSDP") and not new_head  # which FSDP2 puts before it
     unexpected = [key for key in info["unexpected_keys"] if own or not is_head(key)]
     modules = dict(model.named_modules())
     others = [key for key in unexpected if is_head(key) and key.rpartition(".")[0] not in modules]

@@ -31,6 +31,7 @@ from .generated import Generated
 from .head import gives_scores, head_name
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
+from .parallel import check_distributed, declare_plans
 from .remote_code import copy_code
 from .sequence import bind, by_sequence, member_logits
 
@@ -170,6 +171,12 @@ class UmmPreTrainedMixin(Generated, _Stock):
         freeze_for_merge(model)  # loading makes new parameters
         return (model, info) if wants_info else model
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in transformers, whose hook it is between building a model and reading its weights."""
+        check_distributed(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def load_state_dict(self, *args, **kwargs):
         """As in torch; a fixed lambda that comes with the weights goes into the configuration too."""
         result = super().load_state_dict(*args, **kwargs)
@@ -217,6 +224,7 @@ def install(model: UmmPreTrainedMixin) -> None:
     for holder in (backbone, model):
         others = {*(holder._no_split_modules or ())} - {name.removeprefix("Umm") for name in ours}
         holder._no_split_modules = others | ours
+        declare_plans(holder)
 
 
 def _exchange_layers(model: UmmPreTrainedMixin, chosen: tuple[int, ...]) -> None:

@@ -143,6 +143,15 @@ class RowGroups:
             )
         return self.row_offsets * (tokens // max(self.rows, 1))
 
+    def experts_of(self, flat: Tensor) -> Tensor:
+        """int64 [T], the expert of each of tokens [T, D], equally many of each row, as they come."""
+        ends = self.offsets(flat)[1:]
+        tokens = torch.arange(flat.shape[0], dtype=ends.dtype, device=ends.device)
+        experts = torch.searchsorted(ends, tokens, right=True)
+        if self.inverse is None or not flat.shape[0]:
+            return experts
+        return experts.unflatten(0, (self.rows, -1)).index_select(0, self.inverse).flatten(0, 1)
+
     def __call__(self, grouped: Callable[[Tensor, Tensor], Tensor], flat: Tensor) -> Tensor:
         """Runs a grouped product on rows as they come: [T, D] to [T, N] by `grouped(ordered rows, expert_offsets)`."""
         offsets = self.offsets(flat)

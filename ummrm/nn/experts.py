@@ -1,16 +1,18 @@
 """The stacked parameters of a layer's experts, and how a layer hands them to the operators.
 
-Parameters alone: which experts a token goes to is the router's business, and what a layer computes is that of
-`upcycled_ffn.py` and `merging_ffn.py`.
+Which experts a token goes to is the router's business, and what a layer computes is that of `upcycled_ffn.py` and
+`merging_ffn.py`. Experts that lie on several processes run here, since no process can hand out the parameters of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from .. import ops
 from ..config import UpcycleConfig
 from .dense import DenseFFN, FFNSpec
 
@@ -22,7 +24,9 @@ class Experts(nn.Module):
     """The stacked parameters of n experts of one layer; they are run by `ops.moe_ffn` and `ops.merged_ffn`.
 
     Its forward hands out the parameters. The layers read them that way, never by attribute, since adapters on
-    parameters (PEFT's `target_parameters`) and sharding put the effective tensors in place for a forward only.
+    parameters (PEFT's `target_parameters`) and sharding put the effective tensors in place for a forward only. Called
+    with indices and weights it runs the experts instead: so transformers' expert parallelism does, which replaces the
+    forward by one that exchanges tokens and leaves `num_experts` those of this process.
 
     Parameters: `gate_up_proj` [n, 2I, H] (gate rows first) for a gated FFN or `up_proj` [n, I, H] for a plain one,
     `down_proj` [n, H, I], and `<name>_bias` [n, rows] where the dense FFN had biases.
@@ -62,9 +66,40 @@ class Experts(nn.Module):
         """The shared experts that `config` has; None without any, since nobody likes parameters without elements."""
         return cls(config.num_shared_experts, spec, dtype, device) if config.num_shared_experts else None
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; x is for wrappers of a forward."""
-        return {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
+    @property
+    def parted(self) -> bool:
+        """Whether this process holds some of the experts alone, as transformers' `grouped_gemm` plan leaves it."""
+        return getattr(self, "_is_expert_parallel", False)
+
+    def forward(
+        self, x: torch.Tensor, indices: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> Any:
+        """The parameters, or what the experts compute.
+
+        Args:
+            x: [T, H]; without `indices` for wrappers of a forward alone.
+            indices: integer [T, K] in [0, n), or n for a slot that is left out, as transformers' experts take it.
+            weights: [T, K], of each slot.
+
+        Returns:
+            Without `indices` the effective `up`, `down`, `up_bias`, `down_bias`, absent ones None; else [T, H],
+            `sum_k weights[t, k] * expert_{indices[t, k]}(x_t)`, in x's dtype.
+        """
+        held = {"up": self.up, "down": self.down_proj, "up_bias": self.up_bias, "down_bias": self.down_proj_bias}
+        if indices is None or weights is None:
+            return held
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        experts: dict[str, Any] = {f"shared_{name}": tensor for name, tensor in no_experts(held).items()}
+        return ops.moe_ffn(
+            x,
+            torch.zeros(x.shape[0], dtype=wide, device=x.device),
+            weights.to(wide),
+            torch.where(indices == self.num_experts, -1, indices).to(torch.int32),
+            **experts,
+            **{f"routed_{name}": tensor for name, tensor in held.items()},
+            activation=self.spec.activation,
+            glu=self.spec.glu,
+        )
 
     def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
         """Random experts: normal weights, zero biases. Upcycling fills them with copies instead."""

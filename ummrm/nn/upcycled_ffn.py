@@ -17,7 +17,7 @@ from .. import ops
 from ..config import UpcycleConfig
 from .assignment import BySequence, RowGroups
 from .dense import DenseFFN, FFNPaths, FFNSpec
-from .experts import Experts, expert_arguments, flatten_tokens
+from .experts import Experts, expert_arguments, flatten_tokens, no_experts
 from .probe import find_paths, prove_paths
 from .router import ForwardStatistics, Router, in_backward
 
@@ -124,8 +124,13 @@ class UpcycledFFN(BySequence):
                 routing.shared_weight.detach(),
                 mask is not None,
             )
+        run = self._parted if self.experts.parted else self._fused
+        return run(flat, routing, mask).view(x.shape)
+
+    def _fused(self, flat: torch.Tensor, routing: ops.RouteOutput, mask: torch.Tensor | None) -> torch.Tensor:
+        """Shared and routed experts in one launch."""
         experts: dict[str, Any] = expert_arguments(self.shared_experts, self.experts, flat)
-        out = ops.moe_ffn(
+        return ops.moe_ffn(
             flat,
             routing.shared_weight,
             routing.routed_weights,
@@ -134,15 +139,52 @@ class UpcycledFFN(BySequence):
             activation=self.spec.activation,
             glu=self.spec.glu,
         )
-        return out.view(x.shape)
+
+    def _parted(self, flat: torch.Tensor, routing: ops.RouteOutput, mask: torch.Tensor | None) -> torch.Tensor:
+        """Routed experts wherever they lie, and beside them the shared ones, which every process has."""
+        live = None if mask is None else mask.nonzero().squeeze(1)  # padding is sent nowhere
+        slots = (routing.expert_indices.long(), routing.routed_weights)  # int64, which counting by scatter takes
+        out = self._exchanged(flat, *slots, live)
+        if self.shared_experts is None:
+            return out
+        shared = self.shared_experts(flat)
+        experts: dict[str, Any] = {f"shared_{name}": tensor for name, tensor in shared.items()}
+        experts |= {f"routed_{name}": tensor for name, tensor in no_experts(shared).items()}
+        none = torch.zeros_like(routing.routed_weights[:, :1])
+        beside = ops.moe_ffn(
+            flat,
+            routing.shared_weight,
+            none,
+            torch.full_like(routing.expert_indices[:, :1], -1),
+            **experts,
+            activation=self.spec.activation,
+            glu=self.spec.glu,
+        )
+        return out + beside.to(out.dtype)
+
+    def _exchanged(
+        self, flat: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, live: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Routed experts that lie on several processes; rows that are not `live` are 0."""
+        if torch.is_autocast_enabled(flat.device.type):  # which the operators do too; half the bytes are sent
+            flat = flat.to(torch.get_autocast_dtype(flat.device.type))
+        if live is None:
+            return self.experts(flat, indices, weights)
+        out = self.experts(flat.index_select(0, live), indices.index_select(0, live), weights.index_select(0, live))
+        return torch.zeros_like(flat).index_copy(0, live, out)
 
     def _by_sequence(self, flat: torch.Tensor, rows: RowGroups) -> torch.Tensor:
-        routed, spec = self.experts(flat), self.spec
+        spec = self.spec
+        if self.experts.parted:
+            indices = rows.experts_of(flat).unsqueeze(1)
+            out = self._exchanged(flat, indices, torch.ones_like(indices, dtype=torch.float32))
+        else:
+            routed = self.experts(flat)
 
-        def run(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-            return ops.grouped_ffn(tokens, offsets, **routed, activation=spec.activation, glu=spec.glu)
+            def run(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+                return ops.grouped_ffn(tokens, offsets, **routed, activation=spec.activation, glu=spec.glu)
 
-        out = rows(run, flat)
+            out = rows(run, flat)
         if self.shared_experts is None:
             return out
         shared = self.shared_experts(flat)

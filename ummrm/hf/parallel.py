@@ -1,0 +1,123 @@
+"""What transformers' distributed engine (`DistributedConfig`) shards of a registered class, and what is refused.
+
+Plans alone: sharding, communication and loading are the engine's. FSDP2 gets each layer and the embeddings, expert
+parallelism the routed experts (shared experts and routers stay whole on every rank), tensor parallelism what the stock
+class has a plan for, without the dense FFN that is no longer there. docs/scaling.md says which is for whom.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..nn.upcycled_ffn import upcycled_ffns
+from .families import Family
+
+if TYPE_CHECKING:
+    from .modeling import UmmPreTrainedMixin
+
+_LAYERS = "layers.*"  # the rule of transformers' own plans, whatever a family calls its layers
+
+
+def fsdp_plan(row: Family, stock: dict[str, str] | None) -> dict[str, str]:
+    """The stock plan with the family's own name of its layers."""
+    return {name: style for name, style in (stock or {}).items() if name != _LAYERS} | {
+        f"{row.layers}.*": "free_full_weight"
+    }
+
+
+def ep_plan(row: Family) -> dict[str, str]:
+    """Whole routed experts on each rank, biases with them; rules that name nothing are dropped by `declare_plans`."""
+    experts = f"{row.layers}.*.{row.site}.experts"
+    up = "up_proj" if row.paths.gate is None else "gate_up_proj"
+    held = (up, "down_proj", f"{up}_bias", "down_proj_bias")
+    return {f"{experts}.{name}": "grouped_gemm" for name in held} | {experts: "ep_dispatch_experts"}
+
+
+def tp_plan(row: Family, stock: dict[str, str] | None, linear_experts: bool) -> dict[str, str] | None:
+    """The stock plan without the linear layers that have been exchanged."""
+    if not stock:
+        return stock
+    if linear_experts:  # attention's are gone too, and a plan for embeddings alone would be none
+        return {}
+    dense = {f"{row.layers}.*.{path}" for path in row.paths.modules}
+    return {name: style for name, style in stock.items() if name not in dense}
+
+
+def declare_plans(model: UmmPreTrainedMixin) -> None:
+    """Makes the plans of a model those of its modules as they are now, the embeddings by the name that they have.
+
+    transformers makes them before the experts are there, and once more for a decoder that holds a backbone's layers.
+    """
+    if not hasattr(model, "init_parallel_plans"):  # before transformers 5.20
+        return
+    holder: Any = model
+    holder.init_parallel_plans()
+    if holder.base_model is model:
+        embeddings = _name_of(model, _input_embeddings(model))
+        if embeddings is not None:
+            holder._fsdp_plan.setdefault(embeddings, "free_full_weight")
+    known = {_generic(name) for name, _ in chain(model.named_modules(), model.named_parameters())}
+    for name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+        setattr(holder, name, {rule: style for rule, style in getattr(holder, name).items() if rule in known})
+
+
+def check_distributed(model: UmmPreTrainedMixin, settings: Any) -> None:
+    """Refuses what the engine can't do for an upcycled model, before a weight is read.
+
+    Args:
+        model: on any device.
+        settings: the `DistributedConfig`.
+
+    Raises:
+        ValueError: says which size can't be used, why, and which can.
+    """
+    name, config = type(model).__name__, model.config
+    experts, ep, tp = config.upcycle_config.num_experts, settings.ep_size, settings.tp_size
+    if settings.pp_size > 1:
+        raise ValueError(
+            f"`pp_size` must be 1 for an upcycled model, got {settings.pp_size}: the routers' losses of all layers "
+            "belong to one forward. Use fsdp_size, ep_size and tp_size."
+        )
+    if ep > 1 and not upcycled_ffns(model):
+        raise ValueError(
+            f"`ep_size` must be 1 for a {name} in its merge phase, got {ep}: all experts of a layer are folded on every "
+            f"forward, which expert parallelism keeps apart. Use fsdp_size={settings.fsdp_size * tp} instead, which "
+            "gathers one layer at a time."
+        )
+    if ep > 1 and experts % ep:
+        sizes = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        raise ValueError(
+            f"`ep_size` must divide the number of routed experts, num_experts={experts}, got {ep}; choose one of "
+            f"{sizes}, or upcycle with a multiple: UpcycleConfig(num_experts={-(-experts // ep) * ep}, ...)."
+        )
+    if ep > 1 and settings.ep_implementation == "all_reduce" and ep != tp:
+        raise ValueError(
+            f'`ep_implementation="all_reduce"` needs ep_size == tp_size, got {ep} and {tp}; use "all_to_all" or "auto" '
+            "where ranks have batches of their own."
+        )
+    if tp > 1 and settings.tp_plan in (None, "auto") and not model.base_model._tp_plan:
+        why = f"transformers has no plan for {config.model_type.removeprefix('umm_')}"
+        if config.upcycle_config.has_linear_experts:
+            why = f"experts_in={config.upcycle_config.experts_in!r} makes attention's linear layers experts"
+        raise ValueError(
+            f"`tp_size` must be 1 for a {name}, got {tp}: {why}, so there is nothing to cut. Use fsdp_size={tp} (and "
+            "ep_size for the experts), or give a tp_plan of your own."
+        )
+
+
+def _generic(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _input_embeddings(model: Any) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((name for name, held in model.named_modules() if held is module), None)
