@@ -115,6 +115,22 @@ def run_case(case, folder, rank):
     dist.barrier()
 
 
+def _keep_meshes():
+    """One mesh for all cases of the same sizes: each makes process groups anew, and gloo's are dozens of threads."""
+    from transformers.distributed import mixin
+
+    make, made = mixin.initialize_distributed_mesh, {}
+
+    def kept(settings):
+        names = ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size", "ep_size")
+        sizes = tuple(getattr(settings, name) for name in names)
+        if sizes not in made:
+            made[sizes] = make(settings)
+        return made[sizes]
+
+    mixin.initialize_distributed_mesh = kept
+
+
 def _worker(rank, processes, function, arguments, folder):
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # never used: the processes meet at a file
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), **port)
@@ -126,6 +142,7 @@ def _worker(rank, processes, function, arguments, folder):
         world_size=processes,
         timeout=timedelta(seconds=60),
     )
+    _keep_meshes()
     function(rank, *arguments)
     dist.barrier()
     sys.stdout.flush()

@@ -117,7 +117,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             self._metrics[mode].pop(name, None)
         pairs = torch.stack(outputs.logits.detach().squeeze(-1).chunk(2), dim=1)
         # evaluation fills up the last batch of several processes with pairs that it has already
-        self._rewards[mode].add_pairs(pairs if mode == "train" else self.accelerator.gather_for_metrics(pairs))
+        self._rewards[mode].add_pairs(pairs if mode == "train" else self._gathered_rows(pairs))
         loss = self._extra_loss(model, loss, mode)
         return (loss, outputs) if return_outputs else loss
 
@@ -144,10 +144,22 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             return tensor
         return self.accelerator.gather(tensor.float().to(self.accelerator.device)[None]).amax(0)
 
+    def _gathered_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of an evaluation batch of all processes, each once: none that fills up the last batch, and those of
+        processes that share a batch (tensor parallelism), which accelerate takes for several, from one of them."""
+        sharing = self.get_tp_size()
+        if sharing == 1:
+            return self.accelerator.gather_for_metrics(rows)
+        every = self.accelerator.gather(rows.contiguous()).unflatten(0, (self.accelerator.num_processes, -1))
+        state, every = self.accelerator.gradient_state, every[::sharing].flatten(0, 1)
+        return every[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else every
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_prefix = metric_key_prefix
         self._metrics["eval"].clear()
         self._forget("eval")  # what `predict` has left
+        if self.get_tp_size() > 1:
+            self.gather_function = self._gathered_rows  # of the batches' losses
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -204,7 +216,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
                 batch = self._prepare_inputs(batch)
                 batch.pop("margin", None)
                 pairs = torch.stack(score(model, batch).chunk(2), dim=1)  # by pair, as the loader counts
-                rewards.append(self.accelerator.gather_for_metrics(pairs).cpu().double().flatten())
+                rewards.append(self._gathered_rows(pairs).cpu().double().flatten())
         normalization = of_rewards(torch.cat(rewards))
         set_reward_normalization(self._network, normalization)
         if hasattr(model, "peft_config"):

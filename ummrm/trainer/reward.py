@@ -89,10 +89,12 @@ class UmmRewardTrainer(UmmTrainer):
     def _assign(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Gives each batch its part of the step's groups: rows are all chosen answers, then all rejected ones."""
         own = torch.tensor([batch["input_ids"].shape[0] // 2 for batch in batches])
-        counts = own[None]
+        counts, rank = own[None], 0
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(own.to(self.accelerator.device)).cpu().view(-1, len(batches))
-        ends = counts.t().flatten().cumsum(0).view(len(batches), -1)[:, self.accelerator.process_index]
+            sharing = self.get_tp_size()  # processes of a tensor-parallel group have one batch, and so one group a row
+            counts = self.accelerator.gather(own.to(self.accelerator.device)).cpu().view(-1, len(batches))[::sharing]
+            rank = self.accelerator.process_index // sharing
+        ends = counts.t().flatten().cumsum(0).view(len(batches), -1)[:, rank]
         config = next(iter(sequence_modules(self._network).values())).config
         step = self.state.global_step
         groups = draw_groups(int(counts.sum()), config.num_experts, seed=self.args.seed, step=step)

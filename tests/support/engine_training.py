@@ -1,0 +1,64 @@
+"""UmmRewardTrainer and UmmMergeTrainer on a model that transformers' engine has sharded, or on the whole one: what one
+step of plain gradient descent leaves, and what is logged and measured."""
+
+import torch
+from engine import full
+from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
+
+import ummrm
+from ummrm import MergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
+from ummrm.hf.loading import load_checkpoint
+
+PAIRS = 16
+# The balancing loss of an accumulated step is the mean of its batches' by design: the z-loss alone is a sum over tokens.
+KINDS = {
+    "token": UpcycleConfig(**{**CONFIG.to_dict(), "balancing_loss_coef": 0.0, "z_loss_coef": 1.0}),
+    "sequence": SEQUENCE,
+    "merging": CONFIG,
+}
+
+
+def make_start(kind, family="llama"):
+    moe = make_moe(config=KINDS[kind], model_type=family)
+    return ummrm.prepare_merge(moe, MergeConfig(learn_shared_share=True)) if kind == "merging" else moe
+
+
+def train(model, kind, folder, ranks=1, parts=1, save=False):
+    """After one step on all pairs in `parts` batches: parameters gathered, the log with evaluation, normalisation."""
+    trainer = (UmmMergeTrainer if kind == "merging" else UmmRewardTrainer)(
+        model,
+        settings(
+            folder,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0.5,
+            learning_rate=0.1,
+            per_device_train_batch_size=PAIRS // ranks // parts,
+            per_device_eval_batch_size=8 // ranks,
+            gradient_accumulation_steps=parts,
+            ddp_backend="gloo",
+            save_strategy="steps" if save else "no",
+            save_steps=1,
+            save_only_model=True,
+        ),
+        train_dataset=make_dataset(PAIRS, longest=30),
+        eval_dataset=make_dataset(13, 1),  # whose last batch is filled up where ranks share it
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "loss" in e) | trainer.evaluate()
+    normalization = trainer.normalize_rewards(make_dataset(7, 2))
+    entry |= {"normalized_mean": normalization.mean, "normalized_std": normalization.std}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: full(p.detach()) for name, p in model.named_parameters()}, entry
+
+
+def run(rank, cases, folder):
+    """One process of several: cases of (name, kind, family, settings)."""
+    from transformers.distributed import DistributedConfig
+
+    for name, kind, family, sizes in cases:
+        model = load_checkpoint(f"{folder}/{kind}-{family}", distributed_config=DistributedConfig(**sizes))
+        ranks = sizes.get("fsdp_size", 1)
+        parameters, log = train(model, kind, f"{folder}/out-{name}", ranks, parts=2, save=name.endswith("saved"))
+        torch.save((parameters if rank == 0 else None, log), f"{folder}/{name}.{rank}.pt")

@@ -1,0 +1,74 @@
+"""Trainers on a model that transformers' engine has sharded: weights, logs and metrics are those of one process."""
+
+import pytest
+import torch
+from engine import spawn
+from engine_training import make_start, run, train
+
+from ummrm.hf.loading import load_checkpoint
+
+pytestmark = pytest.mark.full
+
+SETTINGS = {
+    2: ({"fsdp_size": 2}, {"tp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}),
+    4: ({"fsdp_size": 4, "ep_size": 2}, {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}),
+}
+
+
+def name_of(kind, family, sizes):
+    return "-".join([kind, family, *(f"{key}{value}" for key, value in sizes.items())])
+
+
+def cases(processes):
+    found = []
+    for sizes in SETTINGS[processes]:
+        for kind in ("token", "sequence", "merging"):
+            if kind == "merging" and "ep_size" in sizes:
+                continue
+            for family in ("llama",) if processes == 4 else ("llama", "gpt_neox"):
+                found.append((name_of(kind, family, sizes), kind, family, sizes))
+    kind, family, sizes = "token", "llama", SETTINGS[processes][-1]
+    found.append((name_of(kind, family, sizes) + "-saved", kind, family, sizes))
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ran(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"engine-training-{request.param}")
+    for kind, family in {case[1:3] for case in cases(request.param)}:
+        make_start(kind, family).save_pretrained(folder / f"{kind}-{family}")
+    spawn(request.param, run, (cases(request.param), str(folder)), folder)
+    return request.param, folder
+
+
+def test_training_equals_one_process(ran, tmp_path):
+    processes, folder = ran
+    whole = {}
+    for name, kind, family, _sizes in cases(processes):
+        if (kind, family) not in whole:
+            model = make_start(kind, family)
+            start = {n: p.detach().clone() for n, p in model.named_parameters()}
+            whole[kind, family] = (start, *train(model, kind, tmp_path / f"{kind}-{family}"))
+        start, ours, alone = whole[kind, family]
+        parameters = torch.load(folder / f"{name}.0.pt")[0]
+        assert parameters.keys() == ours.keys()
+        for key, parameter in ours.items():
+            moved = (parameter - start[key]).abs().max()
+            difference = (parameters[key] - parameter).abs().max()
+            assert difference <= 1e-4 * moved + 2e-7, f"{name}: {key} differs by {difference}, moved by {moved}"
+        logs = [torch.load(folder / f"{name}.{rank}.pt", weights_only=False)[1] for rank in range(processes)]
+        assert logs[0].keys() == alone.keys(), name
+        for key, value in alone.items():
+            if key.endswith(("runtime", "per_second")) or key == "eval_loss":
+                continue
+            for log in logs:
+                assert log[key] == pytest.approx(value, rel=2e-4, abs=1e-6), f"{name}: {key}"
+
+
+def test_a_checkpoint_of_weights_is_one_that_any_number_of_processes_reads(ran):
+    processes, folder = ran
+    name = next(case[0] for case in cases(processes) if case[0].endswith("saved"))
+    parameters = torch.load(folder / f"{name}.0.pt")[0]
+    read = load_checkpoint(folder / f"out-{name}" / "checkpoint-1")
+    for key, parameter in read.named_parameters():
+        assert torch.equal(parameter, parameters[key]), key
