@@ -30,6 +30,7 @@ KINDS = {
     "merging": UpcycleConfig(num_experts=4, num_experts_per_tok=2, **COEFFICIENTS),
     "merging-all": UpcycleConfig(assignment="sequence", num_experts=4, experts_in="all"),
 }
+WITHOUT_DROPOUT = ("llama", "qwen2", "gpt_neox")  # which can be compared in training mode
 ROWS = (9, 2, 7, 1, 5, 8, 3, 6)
 GROUPS = (2, 0, 3, 1, 1, 3, 0, 2)
 
@@ -87,9 +88,9 @@ def part_of(batch, rank, ranks):
     return {name: tensor.chunk(ranks)[rank] for name, tensor in batch.items()}
 
 
-def step(model, batch):
-    """Loss, outputs and routing reports of one training step, gradients left in the model."""
-    logits = model.train()(**batch).logits
+def step(model, batch, case):
+    """Loss, outputs and routing reports of one step, gradients left in the model."""
+    logits = model.train(case.family in WITHOUT_DROPOUT)(**batch).logits
     loss = logits.square().mean()
     reports = routing_reports(model)
     if reports:
@@ -108,7 +109,7 @@ def run_case(case, folder, rank):
 
     model = load_checkpoint(f"{folder}/{case.folder}", distributed_config=DistributedConfig(**case.settings))
     tp = case.settings.get("tp_size", 1)
-    loss, logits, reports = step(model, part_of(batch_of(case), rank // tp, case.data_ranks))
+    loss, logits, reports = step(model, part_of(batch_of(case), rank // tp, case.data_ranks), case)
     gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     local = {n: p.to_local().numel() if isinstance(p, DTensor) else p.numel() for n, p in model.named_parameters()}
     torch.save((loss, logits, reports, gradients if rank == 0 else None, local), f"{folder}/{case}.{rank}.pt")

@@ -11,7 +11,7 @@ from ummrm import MergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
 from ummrm.hf.loading import load_checkpoint
 
 PAIRS = 16
-# The balancing loss of an accumulated step is the mean of its batches' by design: the z-loss alone is a sum over tokens.
+# By design the balancing loss of an accumulated step is the mean of its batches': the z-loss alone sums over tokens.
 KINDS = {
     "token": UpcycleConfig(**{**CONFIG.to_dict(), "balancing_loss_coef": 0.0, "z_loss_coef": 1.0}),
     "sequence": SEQUENCE,

@@ -25,8 +25,8 @@ def anonymous():
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) << 10
 
 
-def run(arguments):
-    """Runs a command; how much anonymous memory it took at most, beyond what was there before, and its exit status."""
+def watched(function, *arguments, **named):
+    """What a function returns, and how much anonymous memory it took at most beyond what was there before."""
     before, most, done = anonymous(), 0, threading.Event()
 
     def watch():
@@ -36,14 +36,26 @@ def run(arguments):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    sys.argv, status = ["ummrm", *arguments], 0
     try:
-        main()
-    except SystemExit as exit:
-        status = exit.code or 0
-    done.set()
-    watcher.join()
-    return status, most
+        result = function(*arguments, **named)
+    finally:
+        done.set()
+        watcher.join()
+    return result, most
+
+
+def run(arguments):
+    """Runs a command; its exit status, and how much anonymous memory it took at most."""
+    sys.argv = ["ummrm", *arguments]
+
+    def command():
+        try:
+            main()
+        except SystemExit as exit:
+            return exit.code or 0
+        return 0
+
+    return watched(command)
 
 
 def serve():

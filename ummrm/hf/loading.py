@@ -116,6 +116,15 @@ def asks_for_head(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any
     return wanted != (len(labels) if labels else saved.get("num_labels", 2))
 
 
+def config_of(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that `cls.from_pretrained(source, **kwargs)` builds its model by."""
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+    return cls.config_class.from_pretrained(source if config is None else config, **where)  # type: ignore[union-attr]
+
+
 def load_checkpoint(
     source: str | os.PathLike,
     *,

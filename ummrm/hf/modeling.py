@@ -31,7 +31,7 @@ from .generated import Generated
 from .head import gives_scores, head_name
 from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
-from .parallel import check_distributed, declare_plans
+from .parallel import balanced_shards, check_distributed, declare_plans
 from .remote_code import copy_code
 from .sequence import bind, by_sequence, member_logits
 
@@ -158,12 +158,15 @@ class UmmPreTrainedMixin(Generated, _Stock):
 
         Raises:
             ValueError: the folder is not an upcycled model of this family, lacks some of its tensors, or has another
-                fixed lambda in its weights than in its configuration.
+                fixed lambda in its weights than in its configuration; or `distributed_config` asks for what it can't
+                be sharded by (see `ummrm.hf.parallel`).
             OSError: as in transformers, or an interrupted save can't be completed.
         """
         source, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         loading.settle(source, kwargs.get("subfolder", ""))
         new_head = kwargs.pop("new_head", False) or loading.asks_for_head(cls, source, kwargs)
+        if settings := kwargs.get("distributed_config"):
+            check_distributed(loading.config_of(cls, source, kwargs), settings)
         kwargs["ignore_mismatched_sizes"] = True  # so that the error names the tensor
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         loading.check_loaded(model, info, source, new_head=new_head)
@@ -172,10 +175,10 @@ class UmmPreTrainedMixin(Generated, _Stock):
         return (model, info) if wants_info else model
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+    def maybe_distribute_model(cls, *args, **kwargs):
         """As in transformers, whose hook it is between building a model and reading its weights."""
-        check_distributed(model, distributed_config)
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        with balanced_shards():
+            return super().maybe_distribute_model(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
         """As in torch; a fixed lambda that comes with the weights goes into the configuration too."""

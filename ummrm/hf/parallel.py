@@ -7,17 +7,25 @@ class has a plan for, without the dense FFN that is no longer there. docs/scalin
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ..nn.upcycled_ffn import upcycled_ffns
+from ..nn.experts import Experts
+from ..nn.merging_linear import MergingLinear
+from ..nn.upcycled_linear import UpcycledLinear
 from .families import Family
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
+
     from .modeling import UmmPreTrainedMixin
 
+_STACKED = (Experts, UpcycledLinear, MergingLinear)
 _LAYERS = "layers.*"  # the rule of transformers' own plans, whatever a family calls its layers
 
 
@@ -64,27 +72,31 @@ def declare_plans(model: UmmPreTrainedMixin) -> None:
         setattr(holder, name, {rule: style for rule, style in getattr(holder, name).items() if rule in known})
 
 
-def check_distributed(model: UmmPreTrainedMixin, settings: Any) -> None:
-    """Refuses what the engine can't do for an upcycled model, before a weight is read.
+def check_distributed(config: Any, settings: Any) -> None:
+    """Refuses what the engine can't do for an upcycled model, before processes meet or a weight is read.
 
     Args:
-        model: on any device.
-        settings: the `DistributedConfig`.
+        config: the model's.
+        settings: the `DistributedConfig`, or a dict of one.
 
     Raises:
         ValueError: says which size can't be used, why, and which can.
     """
-    name, config = type(model).__name__, model.config
-    experts, ep, tp = config.upcycle_config.num_experts, settings.ep_size, settings.tp_size
+    if isinstance(settings, dict):
+        from transformers.distributed import DistributedConfig  # not in every version
+
+        settings = DistributedConfig.from_dict(settings)
+    name, experts = f"model of type {config.model_type}", config.upcycle_config.num_experts
+    ep, tp = settings.ep_size, settings.tp_size
     if settings.pp_size > 1:
         raise ValueError(
             f"`pp_size` must be 1 for an upcycled model, got {settings.pp_size}: the routers' losses of all layers "
             "belong to one forward. Use fsdp_size, ep_size and tp_size."
         )
-    if ep > 1 and not upcycled_ffns(model):
+    if ep > 1 and config.umm_phase != "mixture":
         raise ValueError(
-            f"`ep_size` must be 1 for a {name} in its merge phase, got {ep}: all experts of a layer are folded on every "
-            f"forward, which expert parallelism keeps apart. Use fsdp_size={settings.fsdp_size * tp} instead, which "
+            f"`ep_size` must be 1 for a {name} in its merge phase, got {ep}: all experts of a layer are folded on "
+            f"every forward, which expert parallelism keeps apart. Use fsdp_size={settings.fsdp_size * tp} instead, which "
             "gathers one layer at a time."
         )
     if ep > 1 and experts % ep:
@@ -98,7 +110,7 @@ def check_distributed(model: UmmPreTrainedMixin, settings: Any) -> None:
             f'`ep_implementation="all_reduce"` needs ep_size == tp_size, got {ep} and {tp}; use "all_to_all" or "auto" '
             "where ranks have batches of their own."
         )
-    if tp > 1 and settings.tp_plan in (None, "auto") and not model.base_model._tp_plan:
+    if tp > 1 and settings.tp_plan in (None, "auto") and not config.base_model_tp_plan:
         why = f"transformers has no plan for {config.model_type.removeprefix('umm_')}"
         if config.upcycle_config.has_linear_experts:
             why = f"experts_in={config.upcycle_config.experts_in!r} makes attention's linear layers experts"
@@ -106,6 +118,49 @@ def check_distributed(model: UmmPreTrainedMixin, settings: Any) -> None:
             f"`tp_size` must be 1 for a {name}, got {tp}: {why}, so there is nothing to cut. Use fsdp_size={tp} (and "
             "ep_size for the experts), or give a tp_plan of your own."
         )
+
+
+@contextlib.contextmanager
+def balanced_shards() -> Iterator[None]:
+    """Inside the `with` block transformers' engine gives every rank of FSDP2 an equal part of every stack of experts.
+
+    FSDP2 cuts a parameter by its first dimension, and a stack of E experts has E: of 4 experts on 64 ranks 4 would hold
+    a whole one of each layer and 60 nothing, of one shared expert the first rank all of it, and the buffers of every
+    exchange are as large as if all held what the fullest does. Stacks that do not divide are cut by their rows instead.
+    """
+    from transformers.distributed import fsdp as engine  # not in every version; the one place that knows this name
+
+    shard = engine.fully_shard
+
+    def balanced(module: Any, *, mesh: Any, **kwargs: Any):
+        modules = module if isinstance(module, list) else [module]
+        parts = [part for one in modules for part in one.modules() if isinstance(part, _STACKED)]
+        stacks = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+
+        def placement(parameter: nn.Parameter) -> Shard | None:
+            return shard_of_stack(parameter, mesh.size(-1)) if id(parameter) in stacks else None
+
+        return shard(module, mesh=mesh, shard_placement_fn=placement, **kwargs)
+
+    engine.fully_shard = balanced  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        engine.fully_shard = shard
+
+
+def shard_of_stack(stack: torch.Tensor, ranks: int) -> Shard | None:
+    """By which dimension FSDP2 cuts a stack of experts [n, ...] for `ranks` ranks; None: by the first, as any other.
+
+    By the first where each rank gets equally many experts, which costs no copy; else by the first other one that
+    divides. alpha of a merge phase, [E] or a few times that, is left as it is.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = stack.to_local() if isinstance(stack, DTensor) else stack  # expert parallelism has cut it already
+    if local.shape[0] % ranks == 0:
+        return None
+    return next((Shard(dim) for dim in range(1, stack.dim()) if stack.shape[dim] % ranks == 0), None)
 
 
 def _generic(name: str) -> str:

@@ -71,9 +71,7 @@ class Experts(nn.Module):
         """Whether this process holds some of the experts alone, as transformers' `grouped_gemm` plan leaves it."""
         return getattr(self, "_is_expert_parallel", False)
 
-    def forward(
-        self, x: torch.Tensor, indices: torch.Tensor | None = None, weights: torch.Tensor | None = None
-    ) -> Any:
+    def forward(self, x: torch.Tensor, indices: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
         """The parameters, or what the experts compute.
 
         Args:
@@ -90,13 +88,13 @@ class Experts(nn.Module):
             return held
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         experts: dict[str, Any] = {f"shared_{name}": tensor for name, tensor in no_experts(held).items()}
+        experts |= {f"routed_{name}": tensor for name, tensor in held.items()}
         return ops.moe_ffn(
             x,
             torch.zeros(x.shape[0], dtype=wide, device=x.device),
             weights.to(wide),
             torch.where(indices == self.num_experts, -1, indices).to(torch.int32),
             **experts,
-            **{f"routed_{name}": tensor for name, tensor in held.items()},
             activation=self.spec.activation,
             glu=self.spec.glu,
         )
