@@ -96,8 +96,8 @@ def check_distributed(config: Any, settings: Any) -> None:
     if ep > 1 and config.umm_phase != "mixture":
         raise ValueError(
             f"`ep_size` must be 1 for a {name} in its merge phase, got {ep}: all experts of a layer are folded on "
-            f"every forward, which expert parallelism keeps apart. Use fsdp_size={settings.fsdp_size * tp} instead, which "
-            "gathers one layer at a time."
+            f"every forward, which expert parallelism keeps apart. Use fsdp_size={settings.fsdp_size * tp} instead: "
+            "it gathers one layer at a time."
         )
     if ep > 1 and experts % ep:
         sizes = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
