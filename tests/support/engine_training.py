@@ -1,6 +1,8 @@
 """UmmRewardTrainer and UmmMergeTrainer on a model that transformers' engine has sharded, or on the whole one: what one
 step of plain gradient descent leaves, and what is logged and measured."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from engine import full
@@ -16,6 +18,7 @@ KINDS = {
     "token": UpcycleConfig(**{**CONFIG.to_dict(), "balancing_loss_coef": 0.0, "z_loss_coef": 1.0}),
     "sequence": SEQUENCE,
     "merging": CONFIG,
+    "to merge": CONFIG,  # a mixture, which the trainer of the merge phase puts into it
 }
 
 
@@ -26,7 +29,7 @@ def make_start(kind, family="llama"):
 
 def train(model, kind, folder, ranks=1, parts=1, save=False):
     """After one step on all pairs in `parts` batches: parameters gathered, the log with evaluation, normalisation."""
-    trainer = (UmmMergeTrainer if kind == "merging" else UmmRewardTrainer)(
+    trainer = (UmmMergeTrainer if "merg" in kind else UmmRewardTrainer)(
         model,
         settings(
             folder,
@@ -53,6 +56,12 @@ def train(model, kind, folder, ranks=1, parts=1, save=False):
     entry |= {"normalized_mean": normalization.mean, "normalized_std": normalization.std}
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: full(p.detach()) for name, p in model.named_parameters()}, entry
+
+
+def run_page(rank, folder, code):
+    """One process of the page's script, in a folder with a mixture and pairs."""
+    os.chdir(folder)
+    exec(compile(code, "docs/scaling.md", "exec"), {"__name__": "page"})
 
 
 def run(rank, cases, folder):

@@ -1,9 +1,16 @@
 """Trainers on a model that transformers' engine has sharded: weights, logs and metrics are those of one process."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
+from checkout import ROOT
 from engine import spawn
-from engine_training import make_start, run, train
+from engine_training import make_start, run, run_page, train
+from transformers.distributed.checkpoint import consolidate_distributed_checkpoint
+from trl_inputs import make_dataset, make_tokenizer
 
 from ummrm.hf.loading import load_checkpoint
 
@@ -11,7 +18,7 @@ pytestmark = pytest.mark.full
 
 SETTINGS = {
     2: ({"fsdp_size": 2}, {"tp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}),
-    4: ({"fsdp_size": 4, "ep_size": 2}, {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}),
+    4: ({"fsdp_size": 4}, {"fsdp_size": 4, "ep_size": 2}, {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}),
 }
 
 
@@ -22,8 +29,8 @@ def name_of(kind, family, sizes):
 def cases(processes):
     found = []
     for sizes in SETTINGS[processes]:
-        for kind in ("token", "sequence"):
-            if kind == "merging" and "ep_size" in sizes:
+        for kind in ("token", "sequence", "to merge"):
+            if kind == "to merge" and "ep_size" in sizes:
                 continue
             for family in ("llama",) if processes == 4 else ("llama", "gpt_neox"):
                 found.append((name_of(kind, family, sizes), kind, family, sizes))
@@ -74,3 +81,19 @@ def test_a_checkpoint_of_weights_is_one_that_any_number_of_processes_reads(ran):
     read = load_checkpoint(folder / f"out-{name}" / "checkpoint-1")
     for key, parameter in read.named_parameters():
         assert torch.equal(parameter, parameters[key]), key
+
+
+def test_the_pages_script_runs_on_two_processes(tmp_path):
+    """In bf16, with fp32 weights: run_page does exec(compile(code, "docs/scaling.md", "exec"))."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/scaling.md").read_text(), re.M | re.S)
+    moe = make_start("token")
+    moe.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_dataset(16)))
+    spawn(2, run_page, (str(tmp_path), code), tmp_path)
+    consolidate_distributed_checkpoint(tmp_path / "moe-parts", tmp_path / "whole")
+    shutil.copy(tmp_path / "moe-parts/config.json", tmp_path / "whole")
+    trained = load_checkpoint(tmp_path / "whole")
+    for name, parameter in moe.named_parameters():
+        assert trained.get_parameter(name).dtype == torch.float32 and trained.get_parameter(name).isfinite().all()
+        assert not torch.equal(trained.get_parameter(name), parameter), name
