@@ -66,11 +66,6 @@ class Experts(nn.Module):
         """The shared experts that `config` has; None without any, since nobody likes parameters without elements."""
         return cls(config.num_shared_experts, spec, dtype, device) if config.num_shared_experts else None
 
-    @property
-    def parted(self) -> bool:
-        """Whether this process holds some of the experts alone, as transformers' `grouped_gemm` plan leaves it."""
-        return getattr(self, "_is_expert_parallel", False)
-
     def forward(self, x: torch.Tensor, indices: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
         """The parameters, or what the experts compute.
 
@@ -137,6 +132,11 @@ class Experts(nn.Module):
         return (
             f"{self.num_experts} x ({s.hidden_size} to {s.intermediate_size}, {kind}, biases={s.up_bias}/{s.down_bias})"
         )
+
+
+def are_parted(experts: nn.Module) -> bool:
+    """Whether this process holds some of the experts alone, as transformers' `grouped_gemm` rule leaves the module."""
+    return any(getattr(module, "_is_expert_parallel", False) for module in experts.modules())  # below adapters too
 
 
 def expert_arguments(shared: Experts | None, routed: Experts, x: torch.Tensor) -> dict[str, torch.Tensor | None]:

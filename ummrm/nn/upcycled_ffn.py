@@ -17,7 +17,7 @@ from .. import ops
 from ..config import UpcycleConfig
 from .assignment import BySequence, RowGroups
 from .dense import DenseFFN, FFNPaths, FFNSpec
-from .experts import Experts, expert_arguments, flatten_tokens, no_experts
+from .experts import Experts, are_parted, expert_arguments, flatten_tokens, no_experts
 from .probe import find_paths, prove_paths
 from .router import ForwardStatistics, Router, in_backward
 
@@ -124,7 +124,7 @@ class UpcycledFFN(BySequence):
                 routing.shared_weight.detach(),
                 mask is not None,
             )
-        run = self._parted if self.experts.parted else self._fused
+        run = self._parted if are_parted(self.experts) else self._fused
         return run(flat, routing, mask).view(x.shape)
 
     def _fused(self, flat: torch.Tensor, routing: ops.RouteOutput, mask: torch.Tensor | None) -> torch.Tensor:
@@ -175,7 +175,7 @@ class UpcycledFFN(BySequence):
 
     def _by_sequence(self, flat: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         spec = self.spec
-        if self.experts.parted:
+        if are_parted(self.experts):
             indices = rows.experts_of(flat).unsqueeze(1)
             out = self._exchanged(flat, indices, torch.ones_like(indices, dtype=torch.float32))
         else:
