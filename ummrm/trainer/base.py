@@ -158,8 +158,6 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         self._metric_prefix = metric_key_prefix
         self._metrics["eval"].clear()
         self._forget("eval")  # what `predict` has left
-        if self.get_tp_size() > 1:
-            self.gather_function = self._gathered_rows  # of the batches' losses
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
