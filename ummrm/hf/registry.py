@@ -156,7 +156,8 @@ def stock_config(config: UmmConfigMixin) -> PreTrainedConfig:
     row = config.umm_row
     new: Any = copy.deepcopy(config)
     new.__class__ = type(config).umm_stock
-    for key in (*KEYS, "model_type"):  # the latter is the class's, and loading sets it on the instance
+    # the latter two: the class's, which loading sets on the instance; how a sharded model's processes share it
+    for key in (*KEYS, "model_type", "distributed_config"):
         new.__dict__.pop(key, None)
     if config.umm_code:
         new.auto_map = dict(config.umm_code)
