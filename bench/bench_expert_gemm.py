@@ -12,6 +12,7 @@ from ummrm import ops
 from ummrm.ops import reference
 
 from . import rivals
+from .contender import Contender
 from .harness import Case
 from .record import LOOP, MM, OURS, TORCH_GROUPED
 from .workload import router_logits
@@ -28,9 +29,8 @@ def scaled(layer, dtype, device):
     return lambda *shape: torch.randn(shape, device=device, dtype=dtype).mul_(layer.h**-0.25)
 
 
-@pytest.mark.parametrize("label", [OURS, MM, LOOP, TORCH_GROUPED])
 @pytest.mark.parametrize("piece", PIECES)
-def bench_projection(contest, device, layer, dtype, piece, label):
+def bench_projection(contest, device, layer, dtype, piece):
     w, transpose, new = layer, PIECES[piece], scaled(layer, dtype, device)
     n, d = (2 * w.i, w.h) if piece in ("up", "dX") else (w.h, w.i)
     width = n if transpose else d
@@ -67,15 +67,12 @@ def bench_projection(contest, device, layer, dtype, piece, label):
         return product(rows, weight)
 
     case = Case(f"expert_gemm {piece}", layer, dtype, flops=2 * w.rows * n * d)
-    if label == MM:
-        contest(case, label, one, lambda: {"rows": new(w.rows, width), "weight": new(n, d)})
-    else:
-        contest(case, label, {OURS: ours, LOOP: loop, TORCH_GROUPED: grouped}[label], make, loop)
+    single = Contender(one, lambda: {"rows": new(w.rows, width), "weight": new(n, d)})
+    contest(case, {OURS: ours, MM: single, LOOP: loop, TORCH_GROUPED: grouped}, make, loop)
 
 
-@pytest.mark.parametrize("label", [OURS, MM, LOOP])
 @pytest.mark.parametrize("piece", ["wgrad_up", "wgrad_down"])
-def bench_weight_gradient(contest, device, layer, dtype, piece, label):
+def bench_weight_gradient(contest, device, layer, dtype, piece):
     w, new = layer, scaled(layer, dtype, device)
     n, d = (2 * w.i, w.h) if piece == "wgrad_up" else (w.h, w.i)
 
@@ -101,7 +98,5 @@ def bench_weight_gradient(contest, device, layer, dtype, piece, label):
         return grads.T @ rows
 
     case = Case(f"expert_gemm {piece}", layer, dtype, flops=2 * w.rows * n * d)
-    if label == MM:
-        contest(case, label, one, lambda: {"grads": new(w.rows, n), "rows": new(w.rows, d)})
-    else:
-        contest(case, label, {OURS: ours, LOOP: loop}[label], make, loop)
+    single = Contender(one, lambda: {"grads": new(w.rows, n), "rows": new(w.rows, d)})
+    contest(case, {OURS: ours, MM: single, LOOP: loop}, make, loop)

@@ -4,6 +4,8 @@ A dense FFN has the same FLOPs; the E-fold weight gradients are what grouping co
 over E FFNs instead of one, whatever the batch: `adamw` says what that is.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from ummrm import ops
 
 from . import rivals
+from .contender import Contender
 from .harness import Case
 from .record import DENSE, OURS
 
@@ -39,25 +42,21 @@ def inputs(w, dtype, device):
 
 
 @pytest.mark.parametrize("direction", ["forward+backward", "forward"])
-@pytest.mark.parametrize("label", [OURS, SLICES, DENSE])
-def bench_grouped_ffn(contest, device, layer, dtype, direction, label):
+def bench_grouped_ffn(contest, device, layer, dtype, direction):
     w, passes = layer, 3 if direction == "forward+backward" else 1
     case = Case("grouped_ffn", layer, dtype, direction, flops=6 * w.t * w.h * w.i * passes)
-    if label == DENSE:
-        contest(case, label, rivals.equal_flops_ffn, lambda: rivals.equal_flops_inputs(w, dtype, device), rounds=9)
-    else:
-        function = {OURS: ops.grouped_ffn, SLICES: in_slices}[label]
-        contest(case, label, function, lambda: inputs(w, dtype, device), in_slices, rounds=9)
+    contenders = {OURS: ops.grouped_ffn, SLICES: in_slices, DENSE: rivals.equal_flops(w, dtype, device)}
+    contest(case, contenders, lambda: inputs(w, dtype, device), in_slices)
 
 
-@pytest.mark.parametrize("label", ["E FFNs", DENSE])
-def bench_adamw(contest, device, layer, dtype, label):
+def bench_adamw(contest, device, layer, dtype):
     """One fused step: parameter, gradient and two moments are read, parameter and moments written."""
     w = layer
-    count = 3 * w.h * w.i * (w.e if label != DENSE else 1)
-    case = Case("adamw", layer, dtype, bytes=7 * count * torch.empty((), dtype=dtype).element_size())
+    each = 3 * w.h * w.i
+    case = Case("adamw", layer, dtype, bytes=7 * each * w.e * dtype.itemsize)
+    counts = {"E FFNs": each * w.e, DENSE: each}
 
-    def make():
+    def make(count):
         made = torch.randn(count, device=device, dtype=dtype).mul_(0.02).requires_grad_()
         made.grad = torch.randn_like(made)
         optimizer = torch.optim.AdamW([made], lr=1e-5, fused=True)
@@ -68,4 +67,5 @@ def bench_adamw(contest, device, layer, dtype, label):
         optimizer.step()
         return torch.empty(0, device=device)
 
-    contest(case, label, step, make, rounds=9)
+    contenders = {n: Contender(step, partial(make, c), bytes=7 * c * dtype.itemsize) for n, c in counts.items()}
+    contest(case, contenders)

@@ -8,25 +8,25 @@ import torch
 
 from ummrm import ops
 
-from . import rivals
+from . import merges, rivals
+from .contender import Contender
 from .harness import Case
-from .record import DENSE, OURS
+from .record import OURS
 from .workload import layer_inputs
 
 
 @pytest.mark.parametrize("direction", ["forward+backward", "forward"])
-def bench_moe_ffn(contest, device, layer, dtype, direction, contender):
+def bench_moe_ffn(contest, device, layer, dtype, direction):
     w, passes = layer, 3 if direction == "forward+backward" else 1
     case = Case("moe_ffn", layer, dtype, direction, flops=6 * w.rows * w.h * w.i * passes)
-    if contender == DENSE:
-        contest(case, DENSE, rivals.equal_flops_ffn, lambda: rivals.equal_flops_inputs(w, dtype, device), rounds=5)
-    else:
-        function = {OURS: ops.moe_ffn, **rivals.LAYERS}[contender]
-        contest(case, contender, function, lambda: layer_inputs(w, dtype, device), rivals.expert_loop, rounds=5)
+
+    def make():
+        return layer_inputs(w, dtype, device)
+
+    contest(case, rivals.layers(w, dtype, device, make), make, rivals.expert_loop)
 
 
-@pytest.mark.parametrize("label", ["ummrm", "torch eager merge", "dense FFN"])
-def bench_merged_ffn(contest, device, layer, dtype, label):
+def bench_merged_ffn(contest, device, layer, dtype):
     """The merge phase: forward and backward to the coefficients and x, experts frozen."""
     w = layer
 
@@ -42,11 +42,24 @@ def bench_merged_ffn(contest, device, layer, dtype, label):
 
     def eager(x, coefficients, shared_up, routed_up, shared_down, routed_down):
         up, down = torch.cat([shared_up, routed_up]), torch.cat([shared_down, routed_down])
-        gate, up, down = rivals.merge([*up.chunk(2, 1), down], coefficients, True)
+        gate, up, down = merges.eager([*up.chunk(2, 1), down], coefficients, True)
+        return rivals.dense_ffn(x, torch.cat([gate, up]), down)
+
+    def make_xft():
+        inputs = make()
+        up, down = (torch.cat([inputs[f"shared_{n}"], inputs[f"routed_{n}"]]) for n in ("up", "down"))
+        stacks = merges.xft_stacks([*up.chunk(2, 1), down])
+        return {"x": inputs["x"], "coefficients": inputs["coefficients"], "stacks": stacks}
+
+    def xft(x, coefficients, stacks):
+        gate, up, down = merges.xft(stacks, coefficients, [(w.i, w.h), (w.i, w.h), (w.h, w.i)], dtype)
         return rivals.dense_ffn(x, torch.cat([gate, up]), down)
 
     case = Case("merged_ffn", layer, dtype, "forward+backward", flops=18 * w.t * w.h * w.i)
-    if label == "dense FFN":
-        contest(case, label, rivals.dense_ffn, make_dense, rounds=5)
-    else:
-        contest(case, label, {"ummrm": ops.merged_ffn, "torch eager merge": eager}[label], make, eager, rounds=5)
+    contenders = {
+        OURS: ops.merged_ffn,
+        "torch eager merge": eager,
+        merges.XFT: Contender(xft, make_xft),
+        "dense FFN": Contender(rivals.dense_ffn, make_dense),
+    }
+    contest(case, contenders, make, eager)

@@ -1,12 +1,13 @@
-"""merge_experts and its dots, against eager torch; bytes over the copy bandwidth of the run."""
+"""merge_experts and its dots, against torch, mergekit, XFT and a copy; bytes over the copy bandwidth of the run."""
 
-import pytest
 import torch
 
 from ummrm import ops
 
-from . import rivals
+from . import merges
+from .contender import Contender
 from .harness import Case
+from .record import OURS
 
 
 def experts(layer, dtype, device):
@@ -21,24 +22,58 @@ def traffic(layer, dtype):
     return (layer.s + layer.e + 1) * 3 * layer.h * layer.i * dtype.itemsize
 
 
-@pytest.mark.parametrize("label", ["ummrm", "torch eager, fp32 sums", "torch eager, own dtype"])
-def bench_merge(contest, device, layer, dtype, label):
+def bench_merge(contest, device, layer, dtype):
+    def make():
+        return experts(layer, dtype, device)
+
     def ours(joined, coefficients):
         return ops.merge_experts([w[: layer.s] for w in joined], [w[layer.s :] for w in joined], coefficients)
 
     def eager(joined, coefficients):
-        return rivals.merge(joined, coefficients, True)
+        return merges.eager(joined, coefficients, True)
 
     def low(joined, coefficients):
-        return rivals.merge(joined, coefficients, False)
+        return merges.eager(joined, coefficients, False)
 
-    function = {"ummrm": ours, "torch eager, fp32 sums": eager, "torch eager, own dtype": low}[label]
-    case = Case("merge", layer, dtype, bytes=traffic(layer, dtype))
-    contest(case, label, function, lambda: experts(layer, dtype, device), eager, rounds=15)
+    def of_joined(function):  # they know nothing of our names
+        return function if isinstance(function, str) else lambda joined, coefficients: function(joined, coefficients)
+
+    def make_xft():
+        inputs = make()
+        return {"stacks": merges.xft_stacks(inputs["joined"]), "coefficients": inputs["coefficients"]}
+
+    def xft(stacks, coefficients):
+        return merges.xft(stacks, coefficients, [(2 * layer.i, layer.h), (layer.h, layer.i)], dtype)
+
+    def make_copy():
+        source = torch.randn(traffic(layer, dtype) // 8, device=device)
+        return {"source": source, "target": torch.empty_like(source)}
+
+    contenders = {
+        OURS: ours,
+        "torch eager, fp32 sums": eager,
+        "torch eager, own dtype": low,
+        "torch einsum, own dtype": of_joined(merges.einsum),
+        "torch compiled, fp32 sums": of_joined(merges.compiled()),
+        merges.MERGEKIT: of_joined(merges.mergekit()),
+        merges.XFT: Contender(xft, make_xft, xft_reference(layer, dtype)),
+        "copy of the same bytes": Contender(lambda source, target: target.copy_(source), make_copy),
+    }
+    contest(Case("merge", layer, dtype, bytes=traffic(layer, dtype)), contenders, make, eager)
 
 
-@pytest.mark.parametrize("label", ["ummrm", "torch eager, fp32 sums"])
-def bench_dots(contest, device, layer, dtype, label):
+def xft_reference(layer, dtype):
+    """The plain sum over XFT's own form of the experts."""
+
+    def run(stacks, coefficients):
+        shapes = (2 * layer.i, layer.h), (layer.h, layer.i)
+        joined = [stack.view(-1, *shape).to(dtype) for stack, shape in zip(stacks, shapes, strict=True)]
+        return merges.eager(joined, coefficients, True)
+
+    return run
+
+
+def bench_dots(contest, device, layer, dtype):
     """The gradient of the coefficients, all that backward costs where experts are frozen."""
 
     def make():
@@ -53,6 +88,5 @@ def bench_dots(contest, device, layer, dtype, label):
         pairs = zip(grads, joined, strict=True)
         return torch.stack([torch.stack([(g.float() * e.float()).sum() for e in w]) for g, w in pairs])
 
-    function = {"ummrm": ours, "torch eager, fp32 sums": eager}[label]
     case = Case("dots", layer, dtype, bytes=traffic(layer, dtype))
-    contest(case, label, function, make, eager, rounds=15)
+    contest(case, {OURS: ours, "torch eager, fp32 sums": eager}, make, eager)

@@ -8,6 +8,7 @@ from ummrm.ops import reference
 
 from . import rivals
 from .harness import Case
+from .record import OURS
 from .workload import router_logits
 
 
@@ -17,8 +18,7 @@ def maps_of(layer, device):
     return shared, routed, reference.sort_slots(indices, layer.e)
 
 
-@pytest.mark.parametrize("label", ["ummrm", "torch eager"])
-def bench_permute(contest, device, layer, dtype, label):
+def bench_permute(contest, device, layer, dtype):
     t, h, k = layer.t, layer.h, layer.k
 
     def make():
@@ -36,12 +36,11 @@ def bench_permute(contest, device, layer, dtype, label):
         return x[sorted_to_slot // k]
 
     case = Case("permute", layer, dtype, bytes=(t + t * k) * h * dtype.itemsize)
-    contest(case, label, {"ummrm": ours, "torch eager": eager}[label], make, eager, rounds=15)
+    contest(case, {OURS: ours, "torch eager": eager}, make, eager)
 
 
-@pytest.mark.parametrize("label", ["ummrm", "torch eager"])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def bench_unpermute(contest, device, layer, dtype, direction, label):
+def bench_unpermute(contest, device, layer, dtype, direction):
     """With gate weights; backward gives the gradients of rows and of weights."""
     t, h, k, s = layer.t, layer.h, layer.k, layer.s
     # forward: rows in, tokens out; backward: rows and token gradients in, row gradients out
@@ -67,4 +66,4 @@ def bench_unpermute(contest, device, layer, dtype, direction, label):
         shared = rows[: s * t].view(s, t, h).sum(0) * (shared_weight / s).unsqueeze(-1)
         return (shared + (chosen * routed_weights.unsqueeze(-1)).sum(1)).to(dtype)
 
-    contest(case, label, {"ummrm": ours, "torch eager": eager}[label], make, eager, rounds=15)
+    contest(case, {OURS: ours, "torch eager": eager}, make, eager)

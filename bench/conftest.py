@@ -8,7 +8,7 @@ import torch
 
 from ummrm.ops import backends
 
-from . import rivals, workload
+from . import workload
 from .harness import Contest, about
 from .record import Recorder
 from .timing import Deadline
@@ -43,13 +43,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("layer", workload.SIZES[device][suite], ids=str)
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", workload.dtypes(suite, device), ids=str)
-    if "contender" in metafunc.fixturenames:
-        metafunc.parametrize("contender", rivals.contenders(device))
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.device(config.getoption("--device")).type == "cuda":
-        items.sort(key=lambda item: workload.importance(suite_of(item.originalname), item.callspec.params))
+    device = torch.device(config.getoption("--device")).type
+    items.sort(key=lambda item: workload.importance(suite_of(item.originalname), item.callspec.params, device))
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +57,4 @@ def device(request):
 
 @pytest.fixture
 def contest(request, device):
-    config = request.config
-    benchmark = lambda: request.getfixturevalue("benchmark")  # noqa: E731  (asked for on the CPU alone)
-    return Contest(device, config.ummrm_recorder, config.ummrm_deadline, benchmark, pytest.skip)
+    return Contest(device, request.config.ummrm_recorder, request.config.ummrm_deadline, pytest.skip)

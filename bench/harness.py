@@ -1,16 +1,17 @@
-"""One contender at a time: builds its inputs, compares it with the reference, measures memory and time, records it.
+"""All contenders of a case: builds inputs, compares each with the reference, measures its memory, then times all together.
 
-A suite calls `contest` once for each contender of a case; the ratios between them, from one run on one machine, are the
-result. Whatever happens to a contender is an entry of the record: measured, out of memory, not run for want of time, or
-failed. Nothing here asserts a time.
+A suite calls `contest` once for each case; the ratios between contenders, timed turn by turn side by side in one run on
+one machine, are the result. Whatever happens to a contender is an entry of the record: measured, out of memory, not run
+for the reason that it says, or failed. Nothing here asserts a time.
 """
 
 import functools
 import gc
 import os
 import platform
+import statistics
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import ummrm
 from ummrm.ops import backends, library
 
 from . import timing
+from .contender import Contender
 from .workload import Layer
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}  # of the largest value: contenders round at different places
@@ -98,93 +100,172 @@ class Call:
         return self.backward(out) if self._backward else out
 
 
-def assert_same(label, got, want, dtype):
+def assert_same(got, want, dtype):
     """Holds results to a few roundings of their largest value, not to each other's bits; indices to equality."""
     for a, b in zip(got, want, strict=True):
         if b is None or not b.is_floating_point():
-            assert b is None or torch.equal(a.to(b.dtype), b), f"{label}: indices differ"
+            assert b is None or torch.equal(a.to(b.dtype), b), "indices differ"
             continue
         error, scale = (a.float() - b.float()).abs().max().item(), b.abs().max().item()
-        assert error <= TOLERANCE[dtype] * scale, f"{label}: differs by {error:.3g} at values up to {scale:.3g}"
+        assert error <= TOLERANCE[dtype] * scale, f"differs by {error:.3g} at values up to {scale:.3g}"
+
+
+BUDGET = 5.0  # seconds of a case's turns on a CPU, where six fit; of what they take longer there is no less
 
 
 class Contest:
-    """contest(case, label, function, make, ...): see the module's head.
+    """contest(case, contenders, make, reference): see the module's head.
 
     Args of a call:
-        function: takes the arguments that `make()` returns, by name, and returns a tensor or several.
-        make: builds one set of random arguments; called again for every further set.
-        reference: function whose outputs and gradients the contender's must match, or None if it computes something
-            else by design.
-        graph: time it inside a replayed CUDA graph (on CUDA only).
-        rounds: on the CPU, how many.
+        contenders: by label; a function, a `Contender`, or the reason why it can't be run here.
+        make: builds the inputs that contenders share.
+        reference: what they are compared with, or None.
     """
 
-    def __init__(self, device, recorder, deadline, benchmark, skip):
-        self._device, self._recorder, self._deadline = device, recorder, deadline
-        self._benchmark, self._skip = benchmark, skip
+    def __init__(self, device, recorder, deadline, skip):
+        self._device, self._recorder, self._deadline, self._skip = device, recorder, deadline, skip
 
-    def __call__(self, case, label, function, make, reference=None, graph=False, rounds=7):
-        entry = case.entry() | {"label": label, "compared": reference is not None}
-        if self._deadline.passed():
-            entry["outcome"] = "not run: time"
-        elif case.flops and self._device.type == "cpu" and (reason := no_native_gemm(case.dtype, self._device)):
-            entry["outcome"] = f"not run: {reason}"
-        else:
-            try:
-                entry |= self._measure(case, label, function, make, reference, graph, rounds)
-                entry["outcome"] = "measured"
-            except torch.OutOfMemoryError:
-                entry["outcome"] = "out of memory"
-            except Exception as error:
-                entry["outcome"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                self._recorder.write("entry", entry)
-                raise
-        self._recorder.write("entry", entry)
-        if entry["outcome"] == "out of memory":  # here the frames that held the tensors are gone
-            self._free()
-        if entry["outcome"] != "measured":
-            self._skip(entry["outcome"])
+    def __call__(self, case, contenders, make=None, reference=None):
+        ready, entries, errors, self._wanted = {}, {}, [], {}
+        late = self._deadline.passed(self._least_seconds(case, len(contenders)))
+        for label, contender in contenders.items():
+            if callable(contender):
+                contender = Contender(contender)
+            own = isinstance(contender, str) or contender.make is not None
+            if not own:
+                contender = replace(contender, make=make, reference=contender.reference or reference)
+            entries[label] = case.entry() | {"label": label, "compared": False}
+            if reason := self._not_run(case, contender, late):
+                entries[label]["outcome"] = f"not run: {reason}"
+                continue
+            entries[label]["compared"] = contender.reference is not None
+            if contender.bytes is not None:
+                entries[label]["bytes"] = contender.bytes
+            if found := self._attempt(entries[label], contender, errors, lambda c=contender: self._prepare(case, c)):
+                entries[label] |= found
+                ready[label] = contender
+        self._time(case, ready, entries, errors)
+        for entry in entries.values():
+            self._recorder.write("entry", entry)
+        if errors:
+            raise errors[0]
+        if not ready:
+            self._skip("; ".join(dict.fromkeys(entry["outcome"] for entry in entries.values())))
+
+    def _least_seconds(self, case, count):
+        """What a case takes at least on a CPU: eight times every contender, as fast as mm."""
+        if self._device.type != "cpu" or not case.flops:
+            return 0
+        return 8 * count * case.flops / machine_rates(self._device)[f"mm_flops_{name_of(case.dtype)}"]
+
+    def _not_run(self, case, contender, late):
+        if isinstance(contender, str):
+            return contender
+        if late or self._deadline.passed():
+            return "time"
+        return no_native_gemm(case.dtype, self._device) if case.flops and self._device.type == "cpu" else None
+
+    def _attempt(self, entry, contender, errors, work):
+        """What `work` returns; None where it fails, which `entry` then says."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            entry["outcome"] = "out of memory"
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            entry["outcome"] = f"not run: {said}" if contender.foreign else f"failed: {said}"
+            if not contender.foreign:
+                errors.append(error)
+            return None
+        self._free()  # here the frames that held the tensors are gone
+        return None
 
     def _set(self, make, index):
         torch.manual_seed(index)
         return make()
 
-    def _measure(self, case, label, function, make, reference, graph, rounds):
-        first = self._set(make, 0)
-        call = Call(function, first, case.backward)
-        compared = reference is not None and self._compare(label, call, Call(reference, first, case.backward), case)
+    def _prepare(self, case, contender):
+        """Compares a contender with its reference and measures its memory; returns what is then known of it."""
+        first = self._set(contender.make, 0)
+        call, reference = Call(contender.function, first, case.backward), contender.reference
+        known = {"compared": reference is not None and self._compare(call, contender, first, case)}
         if self._device.type != "cuda":
-            return self._wall(call, rounds) | {"compared": compared}
+            return known | timing.saved_bytes(call.forward, first)
         call()  # what libraries allocate once is no contender's
-        memory = timing.measure_memory(call.forward, call.backward, timing.CudaMeter())
-        cache = torch.cuda.get_device_properties(self._device).L2_cache_size
-        count = timing.sets_needed(timing.tensor_bytes(first), cache)
-        calls = [call] + [Call(function, self._set(make, i), case.backward) for i in range(1, count)]
-        times = timing.time_graph(calls) if graph else timing.time_events(calls)
-        how = {"timing": "graph" if graph else "events", "input_sets": count, "compared": compared}
-        return {**times, **memory, **how}
+        return known | timing.measure_memory(call.forward, call.backward, timing.CudaMeter())
 
-    def _compare(self, label, call, reference, case):
+    def _compare(self, call, contender, inputs, case):
         """Whether they could be compared: a reference for which there is no memory is no fault of the contender's."""
-        try:
-            want = reference.results()
-        except torch.OutOfMemoryError:
-            want = None
+        key = contender.make, contender.reference
+        want = self._wanted.get(key)
+        if want is None:
+            try:
+                want = Call(contender.reference, inputs, case.backward).results()
+            except torch.OutOfMemoryError:
+                pass
         if want is None:
             self._free()
             return False
-        assert_same(label, call.results(), want, case.dtype)
+        if self._device.type != "cuda":  # where memory is for the contenders
+            self._wanted[key] = want
+        assert_same(call.results(), want, case.dtype)
         return True
+
+    def _time(self, case, ready, entries, errors):
+        """Times all side by side; where memory does not hold the inputs of all, one after the other."""
+        try:
+            self._side_by_side(case, ready, entries)
+            return
+        except torch.OutOfMemoryError:
+            pass
+        except Exception:  # each alone will say whose it is
+            pass
+        self._free()
+        for label, contender in ready.items():
+            work = functools.partial(self._side_by_side, case, {label: contender}, entries)
+            self._attempt(entries[label], contender, errors, work)
+
+    def _side_by_side(self, case, contenders, entries):
+        if not contenders:
+            return
+        cuda, sets, samplers, facts = self._device.type == "cuda", {}, [], []
+        cache = torch.cuda.get_device_properties(self._device).L2_cache_size if cuda else 0
+        for contender in contenders.values():
+            made = sets.setdefault(contender.make, [])
+            if not made:
+                made.append(self._set(contender.make, 0))
+                count = timing.sets_needed(timing.tensor_bytes(made[0]), cache)
+                made += [self._set(contender.make, i) for i in range(1, count)]
+            calls = [Call(contender.function, one, case.backward) for one in made]
+            if cuda:
+                samplers.append((timing.graph if contender.graph else timing.events)(calls))
+            else:
+                samplers.append(timing.wall(calls[0]))
+            how = ("graph" if contender.graph else "events") if cuda else "wall"
+            facts.append({"timing": how, "input_sets": len(made), "beside": len(contenders) - 1})
+        gc.disable()
+        try:
+            turns = timing.PARTS if cuda else timing.turns_for(self._warm_turn(samplers), BUDGET)
+            found = timing.side_by_side(samplers, turns, lambda: not self._deadline.passed())
+        finally:
+            gc.enable()
+        for label, turns, fact in zip(contenders, found, facts, strict=True):
+            seconds = [s for turn in turns for s in turn]
+            figure = min if fact["timing"] == "wall" else statistics.median
+            entries[label] |= timing.summary(seconds) | {"noise": timing.noise(turns, figure)} | fact
+            entries[label]["outcome"] = "measured"
+            self._recorder.write("rounds", {**entries[label], "seconds": seconds})
+
+    def _warm_turn(self, samplers):
+        """Seconds of one turn, after one that warms everybody up."""
+        for _ in range(2):
+            seconds = sum(sum(sample()) for sample in samplers)
+        return seconds
 
     def _free(self):
         gc.collect()
-        timing.CudaMeter().settle()
-
-    def _wall(self, call, rounds):
-        benchmark = self._benchmark()
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
-        return timing.summary(benchmark.stats.stats.data) | {"timing": "wall", "input_sets": 1}
+        if self._device.type == "cuda":
+            timing.CudaMeter().settle()
 
 
 @functools.cache

@@ -19,8 +19,8 @@ import pytest
 
 import ummrm  # noqa: F401  (before pytest puts the checkout, which may hold no extension, on the path)
 
-from . import targets
-from .record import OURS, read_record
+from . import plots, replay, targets
+from .record import OURS, RESULTS, read_record
 
 HERE = Path(__file__).parent
 
@@ -31,8 +31,7 @@ def run(device, threads=None, expression="", deadline=None, record=None, backend
         output = Path(record or Path(folder) / "record.jsonl").resolve()
         output.unlink(missing_ok=True)
         arguments = [str(HERE), "-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
-        arguments += ["-p", "no:cacheprovider", "--import-mode=append", "--benchmark-disable-gc"]
-        arguments += ["--benchmark-columns=median", "--benchmark-warmup=off", "--no-header", "-rN"]
+        arguments += ["-p", "no:cacheprovider", "--import-mode=append", "--no-header", "-rN"]
         arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what ummrm has imported
         arguments += [f"--device={device}", f"--record={output}"]
         arguments += [] if backend is None else [f"--backend={backend}"]
@@ -64,9 +63,9 @@ def rows(record):
 
 def table(record):
     """The rows as text, with what they were measured on at the head."""
-    about, cuda = record["about"], any("held_bytes" in e for e in record["entries"])
+    about = record["about"]
+    memory = [name for name in ("held_bytes", "peak_bytes") if any(name in e for e in record["entries"])]
     rates = ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in about["rates"].items())
-    memory = f"{'held MiB':>11}{'peak MiB':>11}" if cuda else ""
     lines = [
         f"device {about['device']}, {about['threads']} threads, load average {about['load_average'][0]:.1f}",
         f"ummrm's operators: {about.get('backend', 'compiled')} kernels",
@@ -74,23 +73,26 @@ def table(record):
         f"allocator: {about['allocator']}",
         f"measured rates: {rates}",
         "",
-        f"{'':26}{'best ms':>11}{'median ms':>11}{'over ummrm':>12}{'of peak':>9}{memory}",
+        f"{'':33}{'best ms':>11}{'median ms':>11}{'noise %':>9}{'over ummrm':>12}{'of peak':>9}"
+        + "".join(f"{name.split('_')[0] + ' MiB':>11}" for name in memory),
     ]
     last, left = None, Counter()
     for heading, e, ratio, peak in rows(record):
-        if e["outcome"].startswith("not run"):
+        if e["outcome"] == "not run: time":
             left[e["outcome"]] += 1
             continue
         if heading != last:
             lines += ["", heading]
             last = heading
         if e["outcome"] != "measured":
-            lines.append(f"  {e['label']:24}{e['outcome']}")
+            lines.append(f"  {e['label']:31}{e['outcome']}")
             continue
+        noise = f"{100 * e['noise']:.1f}" if "noise" in e else ""
         ratio = "" if ratio is None else f"{ratio:.2f}"
         peak = "" if peak is None else f"{peak:.2f}"
-        held = "".join(f"{e[n] / 2**20:11.1f}" for n in ("held_bytes", "peak_bytes")) if "held_bytes" in e else ""
-        lines.append(f"  {e['label']:24}{e['best'] * 1e3:11.3f}{e['median'] * 1e3:11.3f}{ratio:>12}{peak:>9}{held}")
+        held = "".join(f"{e[name] / 2**20:11.1f}" for name in memory if name in e)
+        times = f"{e['best'] * 1e3:11.3f}{e['median'] * 1e3:11.3f}{noise:>9}"
+        lines.append(f"  {e['label']:31}{times}{ratio:>12}{peak:>9}{held}")
     for outcome, count in left.items():
         lines += ["", f"{count} contenders {outcome}"]
     return "\n".join(lines)
@@ -111,21 +113,32 @@ def main():
     parser.add_argument("--deadline", type=float, help="seconds after which no further contender is begun")
     parser.add_argument("--record", type=Path, help="write entries here as they come, and nothing to bench/results")
     options = parser.parse_args()
-    limits = options.threads, options.expression, options.deadline, options.record
-    record, code = run(options.device, *limits, options.backend)
-    print(text(record))
-    if not options.expression and options.record is None and code == 0:
-        threads = f"-{options.threads}threads" if options.threads else ""
-        backend = f"-{options.backend}" if options.backend else ""
-        name = f"{options.device}{backend}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (HERE / "results" / f"{name}.txt").write_text(text(record) + "\n")
-        print(f"\nwritten: bench/results/{name}.json and .txt")
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.record or Path(folder) / "record.jsonl"
+        limits = options.threads, options.expression, options.deadline, path
+        record, code = run(options.device, *limits, options.backend)
+        print(text(record))
+        if not options.expression and options.record is None and code == 0:
+            write(record, replay.read_rounds(path), options)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         sys.exit(f"no suite matches {options.expression!r}")
     if code:
         sys.exit(f"a contender failed (pytest exit status {code}); what was measured stands above")
+
+
+def write(record, rounds, options, results=RESULTS):
+    """Writes what a run leaves: its record, the table, plots, and pytest-benchmark's own file."""
+    threads = f"-{options.threads}threads" if options.threads else ""
+    backend = f"-{options.backend}" if options.backend else ""
+    name = f"{options.device}{backend}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (results / f"{name}.txt").write_text(text(record) + "\n")
+    drawn = plots.draw(record, results / name)
+    if replay.keep(rounds, name, results / replay.STORAGE.name):
+        sys.exit("pytest-benchmark did not keep the rounds; what it said stands above")
+    kinds = ", ".join([".json", ".txt", *(path.name.removeprefix(name) for path in drawn)])
+    print(f"\nwritten to {results}: {name} ({kinds}), and pytest-benchmark's file in {replay.STORAGE.name}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a user would pick instead: the same layer by other means, each written as its users write it."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from transformers import MixtralConfig
@@ -7,7 +9,18 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from ummrm import ops
 
-from .record import DENSE, LOOP, OURS, TORCH_GROUPED, TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
+from . import gpu_peers
+from .contender import Contender
+from .record import (
+    COMPILED,
+    DENSE,
+    LOOP,
+    OURS,
+    TORCH_GROUPED,
+    TRANSFORMERS_BATCHED,
+    TRANSFORMERS_EAGER,
+    TRANSFORMERS_GROUPED,
+)
 
 
 def dense_ffn(x, up, down):
@@ -50,35 +63,65 @@ def _combine(x, shared_weight, routed_weights, order, rows, p):
     return routed + _shared(x, p, shared_weight)
 
 
-def transformers_experts(implementation):
-    """transformers' own experts module (Mixtral's), with a separate shared FFN beside it."""
+class TransformersExperts:
+    """transformers' own experts module (Mixtral's), with a separate shared FFN beside it; made once, as a model has it."""
 
-    def run(x, shared_weight, routed_weights, expert_indices, **p):
+    def __init__(self, implementation):
+        self._implementation, self._module = implementation, None
+
+    def _made(self, p):
         experts, width, hidden = p["routed_up"].shape
         config = MixtralConfig(hidden_size=hidden, intermediate_size=width // 2, num_local_experts=experts)
-        config._experts_implementation = implementation
+        config._experts_implementation = self._implementation
         with torch.device("meta"):
             module = MixtralExperts(config)
-        del module.gate_up_proj, module.down_proj
-        module.gate_up_proj, module.down_proj = p["routed_up"], p["routed_down"]
-        routed = module(x, expert_indices.long(), routed_weights.to(x.dtype))
-        return routed + _shared(x, p, shared_weight)
+        return module
 
-    return run
-
-
-LAYERS = {
-    LOOP: expert_loop,
-    TORCH_GROUPED: grouped_mm,
-    TRANSFORMERS_EAGER: transformers_experts("eager"),
-    TRANSFORMERS_GROUPED: transformers_experts("grouped_mm"),
-}
+    def __call__(self, x, shared_weight, routed_weights, expert_indices, **p):
+        if self._module is None:
+            self._module = self._made(p)
+        weights = {"gate_up_proj": p["routed_up"], "down_proj": p["routed_down"]}
+        arguments = x, expert_indices.long(), routed_weights.to(x.dtype)
+        return torch.func.functional_call(self._module, weights, arguments) + _shared(x, p, shared_weight)
 
 
-def contenders(device_type):
-    """Labels of all that the layer is run as; on CUDA transformers' eager loop says no more than the loop here."""
-    rivals = [label for label in LAYERS if device_type == "cpu" or label != TRANSFORMERS_EAGER]
-    return [OURS, *rivals, DENSE]
+def compiled_experts():
+    """The same under torch.compile, shared FFN and all, for the sizes of one case."""
+    torch.compiler.reset()  # earlier cases would count against the limit of recompilations
+    return torch.compile(TransformersExperts("grouped_mm"), dynamic=False)
+
+
+def layers(layer, dtype, device, make):
+    """What the layer is run as on the inputs of `make`, by label: a contender, or the reason why it is not run here.
+
+    On CUDA transformers' eager loop says no more than the loop here, and what else users have for GPUs is run as well.
+    """
+    made = {OURS: ops.moe_ffn, LOOP: expert_loop, TORCH_GROUPED: grouped_mm}
+    if device.type == "cpu":
+        made[TRANSFORMERS_EAGER] = TransformersExperts("eager")
+    made[TRANSFORMERS_BATCHED] = too_large(layer, dtype, device) or TransformersExperts("batched_mm")
+    made[TRANSFORMERS_GROUPED] = TransformersExperts("grouped_mm")
+    made[COMPILED] = compiled_experts()
+    if device.type == "cuda":
+        made |= gpu_peers.layers(layer, dtype, device, make, expert_loop, TransformersExperts)
+    return made | {DENSE: equal_flops(layer, dtype, device)}
+
+
+def too_large(layer, dtype, device):
+    """Why batched_mm is not run, or None: it copies an expert's weights for every slot, and their gradients too."""
+    needed = 6 * layer.t * layer.k * layer.h * layer.i * dtype.itemsize
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed <= memory / 4:
+        return None
+    return f"copies of weights for each slot take {needed / 2**30:.0f} GiB, over a quarter of the memory"
+
+
+def equal_flops(layer, dtype, device):
+    """The dense FFN at equal FLOPs, as a contender."""
+    return Contender(equal_flops_ffn, lambda: equal_flops_inputs(layer, dtype, device))
 
 
 def equal_flops_inputs(layer, dtype, device):
@@ -117,13 +160,3 @@ def sort_slots(expert_indices, num_experts):
     ends = torch.bincount(experts, minlength=num_experts).cumsum(0)
     return [v.int() for v in (inverse, order, torch.cat([ends.new_zeros(1), ends]))]
 
-
-def merge(tensors, coefficients, accumulate):
-    """sum_e c_e W_e over a list of [n, ...] tensors, eagerly; in fp32, or in the tensors' own dtype."""
-    merged = []
-    for weights, c in zip(tensors, coefficients, strict=True):
-        total = torch.zeros_like(weights[0], dtype=torch.float32 if accumulate else None)
-        for weight, coefficient in zip(weights, c, strict=True):
-            total = total + coefficient.to(total.dtype) * weight
-        merged.append(total.to(weights.dtype))
-    return merged

@@ -1,8 +1,10 @@
-"""How a call is timed and what memory it takes, apart from what is called: rounds, rotation, events, graphs, meters.
+"""How calls are timed and what memory they take, apart from what is called: turns, rotation, events, graphs, meters.
 
-On CUDA a time is the median of device events. Inputs rotate among sets that together pass the L2 cache three times
-over, so that no round finds its inputs there; a sleeping kernel goes first, so that the host has queued the rounds
-before the first one runs. Small operators are timed inside a replayed CUDA graph, free of launch gaps.
+What is compared is measured turn by turn, side by side: other work on the machine falls on all. On a CPU a turn is one
+round on the wall clock, and the figure is the best: whatever a round takes longer is the machine's other work. On CUDA a
+turn is some rounds, and a time is the median of device events. Inputs rotate among sets that together pass the L2 cache
+three times over, so that no round finds its inputs there; a sleeping kernel goes first, so that the host has queued the
+rounds before the first one runs. Small operators are timed inside a replayed CUDA graph, free of launch gaps.
 """
 
 import math
@@ -11,6 +13,7 @@ import time
 
 import torch
 
+PARTS = 3  # into which turns are dealt out to say how far a figure moves
 _PASSES = 3  # how many times the sets together exceed the cache
 _SLEEP = 10_000_000  # clock cycles: some 5 ms
 _GRAPH_CALLS = 20  # at least so many in one graph: a replay's own cost is shared by them
@@ -23,8 +26,9 @@ class Deadline:
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
-    def passed(self):
-        return self._end is not None and self._clock() >= self._end
+    def passed(self, needed=0):
+        """Whether fewer seconds than `needed` are left, or none."""
+        return self._end is not None and self._clock() + needed >= self._end
 
 
 def tensors_in(value):
@@ -74,6 +78,55 @@ def summary(seconds):
     }
 
 
+def side_by_side(samplers, turns, more=lambda: True):
+    """Seconds that each sampler's rounds took, turn by turn.
+
+    Args:
+        samplers: each runs some rounds when called and returns their seconds.
+        turns: how often each is called; in every turn another one goes first.
+        more: asked after each turn whether there is time for another; three are run whatever it says.
+
+    Returns:
+        For each sampler, a list of seconds for each turn.
+    """
+    found = [[] for _ in samplers]
+    for turn in range(turns):
+        for i in range(len(samplers)):
+            at = (i + turn) % len(samplers)
+            found[at].append(samplers[at]())
+        if turn + 1 >= PARTS and not more():
+            break
+    return found
+
+
+def noise(turns, figure):
+    """How far a figure may be off: what lies between its largest and its smallest over three parts of the turns.
+
+    Every third turn is a part. Two figures of equal work differ by less than their noises together in all but one or
+    two of a hundred measurements, on a quiet machine and on a busy one (simulated: jitter, bursts of other work, one of
+    the two disturbed in most of its rounds). One turn says nothing of noise: infinity.
+    """
+    parts = [[s for turn in turns[i::PARTS] for s in turn] for i in range(min(PARTS, len(turns)))]
+    figures = [figure(part) for part in parts]
+    return max(figures) / min(figures) - 1 if len(figures) > 1 else math.inf
+
+
+def wall(call):
+    """A sampler of one round on the wall clock."""
+
+    def sample():
+        start = time.perf_counter()
+        call()
+        return [time.perf_counter() - start]
+
+    return sample
+
+
+def turns_for(seconds, budget):
+    """Turns that fit a budget of time, so that every part has as many of them."""
+    return PARTS * rounds_for(PARTS * seconds, budget, least=2, most=10)
+
+
 def _event():
     return torch.cuda.Event(enable_timing=True)
 
@@ -83,16 +136,27 @@ def _timed(calls, rounds):
     return time_rounds(calls, rounds, _event, torch.cuda.synchronize)
 
 
-def time_events(calls, budget=0.4):
-    """Summary of event times on CUDA, after a warm-up that every call takes part in, up to three."""
+def _sampler(calls, budget, share=1):
+    """A sampler of device events, of so many rounds that three turns fill the budget."""
+    rounds, begun = math.ceil(rounds_for(statistics.median(_timed(calls, 3)), budget) / PARTS), 0
+
+    def sample():
+        nonlocal begun
+        first, begun = begun % len(calls), begun + rounds
+        return [seconds / share for seconds in _timed(calls[first:] + calls[:first], rounds)]
+
+    return sample
+
+
+def events(calls, budget=0.4):
+    """A sampler of event times on CUDA, after a warm-up that every call takes part in, up to three."""
     for call in calls[:3]:
         call()
-    estimate = statistics.median(_timed(calls, 3))
-    return summary(_timed(calls, rounds_for(estimate, budget)))
+    return _sampler(calls, budget)
 
 
-def time_graph(calls, budget=0.2):
-    """Summary of the time of one call inside a replayed graph of all of them."""
+def graph(calls, budget=0.2):
+    """A sampler of the time of one call inside a replayed graph of all of them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # lazy initialisation has no place in a capture
@@ -100,13 +164,12 @@ def time_graph(calls, budget=0.2):
             call()
     torch.cuda.current_stream().wait_stream(side)
     repeats = math.ceil(_GRAPH_CALLS / len(calls))
-    graph, count = torch.cuda.CUDAGraph(), repeats * len(calls)
-    with torch.cuda.graph(graph):
+    captured, count = torch.cuda.CUDAGraph(), repeats * len(calls)
+    with torch.cuda.graph(captured):
         kept = [call() for _ in range(repeats) for call in calls]
     del kept
-    graph.replay()
-    estimate = statistics.median(_timed([graph.replay], 3))
-    return summary([s / count for s in _timed([graph.replay], rounds_for(estimate, budget))])
+    captured.replay()
+    return _sampler([captured.replay], budget, count)
 
 
 class CudaMeter:
@@ -140,6 +203,21 @@ def measure_memory(forward, backward, meter):
     grads = backward(out)
     del out, grads
     return {"held_bytes": held, "peak_bytes": meter.peak() - before}
+
+
+def saved_bytes(forward, inputs):
+    """What autograd keeps for a backward beside inputs and outputs, on devices whose allocator does not count."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    for tensor in tensors_in([inputs, out]):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return {"held_bytes": sum(kept.values())}
 
 
 def rate(call, amount, device, repeats=7):

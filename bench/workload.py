@@ -41,6 +41,9 @@ class Layer:
 
 
 _CPU = Layer(512, 512, 1408, 8, 2)
+# the layer on a CPU: T, H, I, E, K; the last ones take minutes each
+_ON_CPU = ((1024, 64, 128, 7, 5), (512, 512, 1408, 8, 2), (1024, 512, 256, 64, 8))
+_ON_CPU += ((4096, 384, 1536, 7, 5), (2048, 1024, 2816, 8, 2))
 _WIDE = Layer(16384, 4096, 14336, 8, 2)
 _LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
 _BY_SEQUENCE = ((512, 512, 1408), (1024, 512, 1408), (2048, 512, 1408), (2048, 1024, 2816))  # T, H, I
@@ -50,7 +53,8 @@ _ROUTED = ((7, 5), (8, 2), (16, 4))  # E, K
 SIZES = {
     "cpu": {
         **{name: [_CPU] for name in ("activation", "merge", "dots", "projection", "weight_gradient")},
-        **{name: [_CPU] for name in ("moe_ffn", "merged_ffn")},
+        "moe_ffn": [Layer(*sizes) for sizes in _ON_CPU],
+        "merged_ffn": [_CPU],
         **{name: [Layer(8 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("permute", "unpermute")},
         **{name: [Layer(16 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("route", "route_and_sort", "sort_slots")},
         "grouped_ffn": [Layer(*layer, 4, 1, 0) for layer in _BY_SEQUENCE],
@@ -87,15 +91,19 @@ def dtypes(name, device_type):
     return wide if device_type == "cpu" or name in _MEMORY_BOUND[:-1] else (torch.bfloat16,)
 
 
-def importance(name, parameters):
-    """Sort key of a case on CUDA: cheap operators first, then the layer at the most telling sizes, training first, then
-    single products, and the layer's other sizes.
+def importance(name, parameters, device_type):
+    """Sort key of a case: what a run must not miss comes first.
+
+    On CUDA cheap operators, then the layer at the most telling sizes, training first, then single products, and the
+    layer's other sizes. On a CPU the layer before all else at sizes that take seconds, its large sizes at the end.
     """
     layer = parameters.get("layer")
+    sizes, telling = SIZES[device_type][name], _TELLING if device_type == "cuda" else 3
     if name == "moe_ffn":
-        place = SIZES["cuda"]["moe_ffn"].index(layer)
-        return (1, place, parameters["direction"] == "forward") if place < _TELLING else (3, place, False)
-    return (0 if name in ("route_and_sort", *_MEMORY_BOUND) else 2, 0, False)
+        place = sizes.index(layer)
+        return (1, place, parameters["direction"] == "forward") if place < telling else (3, place, False)
+    cheap = device_type == "cuda" and name in ("route_and_sort", *_MEMORY_BOUND)
+    return (0 if cheap else 2, 0, False)
 
 
 def router_logits(layer, device):

@@ -9,7 +9,8 @@ import checkout  # noqa: F401  (for `bench`)
 import pytest
 import torch
 
-from bench import harness, record, report, rivals, timing, workload
+from bench import harness, record, replay, report, rivals, timing, workload
+from bench.contender import Contender
 
 SMALL = workload.Layer(32, 16, 24, 4, 2)
 CPU = torch.device("cpu")
@@ -127,23 +128,12 @@ class Skipped(Exception):
     pass
 
 
-class FakeBenchmark:
-    """pytest-benchmark's pedantic, with rounds that took what the test says."""
-
-    def __init__(self):
-        self.stats = self
-        self.data = [0.25, 0.5, 0.125]
-
-    def pedantic(self, call, rounds, warmup_rounds):
-        call()
-
-
 def skip(reason):
     raise Skipped(reason)
 
 
 def contest(recorder, deadline=None):
-    return harness.Contest(CPU, recorder, timing.Deadline(deadline), FakeBenchmark, skip)
+    return harness.Contest(CPU, recorder, timing.Deadline(deadline), skip)
 
 
 def double(x):
@@ -157,14 +147,37 @@ def make():
 CASE = harness.Case("double", SMALL, torch.float32, "forward+backward", bytes=100)
 
 
-def test_a_contender_is_compared_then_timed_and_recorded():
-    recorder = record.Recorder()
-    contest(recorder)(CASE, "ummrm", double, make, lambda x: x + x)
-    (entry,) = recorder.entries
-    assert entry["outcome"] == "measured" and entry["compared"] and entry["timing"] == "wall"
-    assert entry["best"] == 0.125 and entry["median"] == 0.25 and entry["rounds"] == 3
-    assert entry["sizes"] == {"t": 32, "h": 16, "i": 24, "e": 4, "k": 2, "s": 1, "routing": "balanced"}
-    json.dumps(entry)
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(harness, "BUDGET", 0.0)
+
+
+def test_contenders_are_compared_then_timed_together_and_recorded(tmp_path):
+    recorder, order = record.Recorder(tmp_path / "run.jsonl"), []
+
+    def noted(label, function):
+        return lambda x: order.append(label) or function(x)
+
+    contenders = {
+        "ummrm": noted("a", double),
+        "sum": noted("b", lambda x: x + x),
+        "another": Contender(noted("c", lambda x: x * 3), make, bytes=7),
+        "absent": "it is not installed",
+    }
+    contest(recorder)(CASE, contenders, make, double)
+    entries = {entry["label"]: entry for entry in recorder.entries}
+    assert [*entries] == [*contenders] and entries["absent"]["outcome"] == "not run: it is not installed"
+    for label, compared in (("ummrm", True), ("sum", True), ("another", False)):
+        entry = entries[label]
+        assert entry["outcome"] == "measured" and entry["compared"] is compared and entry["timing"] == "wall"
+        assert 0 < entry["best"] <= entry["median"] and entry["rounds"] == 6 and entry["beside"] == 2
+        assert entry["noise"] >= 0 and entry["bytes"] == (7 if label == "another" else 100)
+        assert entry["sizes"] == {"t": 32, "h": 16, "i": 24, "e": 4, "k": 2, "s": 1, "routing": "balanced"}
+    # two turns that warm up, then six, each of which another one begins
+    assert "".join(order).endswith("abc" + "abc" + "abc" + "bca" + "cab" + "abc" + "bca" + "cab")
+    assert record.read_record(tmp_path / "run.jsonl")["entries"] == recorder.entries
+    rounds = replay.read_rounds(tmp_path / "run.jsonl")
+    assert [len(one["seconds"]) for one in rounds] == [6] * 3
 
 
 @pytest.mark.parametrize(
@@ -178,18 +191,21 @@ def test_a_contender_is_compared_then_timed_and_recorded():
 def test_a_contender_that_computes_something_else_is_not_timed(wrong):
     recorder = record.Recorder()
     with pytest.raises((AssertionError, ValueError)):
-        contest(recorder)(CASE, "wrong", wrong, make, double)
-    (entry,) = recorder.entries
-    assert entry["outcome"].startswith("failed: ") and "median" not in entry
+        contest(recorder)(CASE, {"wrong": wrong, "right": double}, make, double)
+    entry, right = recorder.entries
+    assert entry["outcome"].startswith("failed: ") and "median" not in entry and right["outcome"] == "measured"
+    recorder = record.Recorder()
+    contest(recorder)(CASE, {"theirs": Contender(wrong, foreign=True), "right": double}, make, double)
+    assert recorder.entries[0]["outcome"].startswith("not run: ") and recorder.entries[1]["outcome"] == "measured"
 
 
 def test_indices_are_compared_exactly_and_nan_never_passes():
     same = torch.tensor([1, 2])
-    harness.assert_same("x", [same.int()], [same], torch.float32)
+    harness.assert_same([same.int()], [same], torch.float32)
     with pytest.raises(AssertionError):
-        harness.assert_same("x", [same + 1], [same], torch.float32)
+        harness.assert_same([same + 1], [same], torch.float32)
     with pytest.raises(AssertionError):
-        harness.assert_same("x", [torch.tensor([1.0, float("nan")])], [torch.ones(2)], torch.bfloat16)
+        harness.assert_same([torch.tensor([1.0, float("nan")])], [torch.ones(2)], torch.bfloat16)
 
 
 def test_out_of_memory_and_the_deadline_are_outcomes():
@@ -200,9 +216,9 @@ def test_out_of_memory_and_the_deadline_are_outcomes():
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Skipped, match="out of memory"):
         patch.setattr(timing.CudaMeter, "settle", lambda self: None)
-        contest(recorder)(CASE, "hungry", hungry, make)
+        contest(recorder)(CASE, {"hungry": hungry}, make)
     with pytest.raises(Skipped, match="not run: time"):
-        contest(recorder, deadline=-1)(CASE, "late", double, lambda: pytest.fail("inputs were made"))
+        contest(recorder, deadline=-1)(CASE, {"late": double}, lambda: pytest.fail("inputs were made"))
     assert [e["outcome"] for e in recorder.entries] == ["out of memory", "not run: time"]
 
 
@@ -212,7 +228,7 @@ def test_a_reference_without_memory_is_said_and_does_not_stop_the_contender(monk
 
     monkeypatch.setattr(timing.CudaMeter, "settle", lambda self: None)
     recorder = record.Recorder()
-    contest(recorder)(CASE, "ummrm", double, make, hungry)
+    contest(recorder)(CASE, {"ummrm": double}, make, hungry)
     (entry,) = recorder.entries
     assert entry["outcome"] == "measured" and entry["compared"] is False
 
@@ -221,7 +237,7 @@ def test_a_dtype_without_native_products_is_not_timed(monkeypatch):
     monkeypatch.setattr(harness, "machine_rates", lambda d: {"mm_flops_float32": 1e9, "mm_flops_bfloat16": 1e7})
     recorder, case = record.Recorder(), harness.Case("gemm", SMALL, torch.bfloat16, flops=10)
     with pytest.raises(Skipped, match=r"bfloat16 reaches 0\.0 GFLOP/s"):
-        contest(recorder)(case, "ummrm", double, make)
+        contest(recorder)(case, {"ummrm": double}, make)
     assert recorder.entries[0]["outcome"].startswith("not run: torch.mm in bfloat16")
 
 
@@ -290,12 +306,14 @@ def test_what_is_done_on_cuda(monkeypatch, graph):
         seen.add(x.data_ptr())
         return x * 3
 
-    on_cuda = harness.Contest(types.SimpleNamespace(type="cuda"), recorder, timing.Deadline(), None, skip)
-    on_cuda(harness.Case("triple", SMALL, torch.float32, bytes=512), "ummrm", triple, make, triple, graph=graph)
-    (entry,) = recorder.entries
-    assert entry["input_sets"] == len(made) == len(seen) == 8  # 256 bytes each, past 3 * 640
-    assert not torch.equal(made[0], made[1]) and cuda.sleeps == 2
-    assert entry["timing"] == ("graph" if graph else "events") and entry["rounds"] == 100
+    on_cuda = harness.Contest(types.SimpleNamespace(type="cuda"), recorder, timing.Deadline(), skip)
+    contenders = {"ummrm": Contender(triple, graph=graph), "other": lambda x: x * 3}
+    on_cuda(harness.Case("triple", SMALL, torch.float32, bytes=512), contenders, make, triple)
+    entry, other = recorder.entries
+    assert entry["input_sets"] == 8 and len(made) == 8 + 2  # 256 bytes each, past 3 * 640; one each to compare
+    assert len(seen) == 8 + 2 and not torch.equal(made[2], made[3])
+    assert cuda.sleeps == 2 * (1 + 3) and other["timing"] == "events" and entry["beside"] == other["beside"] == 1
+    assert entry["timing"] == ("graph" if graph else "events") and entry["rounds"] == 102 and entry["noise"] > 0
     assert entry["peak_bytes"] == 4096 and entry["held_bytes"] == -256 and 0 < entry["best"] <= entry["median"]
     assert (cuda.captured, cuda.replays > 100) == ((1, True) if graph else (0, False))
 
@@ -328,7 +346,7 @@ def test_the_most_important_cases_come_first():
         ("moe_ffn", {"layer": w, "direction": d}) for w in reversed(layers) for d in ("forward", "forward+backward")
     ]
     cases += [("projection", {}), ("permute", {}), ("route_and_sort", {}), ("sort_slots", {})]
-    ordered = sorted(cases, key=lambda case: workload.importance(*case))
+    ordered = sorted(cases, key=lambda case: workload.importance(*case, "cuda"))
     assert {name for name, _ in ordered[:2]} == {"permute", "route_and_sort"}
     assert ordered[2] == ("moe_ffn", {"layer": layers[0], "direction": "forward+backward"})
     names = [name for name, _ in ordered]
@@ -356,18 +374,24 @@ def test_the_dense_ffn_has_the_layers_flops():
     assert rivals.equal_flops_ffn(**inputs).shape == (SMALL.t, SMALL.h)
 
 
-@pytest.mark.parametrize("label", [*rivals.LAYERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
-def test_the_layers_rivals_compute_what_it_does(label, routing, dtype):
+def test_the_layers_rivals_compute_what_it_does(routing, dtype):
     """Outputs and every gradient, with the same weights and inputs, as before each timing."""
-    from ummrm import ops
-
     layer = workload.Layer(48, 16, 24, 5, 3, 2, routing)
     arguments = workload.layer_inputs(layer, dtype, CPU)
-    want = harness.Call(ops.moe_ffn, arguments, True).results()
-    got = harness.Call(rivals.LAYERS[label], arguments, True).results()
-    harness.assert_same(label, got, want, dtype)
+    found = rivals.layers(layer, dtype, CPU, None)
+    want = harness.Call(found.pop(record.OURS), arguments, True).results()
+    for label in (record.DENSE, record.COMPILED):  # the first computes something else, the second takes a compiler
+        del found[label]
+    assert len(found) == 5
+    for rival in found.values():
+        harness.assert_same(harness.Call(rival, arguments, True).results(), want, dtype)
+
+
+def test_a_layer_too_large_for_copies_of_its_weights_says_so():
+    layer = workload.Layer(4096, 4096, 14336, 8, 2)
+    assert "over a quarter of the memory" in rivals.layers(layer, torch.float32, CPU, None)[record.TRANSFORMERS_BATCHED]
 
 
 def test_a_real_run_on_the_cpu(tmp_path, capsys, monkeypatch):
@@ -381,9 +405,8 @@ def test_a_real_run_on_the_cpu(tmp_path, capsys, monkeypatch):
     ummrm.use_backend("compiled")  # pytest ran in this process
     assert code == 0, capsys.readouterr().out
     assert kept == record.read_record(output)
-    assert {(e["suite"], e["label"], e["outcome"]) for e in kept["entries"]} == {
-        ("sort_slots", label, "measured") for label in ("ummrm", "torch sort")
-    }
+    found = [(e["suite"], e["label"], e["outcome"]) for e in kept["entries"]]
+    assert found == [("sort_slots", label, "measured") for label in ("ummrm", "torch sort")]
     assert kept["about"]["backend"] == "reference" and "reference kernels" in report.text(kept)
     assert kept["about"]["rates"]["copy_bytes"] > 0 and kept["about"]["threads"] == threads
     text = report.text(kept)
