@@ -14,7 +14,7 @@
 #   make lab-gpu     the study sized for one GPU; needs a torch with CUDA
 #   make test        the fast tier (what CI runs): style, types, kernels without torch, Python tests
 #   make test-full   the slow tier: sanitizers, other Pythons, torch and transformers versions, the package as installed
-#   make bench       the microbenchmarks, and a table of them
+#   make bench       the microbenchmarks in under ten minutes: a record, a table and plots, in bench/results
 #   make gpu-check   builds, tests, sanitizes and times the CUDA kernels; needs an NVIDIA GPU, nvcc, torch, no network
 #   make gpu-wheels  fetches into WHEELS what a machine without network lacks for gpu-check
 #   make lint        style and types alone
@@ -154,7 +154,7 @@ test-full: test
 
 bench: $(VENV)/.ummrm
 	$(PIP) install -e ".[bench]" --no-build-isolation
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.report --deadline 480
 
 # runs on the interpreter that has torch with CUDA, not on .venv; what it installs goes to build/gpu
 gpu-check:

@@ -110,7 +110,7 @@ def assert_same(got, want, dtype):
         assert error <= TOLERANCE[dtype] * scale, f"differs by {error:.3g} at values up to {scale:.3g}"
 
 
-BUDGET = 5.0  # seconds of a case's turns on a CPU, where six fit; of what they take longer there is no less
+BUDGET = 3.0  # seconds of a case's turns on a CPU; six turns are run whatever they take
 
 
 class Contest:
@@ -245,7 +245,8 @@ class Contest:
             facts.append({"timing": how, "input_sets": len(made), "beside": len(contenders) - 1})
         gc.disable()
         try:
-            turns = timing.PARTS if cuda else timing.turns_for(self._warm_turn(samplers), BUDGET)
+            warm = [sum(sample()) for sample in samplers] if not cuda else []
+            turns = [timing.PARTS] * len(samplers) if cuda else timing.turns_for(warm, BUDGET)
             found = timing.side_by_side(samplers, turns, lambda: not self._deadline.passed())
         finally:
             gc.enable()
@@ -255,12 +256,6 @@ class Contest:
             entries[label] |= timing.summary(seconds) | {"noise": timing.noise(turns, figure)} | fact
             entries[label]["outcome"] = "measured"
             self._recorder.write("rounds", {**entries[label], "seconds": seconds})
-
-    def _warm_turn(self, samplers):
-        """Seconds of one turn, after one that warms everybody up."""
-        for _ in range(2):
-            seconds = sum(sum(sample()) for sample in samplers)
-        return seconds
 
     def _free(self):
         gc.collect()

@@ -43,6 +43,7 @@ class Layer:
 _CPU = Layer(512, 512, 1408, 8, 2)
 # the layer on a CPU: T, H, I, E, K; the last ones take minutes each
 _ON_CPU = ((1024, 64, 128, 7, 5), (512, 512, 1408, 8, 2), (1024, 512, 256, 64, 8))
+_QUICK = len(_ON_CPU)
 _ON_CPU += ((4096, 384, 1536, 7, 5), (2048, 1024, 2816, 8, 2))
 _WIDE = Layer(16384, 4096, 14336, 8, 2)
 _LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
@@ -92,18 +93,21 @@ def dtypes(name, device_type):
 
 
 def importance(name, parameters, device_type):
-    """Sort key of a case: what a run must not miss comes first.
+    """Sort key of a case: what a run must not miss for want of time comes first.
 
     On CUDA cheap operators, then the layer at the most telling sizes, training first, then single products, and the
-    layer's other sizes. On a CPU the layer before all else at sizes that take seconds, its large sizes at the end.
+    layer's other sizes. On a CPU the layer's training in fp32 at sizes that take seconds, then all else, its large
+    sizes at the end.
     """
-    layer = parameters.get("layer")
-    sizes, telling = SIZES[device_type][name], _TELLING if device_type == "cuda" else 3
     if name == "moe_ffn":
-        place = sizes.index(layer)
-        return (1, place, parameters["direction"] == "forward") if place < telling else (3, place, False)
-    cheap = device_type == "cuda" and name in ("route_and_sort", *_MEMORY_BOUND)
-    return (0 if cheap else 2, 0, False)
+        place, forward = SIZES[device_type][name].index(parameters["layer"]), parameters["direction"] == "forward"
+        if device_type == "cuda":
+            return (1, place, forward) if place < _TELLING else (3, place, False)
+        secondary = forward or parameters["dtype"] is not torch.float32
+        return (3 if place >= _QUICK else 2 if secondary else 0, place, secondary)
+    if device_type == "cuda":
+        return (0 if name in ("route_and_sort", *_MEMORY_BOUND) else 2, 0, False)
+    return (1, 0, False)
 
 
 def router_logits(layer, device):

@@ -112,7 +112,7 @@ class MeasureConfig:
         mixtures: whether merged models report on the mixtures that they come from: their gates at the end, and how far
             experts are from each other and from the dense model's FFN.
         latency_batch: sequences in the batch whose forward is timed.
-        latency_rounds: timed forwards.
+        latency_rounds: timed forwards, of which the best counts.
     """
 
     batch_size: int = 256

@@ -128,7 +128,7 @@ class UnitRunner:
         latency = forward_latency(
             {"dense": _forward(dense), "arm": _forward(model)}, inputs, self.study.measure.latency_rounds
         )
-        timings = {"forward_ms": latency["arm"], "dense_forward_ms": latency["dense"]}
+        timings = {f"{n}forward_ms": latency[k].milliseconds for n, k in (("", "arm"), ("dense_", "dense"))}
         return {"values": values, "curve": curve, "experts": expert_rows(model.record), "timings": timings}
 
     def _ppo(self, unit: Unit, model: RewardModel) -> dict:

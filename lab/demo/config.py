@@ -141,7 +141,7 @@ class EvaluationConfig:
     Attributes:
         batch_size: sequences a batch when scoring.
         latency_batch: sequences in the batch whose forward is timed.
-        latency_rounds: timed rounds; in each every model runs once, the order turning.
+        latency_rounds: timed rounds, of which the best counts; in each every model runs once, the order turning.
         gate_pairs: held-out pairs over which routing statistics and the experts' disagreement are measured, and scores
             of two models compared.
         alpha_pairs: training pairs on which the merge loss before and after learning alpha is compared.

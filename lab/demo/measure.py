@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.timing import noise, side_by_side, wall
 from ummrm import UpcycledFFN, preference_loss
 from ummrm.nn import Experts
 from ummrm.nn.upcycled_ffn import upcycled_ffns
@@ -162,11 +161,25 @@ def mean_over_pairs(x: torch.Tensor, distance: Callable[[torch.Tensor, torch.Ten
 # ---- cost ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Latency:
+    """A model's forward time.
+
+    Attributes:
+        milliseconds: of the best round: what others took longer is the machine's other work.
+        noise: how far that may be off, as a share of it; two models whose times differ by less than their noises
+            together are equal as far as was measured. Infinite after a single round.
+    """
+
+    milliseconds: float
+    noise: float
+
+
 @torch.no_grad()
 def forward_latency(
     models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int
-) -> dict[str, float]:
-    """Median forward time of each model in milliseconds, all on the same batch, interleaved in one run.
+) -> dict[str, Latency]:
+    """Best forward time of each model, all on the same batch, interleaved in one run.
 
     Args:
         models: by name, in eval mode.
@@ -174,20 +187,25 @@ def forward_latency(
         rounds: timed rounds after one untimed; each runs every model once, starting with another one each time.
 
     Returns:
-        Milliseconds by name.
+        What was measured, by name.
     """
-    names = list(models)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
+
+    def forward(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            model(**inputs)
             synchronize(inputs)
-            start = time.perf_counter()
-            models[name](**inputs)
-            synchronize(inputs)
-            if turn > 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+
+        return run
+
+    synchronize(inputs)
+    samplers = [wall(forward(model)) for model in models.values()]
+    for sample in samplers:
+        sample()
+    found = side_by_side(samplers, [rounds] * len(samplers))
+    return {
+        name: Latency(1e3 * min(s for turn in turns for s in turn), noise(turns, min))
+        for name, turns in zip(models, found, strict=True)
+    }
 
 
 def synchronize(inputs: Mapping[str, torch.Tensor]) -> None:

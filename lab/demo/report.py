@@ -29,13 +29,14 @@ def result_table(result: RecipeResult) -> Table:
     table.add_column("", no_wrap=True)
     for name in result.arms:
         table.add_column(result.labels[name].replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
-    arms, base = list(result.arms.values()), result.arms[DENSE].latency_ms
+    arms, base = list(result.arms.values()), result.arms[DENSE].latency
     rows = {
         "accuracy": [_accuracy(a.test) for a in arms],
         "  shortcut reversed": [_accuracy(a.shifted) for a in arms],
         "parameters": [f"{a.parameters:,}" for a in arms],
-        "forward, ms": [f"{a.latency_ms:.2f}" for a in arms],
-        "  times dense": [f"{a.latency_ms / base:.2f}" for a in arms],
+        "forward, ms": [f"{a.latency.milliseconds:.2f}" for a in arms],
+        "  times dense": [f"{a.latency.milliseconds / base.milliseconds:.2f}" for a in arms],
+        "  noise of that": [f"{a.latency.noise + base.noise:.1%}" for a in arms],
         f"gold, best of {_last_n(result)}": [
             f"{a.best_of_n.gold[-1]:.2f}±{a.best_of_n.gold_error[-1]:.2f}" for a in arms
         ],
@@ -63,7 +64,7 @@ def summary_lines(result: RecipeResult) -> list[str]:
     lines = [
         f"± is the standard error over {pairs} pairs or {prompts} prompts of this one seed; "
         "it says nothing about other seeds.",
-        f"Accuracy is against the gold reward, without label noise. Latency: batch of {batch}, median of "
+        f"Accuracy is against the gold reward, without label noise. Latency: batch of {batch}, best of "
         f"{result.config.evaluation.latency_rounds} interleaved rounds, {_threads(result)} thread(s).",
     ]
     if result.alpha_loss is not None:
@@ -206,7 +207,8 @@ def _arm_row(arm: ArmResult) -> dict:
         "accuracy_shortcut_reversed": arm.shifted.value,
         "accuracy_shortcut_reversed_standard_error": arm.shifted.standard_error,
         "parameters": arm.parameters,
-        "forward_ms": arm.latency_ms,
+        "forward_ms": arm.latency.milliseconds,
+        "forward_noise": arm.latency.noise if math.isfinite(arm.latency.noise) else None,
         "gold_at_largest_n": arm.best_of_n.gold[-1],
         "gold_at_largest_n_standard_error": arm.best_of_n.gold_error[-1],
     }

@@ -15,7 +15,7 @@ from ummrm import MergeConfig, prepare_merge, record_routing_statistics
 from ..best_of_n import BestOfN
 from ..tasks import Sequences, SyntheticTaskConfig, Task, make_synthetic_task, make_text_task
 from .config import ModelConfig, RecipeConfig
-from .measure import Accuracy, Specialisation, rewards_of
+from .measure import Accuracy, Latency, Specialisation, rewards_of
 from .reload import Reload
 from .training import History
 
@@ -40,14 +40,14 @@ class ArmResult:
         test: accuracy in distribution.
         shifted: accuracy with the planted shortcut reversed.
         parameters: all parameters.
-        latency_ms: median forward time.
+        latency: of its forward.
         best_of_n: gold and proxy reward under selection.
     """
 
     test: Accuracy
     shifted: Accuracy
     parameters: int
-    latency_ms: float
+    latency: Latency
     best_of_n: BestOfN
 
     def to_dict(self) -> dict:

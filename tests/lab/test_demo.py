@@ -115,7 +115,7 @@ def test_every_arm_is_measured_and_the_merged_ones_cost_what_dense_costs(finishe
     rows = list(csv.DictReader((output / "results.csv").open()))
     assert [row["arm"] for row in rows] == list(result.arms)
     for arm in result.arms.values():
-        assert 0 < arm.test.value < 1 and arm.latency_ms > 0
+        assert 0 < arm.test.value < 1 and arm.latency.milliseconds > 0 <= arm.latency.noise
         assert arm.best_of_n.n == [1, 2, 4, 8, 16] and arm.best_of_n.kl[0] == 0
         assert arm.best_of_n.proxy == sorted(arm.best_of_n.proxy), "the proxy rises with n by construction"
     assert json.loads((output / "results.json").read_text())
