@@ -1,4 +1,4 @@
-"""What else users have for GPUs, each as the routed experts beside the same shared FFN: other people's kernels, where installed.
+"""What else users have for GPUs: other people's routed experts, where installed, beside the same shared FFN.
 
 No machine that measured anything so far had one of them, so that a call which fails is recorded with what it said and
 fails nothing. Weights are laid out as each wants them when inputs are made, outside of what is timed.

@@ -1,4 +1,4 @@
-"""All contenders of a case: builds inputs, compares each with the reference, measures its memory, then times all together.
+"""All contenders of a case: builds inputs, compares each with the reference, measures its memory, times all together.
 
 A suite calls `contest` once for each case; the ratios between contenders, timed turn by turn side by side in one run on
 one machine, are the result. Whatever happens to a contender is an entry of the record: measured, out of memory, not run

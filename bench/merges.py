@@ -62,6 +62,6 @@ def xft_stacks(tensors):
 
 
 def xft(stacks, coefficients, shapes, dtype):
-    """A product of the transposed matrix with the coefficients (arXiv 2404.15247, section 3.3; its code is no package)."""
+    """A product of the transposed matrix with the coefficients (arXiv 2404.15247; its code is no package)."""
     triples = zip(stacks, coefficients, shapes, strict=True)
     return [torch.mm(stack.t(), c.unsqueeze(1)).view(shape).to(dtype) for stack, c, shape in triples]

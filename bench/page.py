@@ -103,7 +103,11 @@ def _markdown(rows, wishes):
             if cell not in have:
                 raise ValueError(f"the column {name!r} has the cells {'; '.join(map(str, have))}, got {cell!r}.")
         rows = [row for row in rows if row.get(name) in cells]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *[[row.get(name, "") for name in columns] for row in rows]]
+    lines = [
+        columns,
+        ["---", *["---:"] * (len(columns) - 1)],
+        *[[row.get(name, "") for name in columns] for row in rows],
+    ]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 

@@ -11,7 +11,7 @@ _MARKERS = ("o", "s", "v", "P", "X", "^", "D", "*")
 
 
 def draw(record, stem):
-    """Writes STEM-ratios.png, STEM-roofline.png and STEM-memory.png, those for which there is data; returns the files."""
+    """Writes STEM-ratios.png, STEM-roofline.png, STEM-memory.png, where there is data for them; returns the files."""
     measured = [e for e in record["entries"] if e["outcome"] == "measured"]
     cases = {}
     for entry in measured:

@@ -64,7 +64,7 @@ def _combine(x, shared_weight, routed_weights, order, rows, p):
 
 
 class TransformersExperts:
-    """transformers' own experts module (Mixtral's), with a separate shared FFN beside it; made once, as a model has it."""
+    """transformers' own experts module (Mixtral's), made once as in a model, with a separate shared FFN beside it."""
 
     def __init__(self, implementation):
         self._implementation, self._module = implementation, None
@@ -159,4 +159,3 @@ def sort_slots(expert_indices, num_experts):
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     ends = torch.bincount(experts, minlength=num_experts).cumsum(0)
     return [v.int() for v in (inverse, order, torch.cat([ends.new_zeros(1), ends]))]
-

@@ -1,10 +1,10 @@
 """How calls are timed and what memory they take, apart from what is called: turns, rotation, events, graphs, meters.
 
 What is compared is measured turn by turn, side by side: other work on the machine falls on all. On a CPU a turn is one
-round on the wall clock, and the figure is the best: whatever a round takes longer is the machine's other work. On CUDA a
-turn is some rounds, and a time is the median of device events. Inputs rotate among sets that together pass the L2 cache
-three times over, so that no round finds its inputs there; a sleeping kernel goes first, so that the host has queued the
-rounds before the first one runs. Small operators are timed inside a replayed CUDA graph, free of launch gaps.
+round on the wall clock, and the figure is the best: whatever a round takes longer is the machine's other work. On CUDA
+a turn is some rounds, and a time is the median of device events. Inputs rotate among sets that together pass the L2
+cache three times over, so that no round finds its inputs there; a sleeping kernel goes first, so that the host has
+queued the rounds before the first one runs. Small operators are timed inside a replayed CUDA graph, without gaps.
 """
 
 import math
@@ -125,7 +125,7 @@ def wall(call):
 
 
 def turns_for(seconds, budget):
-    """Turns of each sampler that fit a budget of time, every part having as many; `seconds` is what a call of each takes.
+    """How many turns of each sampler fit a budget of time, as many in every part; `seconds` says what a call takes.
 
     What takes ten times as long as the fastest has three turns: how many more would say nothing of who is ahead.
     """

@@ -1,7 +1,6 @@
 """The benchmark harness, without a GPU: rotation, rounds, events, memory, deadline, records, and a real run."""
 
 import contextlib
-import json
 import time
 import types
 

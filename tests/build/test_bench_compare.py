@@ -93,6 +93,7 @@ def test_names_are_files_or_commits(tmp_path, monkeypatch):
     (tmp_path / "gpu").mkdir()
     numbers = run_of(entry("ummrm", 1.0), commit="cafe" * 10, device="gpu", threads=16)
     (tmp_path / "gpu" / "day.json").write_text(json.dumps({"stages": {"bench": {"numbers": numbers}}}))
+    (tmp_path / "gpu" / "built.json").write_text(json.dumps({"stages": {"build": {}}}))
     for commit, threads in (("cafe" * 10, 1), ("beef" * 10, 1), ("beef" * 10, 2)):
         name = f"cpu-{threads}-{commit[:4]}.json"
         (tmp_path / name).write_text(json.dumps(run_of(entry("ummrm", 1.0), commit=commit, threads=threads)))
