@@ -144,6 +144,7 @@ class Contest:
             if found := self._attempt(entries[label], contender, errors, lambda c=contender: self._prepare(case, c)):
                 entries[label] |= found
                 ready[label] = contender
+        self._wanted = {}
         self._time(case, ready, entries, errors)
         for entry in entries.values():
             self._recorder.write("entry", entry)

@@ -102,6 +102,8 @@ def layers(layer, dtype, device, make):
     made[TRANSFORMERS_BATCHED] = too_large(layer, dtype, device) or TransformersExperts("batched_mm")
     made[TRANSFORMERS_GROUPED] = TransformersExperts("grouped_mm")
     made[COMPILED] = compiled_experts()
+    if device.type == "cuda" and (layer.t != 16384 or layer.routing != "balanced"):
+        made[COMPILED] = "compiled for 16k tokens, balanced, alone"  # of all sizes it would be most of the run
     if device.type == "cuda":
         made |= gpu_peers.layers(layer, dtype, device, make, expert_loop, TransformersExperts)
     return made | {DENSE: equal_flops(layer, dtype, device)}

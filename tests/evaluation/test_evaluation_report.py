@@ -165,6 +165,7 @@ def test_a_model_that_says_the_same_of_everything(data, tmp_path):
     assert one.length is None and one.edits["praise"] is None and one.calibration.temperature is None
     assert any("flat: equal rewards in 36 pairs, which count half" in note for note in result.notes)
     assert any("flat: all rewards are equal" in note for note in result.notes)
+    assert any(note.startswith("Texts a second do not compare the models") for note in result.notes)
     write_report(result, tmp_path)
 
 
@@ -223,7 +224,7 @@ def test_benchmarks_on_disk_make_their_scores(models, tmp_path):
         texts = [[message("user", row["prompt"]), message("assistant", a)] for a in row["chosen"] + row["rejected"]]
         best += int(np.argmax(models["one"].score(texts).rewards) == 0)
     assert two.parts["Focus"].value == pytest.approx(best / 6) and result.pairs == 8 + 18 and result.prompts == 14
-    assert not any("chat template" in note for note in result.notes)
+    assert not any("chat template" in note or "Texts a second" in note for note in result.notes)
     plain = scorer(1, "plain", flatten=True, max_length=12)
     plain.tokenizer.chat_template = None
     flat = evaluate({"plain": plain}, read_evaluation_data(sources[:1]), EvaluationConfig(probes=()))

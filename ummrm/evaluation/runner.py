@@ -78,7 +78,7 @@ class ModelResult:
         cut: how many of them were longer than the limit.
         flattened: conversations that were scored as texts, since the tokenizer has no chat template.
         cut_pairs: pairs with such a text.
-        seconds: time of scoring, tokenisation included.
+        seconds: time of scoring, tokenisation included, in one pass; no measure by which to compare models.
         mean: of the rewards of the pairs' answers.
         std: their standard deviation.
         accuracy: over all pairs.
@@ -384,5 +384,10 @@ def _notes(
     if any(choice.subset == TIES for choice in data.choices):
         notes.append(
             f"RewardBench 2's subset {TIES} enters its own score alone: no pairs of a better and a worse answer."
+        )
+    if len(results) > 1:  # one is in memory at a time, so that they can't be timed side by side
+        notes.append(
+            "Texts a second do not compare the models: each scored once and by itself, with whatever else the machine "
+            "did meanwhile. Models of one architecture cost the same."
         )
     return notes
