@@ -35,9 +35,6 @@ def bench_merge(contest, device, layer, dtype):
     def low(joined, coefficients):
         return merges.eager(joined, coefficients, False)
 
-    def of_joined(function):  # they know nothing of our names
-        return function if isinstance(function, str) else lambda joined, coefficients: function(joined, coefficients)
-
     def make_xft():
         inputs = make()
         return {"stacks": merges.xft_stacks(inputs["joined"]), "coefficients": inputs["coefficients"]}
@@ -53,9 +50,9 @@ def bench_merge(contest, device, layer, dtype):
         OURS: ours,
         "torch eager, fp32 sums": eager,
         "torch eager, own dtype": low,
-        "torch einsum, own dtype": of_joined(merges.einsum),
-        "torch compiled, fp32 sums": of_joined(merges.compiled()),
-        merges.MERGEKIT: of_joined(merges.mergekit()),
+        "torch einsum, own dtype": merges.einsum,
+        "torch compiled, fp32 sums": Contender(merges.compiled(), make, eager, foreign=True),
+        merges.MERGEKIT: merges.mergekit(),
         merges.XFT: Contender(xft, make_xft, xft_reference(layer, dtype)),
         "copy of the same bytes": Contender(lambda source, target: target.copy_(source), make_copy),
     }

@@ -1,6 +1,6 @@
 """How others merge experts: sums in torch, mergekit by the function that its users call, XFT by its formula.
 
-`tensors` is a list of [n, ...] stacks, of which each is merged by its own row of coefficients.
+`joined` is a list of [n, ...] stacks, of which each is merged by its own row of coefficients.
 """
 
 import importlib.util
@@ -11,10 +11,10 @@ XFT = "XFT's way"
 MERGEKIT = "mergekit linear"
 
 
-def eager(tensors, coefficients, accumulate):
-    """sum_e c_e W_e, one expert after the other; in fp32, or in the tensors' own dtype."""
+def eager(joined, coefficients, accumulate):
+    """sum_e c_e W_e, one expert after the other; in fp32, or in their own dtype."""
     merged = []
-    for weights, c in zip(tensors, coefficients, strict=True):
+    for weights, c in zip(joined, coefficients, strict=True):
         total = torch.zeros_like(weights[0], dtype=torch.float32 if accumulate else None)
         for weight, coefficient in zip(weights, c, strict=True):
             total = total + coefficient.to(total.dtype) * weight
@@ -22,9 +22,9 @@ def eager(tensors, coefficients, accumulate):
     return merged
 
 
-def einsum(tensors, coefficients):
-    """The sum as one einsum, in the tensors' own dtype."""
-    return [torch.einsum("e,e...->...", c.to(w.dtype), w) for w, c in zip(tensors, coefficients, strict=True)]
+def einsum(joined, coefficients):
+    """The sum as one einsum, in their own dtype."""
+    return [torch.einsum("e,e...->...", c.to(w.dtype), w) for w, c in zip(joined, coefficients, strict=True)]
 
 
 def compiled():
@@ -32,8 +32,8 @@ def compiled():
     torch.compiler.reset()
 
     @torch.compile(dynamic=False)
-    def run(tensors, coefficients):
-        pairs = zip(tensors, coefficients, strict=True)
+    def run(joined, coefficients):
+        pairs = zip(joined, coefficients, strict=True)
         return [(c.view(-1, *[1] * (w.dim() - 1)) * w.float()).sum(0).to(w.dtype) for w, c in pairs]
 
     return run
@@ -48,17 +48,17 @@ def mergekit():
     except ImportError as error:
         return f"mergekit: {error}"
 
-    def run(tensors, coefficients):
+    def run(joined, coefficients):
         options = [{"weight": c.tolist(), "normalize": False} for c in coefficients]
-        pairs = zip(tensors, options, strict=True)
+        pairs = zip(joined, options, strict=True)
         return [merge_tensors(list(w.unbind()), "linear", parameters=p) for w, p in pairs]
 
     return run
 
 
-def xft_stacks(tensors):
+def xft_stacks(joined):
     """XFT keeps each expert's tensor as a row of an fp32 matrix, outside of what is timed."""
-    return [w.detach().float().flatten(1) for w in tensors]
+    return [w.detach().float().flatten(1) for w in joined]
 
 
 def xft(stacks, coefficients, shapes, dtype):

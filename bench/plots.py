@@ -1,6 +1,7 @@
 """Three plots of a record: times over ummrm's, fractions of the roofline, activation memory over ummrm's."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from .record import OURS
 from .targets import Entries, of_peak, seconds
@@ -69,6 +70,7 @@ def _points(values, bars, title):
         axis.plot([], [], color=color, marker=marker, linestyle="", label=label)
     axis.axvline(1, color="0.4", linewidth=0.9)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_yticks(range(len(values)), [_row(case) for case in values], fontsize=7)
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3, linewidth=0.6)

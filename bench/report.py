@@ -19,7 +19,7 @@ import pytest
 
 import ummrm  # noqa: F401  (before pytest puts the checkout, which may hold no extension, on the path)
 
-from . import plots, replay, targets
+from . import replay, targets
 from .record import OURS, RESULTS, read_record
 
 HERE = Path(__file__).parent
@@ -128,6 +128,8 @@ def main():
 
 def write(record, rounds, options, results=RESULTS):
     """Writes what a run leaves: its record, the table, plots, and pytest-benchmark's own file."""
+    from . import plots  # matplotlib, which a GPU's bare machine lacks
+
     threads = f"-{options.threads}threads" if options.threads else ""
     backend = f"-{options.backend}" if options.backend else ""
     name = f"{options.device}{backend}{threads}-{time.strftime('%Y-%m-%d')}-{record['about']['commit'][:12]}"

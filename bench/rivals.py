@@ -101,7 +101,7 @@ def layers(layer, dtype, device, make):
         made[TRANSFORMERS_EAGER] = TransformersExperts("eager")
     made[TRANSFORMERS_BATCHED] = too_large(layer, dtype, device) or TransformersExperts("batched_mm")
     made[TRANSFORMERS_GROUPED] = TransformersExperts("grouped_mm")
-    made[COMPILED] = compiled_experts()
+    made[COMPILED] = Contender(compiled_experts(), make, expert_loop, foreign=True)  # not every machine has a compiler
     if device.type == "cuda" and (layer.t != 16384 or layer.routing != "balanced"):
         made[COMPILED] = "compiled for 16k tokens, balanced, alone"  # of all sizes it would be most of the run
     if device.type == "cuda":

@@ -136,6 +136,13 @@ def test_the_command(tmp_path):
     assert done.returncode == 1 and "got 'nowhere'" in done.stderr
 
 
+def test_a_bare_machine_can_run_the_benchmarks():
+    """`make gpu-wheels` fetches neither: what measures must not import them."""
+    script = "import sys; sys.modules.update(matplotlib=None, mergekit=None); import bench.conftest, bench.report"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_a_run_leaves(tmp_path, monkeypatch, capsys):
     """The record, the table, three plots, and pytest-benchmark's file, which its own command compares."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # within which pytest-benchmark times nothing
