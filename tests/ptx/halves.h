@@ -1,0 +1,38 @@
+// bf16 and f16 to fp32 and back, rounded to the nearest, ties to even.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace ptx {
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_f16(uint16_t half) {
+  _Float16 value;
+  std::memcpy(&value, &half, 2);
+  return static_cast<float>(value);
+}
+
+inline uint16_t to_f16(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  const auto rounded = static_cast<_Float16>(value);
+  uint16_t half;
+  std::memcpy(&half, &rounded, 2);
+  return half;
+}
+
+}  // namespace ptx

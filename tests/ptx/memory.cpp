@@ -1,0 +1,76 @@
+// See memory.h.
+#include "memory.h"
+
+#include <cstdio>
+
+namespace ptx {
+namespace {
+
+std::map<uint64_t, uint64_t> allocations;  // begin to end
+struct {
+  uint64_t begin = 1, end = 0;
+} latest;  // found, since accesses come in runs
+bool trusting = false;
+constexpr uint64_t kNearNull = 65536;
+
+std::string hexadecimal(uint64_t value) {
+  char text[20];
+  std::snprintf(text, sizeof text, "%#llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+Place shared_place(const Step& step, uint64_t address, int bytes, int alignment) {
+  Block* block = step.warp.block;
+  const auto at = static_cast<uint32_t>(address);
+  const uint32_t offset = at & kOffsetMask;
+  if (at >> kRankShift != 0) {
+    const uint32_t rank = (at >> kRankShift) - 1;
+    if (rank >= block->cluster->blocks.size()) step.fail("a shared address of no block, " + hexadecimal(address));
+    block = &block->cluster->blocks[rank];
+    if (block->ended) step.fail("shared memory of block rank " + std::to_string(rank) + ", which has ended");
+  }
+  if (offset < kSharedBase || offset + static_cast<size_t>(bytes) > block->shared.size()) {
+    step.fail("shared memory out of bounds, " + std::to_string(bytes) + " bytes at " + hexadecimal(offset) + " of " +
+              hexadecimal(block->shared.size()));
+  }
+  if (offset % static_cast<uint32_t>(alignment) != 0) step.fail("a misaligned shared address, " + hexadecimal(offset));
+  return {block->shared.data() + offset, block, offset};
+}
+
+}  // namespace
+
+void add_memory(const void* at, size_t bytes) {
+  allocations[reinterpret_cast<uint64_t>(at)] = reinterpret_cast<uint64_t>(at) + bytes;
+}
+void remove_memory(const void* at) {
+  allocations.erase(reinterpret_cast<uint64_t>(at));
+  latest = {};
+}
+void trust_all_memory(bool trust) { trusting = trust; }
+
+bool known_memory(uint64_t at, size_t bytes) {
+  if (at >= latest.begin && at + bytes <= latest.end) return true;
+  if (trusting) return at > kNearNull;
+  auto after = allocations.upper_bound(at);
+  if (after == allocations.begin()) return false;
+  --after;
+  if (at + bytes > after->second) return false;
+  latest = {after->first, after->second};
+  return true;
+}
+
+Place place_of(const Step& step, Space space, uint64_t address, int bytes, int alignment) {
+  if (space == Space::generic && address >> 48 == kSharedWindow >> 48) space = Space::shared;
+  if (space == Space::shared || space == Space::cluster) return shared_place(step, address, bytes, alignment);
+  const auto first = reinterpret_cast<uint64_t>(step.launch.parameters.data());
+  const uint64_t end = first + static_cast<uint64_t>(step.launch.kernel.parameter_bytes);
+  if (address >= first && address + static_cast<uint64_t>(bytes) <= end) return {reinterpret_cast<unsigned char*>(address)};
+  if (space == Space::parameter) step.fail("parameters out of bounds");
+  if (address % static_cast<uint64_t>(alignment) != 0) step.fail("a misaligned address, " + hexadecimal(address));
+  if (!known_memory(address, static_cast<size_t>(bytes))) {
+    step.fail("device memory out of bounds, " + std::to_string(bytes) + " bytes at " + hexadecimal(address));
+  }
+  return {reinterpret_cast<unsigned char*>(address)};
+}
+
+}  // namespace ptx

@@ -1,0 +1,35 @@
+// Addresses and what lies there (PTX ISA 5.1). Device memory is the host's: allocations are known to the byte, and what
+// lies outside is an error. A shared address is an offset into one's own block, or has the block's rank in its cluster
+// plus one in its upper byte; a generic address of shared memory has a mark above that no pointer has.
+#pragma once
+
+#include "machine.h"
+
+namespace ptx {
+
+// ---- device memory
+
+void add_memory(const void* at, size_t bytes);
+void remove_memory(const void* at);
+bool known_memory(uint64_t at, size_t bytes);
+// Where nobody tells what is allocated, as under torch: everything that is not near null passes.
+void trust_all_memory(bool trust);
+
+// ---- addresses
+
+inline constexpr uint64_t kSharedWindow = 0x5348ull << 48;
+inline constexpr uint32_t kRankShift = 24, kOffsetMask = (1u << kRankShift) - 1;
+
+struct Place {
+  unsigned char* at;
+  Block* block = nullptr;  // whose shared memory; null: device memory or parameters
+  uint32_t offset = 0;
+};
+
+// Checked for bounds and alignment. Throws with the line of the PTX.
+Place place_of(const Step& step, Space space, uint64_t address, int bytes, int alignment);
+inline Place place_of(const Step& step, Space space, uint64_t address, int bytes) {
+  return place_of(step, space, address, bytes, bytes);
+}
+
+}  // namespace ptx

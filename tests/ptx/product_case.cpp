@@ -1,0 +1,227 @@
+// See product_case.h.
+#include "product_case.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "expert_tiles.h"
+#include "halves.h"
+#include "tensor_cores.h"
+#include "ummrm/expert_gemm.h"
+
+namespace ptx {
+namespace {
+
+using ummrm::DType;
+namespace cuda = ummrm::cuda;
+
+struct Memory {  // of the device: just as many bytes, all garbage
+  char* at = nullptr;
+  explicit Memory(size_t bytes) { cudaMalloc(reinterpret_cast<void**>(&at), std::max<size_t>(bytes, 1)); }
+  Memory(const Memory&) = delete;
+  ~Memory() { cudaFree(at); }
+};
+
+struct Halves : Memory {
+  DType dtype;
+  Halves(DType type, size_t count) : Memory(2 * count), dtype(type) {}
+  Halves(DType type, size_t count, std::mt19937& random) : Halves(type, count) {
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    for (size_t i = 0; i < count; ++i) data()[i] = type == DType::bf16 ? to_bf16(uniform(random)) : to_f16(uniform(random));
+  }
+  uint16_t* data() const { return reinterpret_cast<uint16_t*>(at); }
+  double operator[](size_t i) const { return dtype == DType::bf16 ? from_bf16(data()[i]) : from_f16(data()[i]); }
+};
+
+// Results of a product, and the double that each should be.
+struct Compared {
+  double tolerance;
+  std::string fault;
+  void check(double got, double want, const char* what, size_t row, size_t column) {
+    const double error = std::fabs(got - want) / (1 + std::fabs(want));
+    if (error <= tolerance || !fault.empty()) return;  // a NaN is wrong too
+    char text[160];
+    std::snprintf(text, sizeof text, "%s [%zu, %zu] is %.7g, should be %.7g", what, row, column, got, want);
+    fault = text;
+  }
+};
+
+// Twice the rounding of a result; sums of a few hundred products in fp32 add little to that.
+double tolerance_of(DType type) { return type == DType::bf16 ? 0x1p-7 : type == DType::f16 ? 0x1p-10 : 1e-5; }
+
+struct Offsets : Memory {
+  Offsets(const Case& which) : Memory(4 * (which.counts.size() + 1)) {
+    int32_t* to = data();
+    to[0] = 0;
+    for (size_t e = 0; e < which.counts.size(); ++e) to[e + 1] = to[e] + which.counts[e];
+  }
+  int32_t* data() const { return reinterpret_cast<int32_t*>(at); }
+};
+
+template <class Args, class Run>
+int run(int arch, const Args& args, const cuda::TileChoice& choice, const Run& run_on) {
+  int64_t bytes = 0;
+#ifdef UMMRM_SM80
+  if (arch == 80) bytes = cuda::sm80::workspace(args, choice);
+#endif
+#ifdef UMMRM_SM90
+  if (arch == 90) bytes = cuda::sm90::workspace(args, choice);
+#endif
+  static_cast<void>(arch);
+  const Memory workspace(static_cast<size_t>(bytes));
+  return run_on(workspace.at);
+}
+
+int launch_gemm(int arch, const cuda::ExpertGemm& args, const cuda::TileChoice& choice) {
+  return run(arch, args, choice, [&](void* workspace) {
+#ifdef UMMRM_SM80
+    if (arch == 80) return cuda::sm80::expert_gemm(args, choice, workspace, nullptr);
+#endif
+#ifdef UMMRM_SM90
+    if (arch == 90) return cuda::sm90::expert_gemm(args, choice, workspace, nullptr);
+#endif
+    static_cast<void>(workspace);
+    return static_cast<int>(cudaErrorNoKernelImageForDevice);
+  });
+}
+
+int launch_wgrad(int arch, const cuda::ExpertGemmWgrad& args, const cuda::TileChoice& choice) {
+  return run(arch, args, choice, [&](void* workspace) {
+#ifdef UMMRM_SM80
+    if (arch == 80) return cuda::sm80::expert_gemm_wgrad(args, choice, workspace, nullptr);
+#endif
+#ifdef UMMRM_SM90
+    if (arch == 90) return cuda::sm90::expert_gemm_wgrad(args, choice, workspace, nullptr);
+#endif
+    static_cast<void>(workspace);
+    return static_cast<int>(cudaErrorNoKernelImageForDevice);
+  });
+}
+
+// Rows of both kinds: rows @ proj^T + bias, or rows @ proj.
+std::string rows_fault(int arch, int tile, bool transposed, const Case& which) {
+  std::mt19937 random(7);
+  const DType type = which.dtype;
+  const size_t experts = which.counts.size(), shared = static_cast<size_t>(which.shared), tokens = static_cast<size_t>(which.tokens);
+  const Offsets offsets(which);
+  const size_t slots = static_cast<size_t>(offsets.data()[experts] + which.dead), rows = shared * tokens + slots;
+  const size_t in = static_cast<size_t>(transposed ? which.out : which.in), out = static_cast<size_t>(transposed ? which.in : which.out);
+  const Halves shared_rows(type, tokens * in, random), routed_rows(type, slots * in, random);
+  const Halves shared_proj(type, shared * in * out, random), routed_proj(type, experts * in * out, random);
+  const Halves shared_bias(type, shared * out, random), routed_bias(type, experts * out, random);
+  const Halves result(type, rows * out);
+  const bool bias = which.bias && !transposed, bias_of_shared = bias && which.shared != 2;  // or the routed alone
+  const cuda::ExpertGemm args{type, which.tokens, which.shared, static_cast<int64_t>(experts), static_cast<int64_t>(slots),
+                              static_cast<int64_t>(in), static_cast<int64_t>(out), transposed, true, shared_rows.at,
+                              routed_rows.at, shared_proj.at, routed_proj.at, bias_of_shared ? shared_bias.at : nullptr,
+                              bias ? routed_bias.at : nullptr, offsets.data(), result.at};
+  const cuda::TileChoice choice{tile, which.band != 0 ? which.band : static_cast<int64_t>(out)};
+  if (const int status = launch_gemm(arch, args, choice); status != 0) return "status " + std::to_string(status);
+
+  Compared compared{tolerance_of(type), {}};
+  std::vector<double> weights(in * out);
+  const auto group = [&](const Halves& from, size_t first, size_t count, const Halves& proj, size_t expert, const Halves* add, size_t to) {
+    for (size_t i = 0; i < in * out; ++i) weights[transposed ? i : i % in * out + i / in] = proj[expert * in * out + i];
+    std::vector<double> sums(out);
+    for (size_t row = 0; row < count; ++row) {
+      for (size_t j = 0; j < out; ++j) sums[j] = add != nullptr ? (*add)[expert * out + j] : 0;
+      for (size_t k = 0; k < in; ++k) {
+        const double value = from[(first + row) * in + k];
+        for (size_t j = 0; j < out; ++j) sums[j] += value * weights[k * out + j];
+      }
+      for (size_t j = 0; j < out; ++j) compared.check(result[(to + row) * out + j], sums[j], "row", to + row, j);
+    }
+  };
+  for (size_t s = 0; s < shared; ++s) group(shared_rows, 0, tokens, shared_proj, s, bias_of_shared ? &shared_bias : nullptr, s * tokens);
+  for (size_t e = 0; e < experts; ++e) {
+    const auto first = static_cast<size_t>(offsets.data()[e]);
+    group(routed_rows, first, static_cast<size_t>(which.counts[e]), routed_proj, e, bias ? &routed_bias : nullptr, shared * tokens + first);
+  }
+  for (size_t row = rows - static_cast<size_t>(which.dead); row < rows; ++row) {
+    for (size_t j = 0; j < out; ++j) compared.check(result[row * out + j], 0, "dead row", row, j);
+  }
+  return compared.fault;
+}
+
+// Gradients of projections: grad_rows^T @ rows of every group.
+std::string gradient_fault(int arch, int tile, bool wide, const Case& which) {
+  std::mt19937 random(11);
+  const DType type = which.dtype, result_type = wide ? DType::f32 : type;
+  const size_t experts = which.counts.size(), shared = static_cast<size_t>(which.shared), tokens = static_cast<size_t>(which.tokens);
+  const Offsets offsets(which);
+  const size_t slots = static_cast<size_t>(offsets.data()[experts] + which.dead);
+  const size_t width = static_cast<size_t>(which.in), grad_width = static_cast<size_t>(which.out), each = width * grad_width;
+  const Halves shared_rows(type, tokens * width, random), routed_rows(type, slots * width, random);
+  const Halves shared_grads(type, shared * tokens * grad_width, random), routed_grads(type, slots * grad_width, random);
+  const size_t bytes = wide ? 4 : 2;
+  const Memory of_shared(shared * each * bytes), of_routed(experts * each * bytes);
+  const cuda::ExpertGemmWgrad args{type, result_type, which.tokens, which.shared, static_cast<int64_t>(experts),
+                                   static_cast<int64_t>(slots), static_cast<int64_t>(width), static_cast<int64_t>(grad_width),
+                                   true, false, shared_rows.at, routed_rows.at, shared_grads.at, routed_grads.at,
+                                   offsets.data(), of_shared.at, of_routed.at};
+  const cuda::TileChoice choice{tile, which.band != 0 ? which.band : static_cast<int64_t>(width)};
+  if (const int status = launch_wgrad(arch, args, choice); status != 0) return "status " + std::to_string(status);
+
+  Compared compared{tolerance_of(result_type), {}};
+  const auto group = [&](const Halves& grads, const Halves& from, size_t first, size_t first_grad, size_t count, const char* result) {
+    std::vector<double> sums(each);
+    for (size_t row = 0; row < count; ++row) {
+      for (size_t i = 0; i < grad_width; ++i) {
+        const double grad = grads[(first_grad + row) * grad_width + i];
+        for (size_t j = 0; j < width; ++j) sums[i * width + j] += grad * from[(first + row) * width + j];
+      }
+    }
+    for (size_t i = 0; i < each; ++i) {
+      double got;
+      if (wide) {
+        float value;
+        std::memcpy(&value, result + 4 * i, 4);
+        got = value;
+      } else {
+        uint16_t value;
+        std::memcpy(&value, result + 2 * i, 2);
+        got = type == DType::bf16 ? from_bf16(value) : from_f16(value);
+      }
+      compared.check(got, sums[i], "gradient", i / width, i % width);
+    }
+  };
+  for (size_t s = 0; s < shared; ++s) group(shared_grads, shared_rows, 0, s * tokens, tokens, of_shared.at + s * each * bytes);
+  for (size_t e = 0; e < experts; ++e) {
+    const auto first = static_cast<size_t>(offsets.data()[e]);
+    group(routed_grads, routed_rows, first, first, static_cast<size_t>(which.counts[e]), of_routed.at + e * each * bytes);
+  }
+  return compared.fault;
+}
+
+}  // namespace
+
+const char* name_of(Product product) {
+  constexpr const char* kNames[] = {"forward", "input_grad", "weight_grad", "weight_grad_f32"};
+  return kNames[static_cast<int>(product)];
+}
+
+std::vector<Case> cases(DType dtype) {
+  return {{0, 0, {130, 0, 70}, 0, 72, 128, 0, false, dtype},
+          {33, 1, {0, 129, 5}, 3, 72, 136, 0, true, dtype},
+          {20, 2, {0, 0, 300}, 0, 136, 264, 128, true, dtype},
+          {7, 1, {0, 0, 0}, 4, 8, 8, 0, true, dtype},
+          {50, 1, {1, 0, 127, 257, 128, 0, 64}, 9, 200, 520, 128, true, dtype},
+          {130, 1, {300, 0, 5}, 0, 264, 136, 128, true, dtype}};
+}
+
+Case smallest(DType dtype) { return cases(dtype)[2]; }
+
+std::string fault_of(int arch, int tile, Product product, const Case& which) {
+  switch (product) {
+    case Product::forward: return rows_fault(arch, tile, false, which);
+    case Product::input_grad: return rows_fault(arch, tile, true, which);
+    default: return gradient_fault(arch, tile, product == Product::weight_grad_f32, which);
+  }
+}
+
+}  // namespace ptx

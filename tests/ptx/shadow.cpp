@@ -1,0 +1,151 @@
+// See shadow.h.
+#include "shadow.h"
+
+#include <algorithm>
+
+namespace ptx::shadow {
+namespace {
+
+constexpr uint32_t kGranule = 16;  // no asynchronous access is finer
+constexpr uint16_t kFenced = 0, kPublished = 0xffff;
+
+uint16_t mark_of(const Warp& warp) { return static_cast<uint16_t>(warp.id + 1); }
+
+}  // namespace
+
+void wrote(Warp& warp, const Place& place, int bytes) {
+  if (place.block == nullptr) return;
+  Block& block = *place.block;
+  std::fill_n(block.written.begin() + place.offset, bytes, 1);
+  const uint16_t mark = place.block == warp.block ? mark_of(warp) : kPublished;  // from afar: a barrier must follow
+  const uint32_t last = (place.offset + static_cast<uint32_t>(bytes) - 1) / kGranule;
+  for (uint32_t granule = place.offset / kGranule; granule <= last; ++granule) {
+    if (block.unfenced[granule] == mark) continue;
+    block.unfenced[granule] = mark;
+    (mark == kPublished ? block.published : warp.wrote).push_back(granule);
+  }
+}
+
+void arrived(Block& block, uint32_t offset, int bytes) {
+  std::fill_n(block.written.begin() + offset, bytes, 1);
+  for (uint32_t g = offset / kGranule; g <= (offset + static_cast<uint32_t>(bytes) - 1) / kGranule; ++g) {
+    block.unfenced[g] = kFenced;
+  }
+}
+
+void will_write(Block& block, uint32_t offset, int bytes) { std::fill_n(block.written.begin() + offset, bytes, 0); }
+
+void check_written(const Step& step, const Block& block, uint32_t offset, int bytes) {
+  const unsigned char* written = block.written.data() + offset;
+  for (int i = 0; i < bytes; ++i) {
+    if (written[i] == 0) {
+      step.fail("shared memory at " + std::to_string(offset + static_cast<uint32_t>(i)) +
+                " is read, and nothing has written it or a copy under way will");
+    }
+  }
+}
+
+void check_written(const Step& step, const Place& place, int bytes) {
+  if (place.block != nullptr) check_written(step, *place.block, place.offset, bytes);
+}
+
+std::string fault_of_async_read(const Block& block, uint32_t offset, int bytes) {
+  if (offset < kSharedBase || offset + static_cast<size_t>(bytes) > block.shared.size()) {
+    return "shared memory out of bounds at " + std::to_string(offset);
+  }
+  for (uint32_t g = offset / kGranule; g <= (offset + static_cast<uint32_t>(bytes) - 1) / kGranule; ++g) {
+    if (block.unfenced[g] != kFenced) {
+      const int by = block.unfenced[g] - 1;
+      return "what " + (block.unfenced[g] == kPublished ? "another warp" : "warp " + std::to_string(by)) +
+             " wrote to shared memory at " + std::to_string(g * kGranule) + " is read without fence.proxy.async";
+    }
+  }
+  const unsigned char* written = block.written.data() + offset;
+  for (int i = 0; i < bytes; ++i) {
+    if (written[i] == 0) {
+      return "shared memory at " + std::to_string(offset + static_cast<uint32_t>(i)) +
+             " is read, and nothing has written it or a copy under way will";
+    }
+  }
+  return {};
+}
+
+void fence_async(Warp& warp) {
+  Block& block = *warp.block;
+  for (const uint32_t granule : warp.wrote) {
+    if (block.unfenced[granule] == mark_of(warp)) block.unfenced[granule] = kFenced;
+  }
+  for (const uint32_t granule : block.published) {
+    if (block.unfenced[granule] == kPublished) block.unfenced[granule] = kFenced;
+  }
+  warp.wrote.clear();
+  block.published.clear();
+}
+
+void publish(Warp& warp) {
+  Block& block = *warp.block;
+  for (const uint32_t granule : warp.wrote) {
+    if (block.unfenced[granule] != mark_of(warp)) continue;
+    block.unfenced[granule] = kPublished;
+    block.published.push_back(granule);
+  }
+  warp.wrote.clear();
+}
+
+void barrier_made(Warp& warp, const Place& place) { place.block->new_barriers[place.offset] = warp.id; }
+
+void fence_barriers(Warp& warp) {
+  std::erase_if(warp.block->new_barriers, [&](const auto& made) { return made.second == warp.id; });
+}
+
+void check_barrier(const Step& step, const Place& place) {
+  if (place.block->new_barriers.contains(place.offset)) {
+    step.fail("a barrier is used that was made without fence.mbarrier_init since");
+  }
+}
+
+void map_written(Launch& launch, uint64_t map) { launch.released[map] = ++launch.clock; }
+
+void map_fenced(const Step& step, uint64_t map) { step.launch.acquired[{&step.warp, map}] = ++step.launch.clock; }
+
+void check_map(const Step& step, uint64_t map) {
+  const auto released = step.launch.released.find(map);
+  if (released == step.launch.released.end()) return;  // from the host
+  const auto acquired = step.launch.acquired.find({&step.warp, map});
+  if (acquired == step.launch.acquired.end() || acquired->second < released->second) {
+    step.fail("a tensor map that was written on the device is used without fence.proxy.tensormap by this warp since");
+  }
+}
+
+void touch_accumulators(const Step& step) {
+  Warp& warp = step.warp;
+  const auto touch = [&](int reg) {
+    if (reg < 0) return;
+    if (warp.owners[static_cast<size_t>(reg)] != 0) {
+      step.fail("an accumulator of a wgmma is touched before wgmma.wait_group");
+    }
+    warp.touched_at[static_cast<size_t>(reg)] = ++warp.now;
+  };
+  for (const Operand& operand : step.in.operands) {
+    touch(operand.reg);
+    for (const Operand& item : operand.items) touch(item.reg);
+  }
+}
+
+void fence_accumulators(Warp& warp) { warp.fenced_at = ++warp.now; }
+
+void own_accumulators(const Step& step, const Operand& registers) {
+  Warp& warp = step.warp;
+  if (warp.fenced_at == 0) step.fail("the first wgmma of a warp without wgmma.fence before it");
+  for (const Operand& item : registers.items) {
+    const auto reg = static_cast<size_t>(item.reg);
+    if (warp.touched_at[reg] > warp.fenced_at) step.fail("an accumulator was touched since the last wgmma.fence");
+    ++warp.owners[reg];
+  }
+}
+
+void release_accumulators(Warp& warp, const Operand& registers) {
+  for (const Operand& item : registers.items) --warp.owners[static_cast<size_t>(item.reg)];
+}
+
+}  // namespace ptx::shadow

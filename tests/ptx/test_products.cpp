@@ -1,0 +1,61 @@
+// Every tensor-core product of an architecture, compiled, run on the machine to the right numbers: with asynchronous work at
+// once and in order, as late as the program allows, and at random with warps, clusters and lanes shuffled.
+//
+//   test_products ARCH [TILE [SEED]]     80 or 90; all tiles; the seed of the shuffled order
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+
+#include "expert_tiles.h"
+#include "product_case.h"
+#include "runtime.h"
+
+using namespace ptx;
+using ummrm::DType;
+
+int main(int count, char** arguments) {
+  const int arch = count > 1 ? std::atoi(arguments[1]) : 80, only = count > 2 ? std::atoi(arguments[2]) : -1;
+  const unsigned seed = count > 3 ? static_cast<unsigned>(std::atoi(arguments[3])) : 3;
+  const int tiles = arch == 90 ? ummrm::cuda::kSm90TileCount : ummrm::cuda::kSm80TileCount;
+  runtime::device = {arch / 10, arch % 10, 4};
+  int wrong = 0, runs = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (only >= 0 && tile != only) continue;
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+      for (const Product product : kProducts) {
+        counts = {};
+        const auto start = std::chrono::steady_clock::now();
+        for (const Case& which : cases(dtype)) {
+          struct Way {
+            Order order;
+            bool shuffle;
+          };
+          for (const Way way : {Way{Order::at_once, false}, Way{Order::late, false}, Way{Order::late, true}, Way{Order::random, true}}) {
+            options.order = way.order, options.shuffle = way.shuffle, options.seed = seed + static_cast<unsigned>(runs);
+            runtime::device.multiprocessors = 2 + runs % 3 * 2;
+            ++runs;
+            std::string fault;
+            try {
+              fault = fault_of(arch, tile, product, which);
+            } catch (const Error& error) {
+              fault = error.what();
+            }
+            if (fault.empty()) continue;
+            ++wrong;
+            std::printf("sm_%d tile %d %s, case of %d tokens, order %d%s: %s\n", arch, tile, name_of(product), which.tokens,
+                        static_cast<int>(way.order), way.shuffle ? " shuffled" : "", fault.substr(0, 2000).c_str());
+          }
+        }
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        std::printf("sm_%d tile %d %s %s: %.1f s, %.1f million instructions of warps, %llu wgmma, %llu mma, %llu tensor loads, %llu stores\n",
+                    arch, tile, name_of(product), dtype == DType::bf16 ? "bf16" : "f16", seconds,
+                    static_cast<double>(counts.instructions) / 1e6, static_cast<unsigned long long>(counts.products),
+                    static_cast<unsigned long long>(counts.mma), static_cast<unsigned long long>(counts.tensor_loads),
+                    static_cast<unsigned long long>(counts.tensor_stores));
+        std::fflush(stdout);
+      }
+    }
+  }
+  std::printf("%d of %d wrong\n", wrong, runs);
+  return wrong != 0 || runs == 0;
+}
