@@ -139,10 +139,10 @@ endif
 
 test: test-cpp lint test-python
 
-# The kernels build and pass without torch, and CUDA's without a GPU: on an emulator, and through nvcc where there is one
-# (for Ampere; for Hopper what has changed since the full tier compiled it; the full tier compiles for all).
+# The kernels build and pass without torch, and CUDA's without a GPU: on an emulator, and where there is nvcc as it compiled them, on
+# the PTX machine (for Ampere; for Hopper what has changed since the full tier compiled it; the full tier compiles for all).
 test-cpp: $(VENV)/.cmake
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(abspath $(BIN))/python "-DUMMRM_CUDA_ARCHS=$$($(BIN)/python tools/compiled.py)"
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(abspath $(BIN))/python -DUMMRM_PTX=ON "-DUMMRM_CUDA_ARCHS=$$($(BIN)/python tools/compiled.py)"
 	$(BIN)/cmake --build build/cmake -j $(JOBS)
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
 

@@ -1,5 +1,5 @@
-// Arithmetic of whole numbers and of floats, PTX ISA 9.7.1 and 9.7.3 to 9.7.5. What PTX calls approximate is computed as
-// well as C++ can: hardware's last bits are not known here.
+// Arithmetic of whole numbers and of floats, PTX ISA 9.7.1 and 9.7.3 to 9.7.5. What PTX calls approximate is computed
+// as well as C++ can: hardware's last bits are not known here.
 #include <cfenv>
 #include <cmath>
 
@@ -69,7 +69,8 @@ Execute whole(Type type) {
 constexpr auto kQuotient = [](auto a, auto b) -> decltype(a) {
   using T = decltype(a);
   if (b == 0) return static_cast<T>(~T{0});  // PTX ISA 9.7.1.6: not said
-  if (std::is_signed_v<T> && b == static_cast<T>(-1)) return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
+  if (std::is_signed_v<T> && b == static_cast<T>(-1))
+    return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
   return static_cast<T>(a / b);
 };
 constexpr auto kRemainder = [](auto a, auto b) -> decltype(a) {

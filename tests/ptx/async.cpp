@@ -14,7 +14,8 @@ void do_some(Launch& launch, Warp& warp) {
     for (Copy& copy : warp.copy_groups[launch.random() % warp.copy_groups.size()]) do_copy(warp, copy);
   }
   if (!warp.store_groups.empty()) {
-    for (TensorStore& store : warp.store_groups[launch.random() % warp.store_groups.size()]) read_store(launch, warp, store);
+    for (TensorStore& store : warp.store_groups[launch.random() % warp.store_groups.size()])
+      read_store(launch, warp, store);
   }
   // Products of a warp add to the same registers, so they are done in order; a number of them.
   size_t some = launch.random() % 4;

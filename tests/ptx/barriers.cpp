@@ -1,5 +1,5 @@
-// Barriers: of a block (bar and barrier, PTX ISA 9.7.13.1), of a warp (9.7.13.2), of a cluster (9.7.13.3), and in shared
-// memory (9.7.13.15).
+// Barriers: of a block (bar and barrier, PTX ISA 9.7.13.1), of a warp (9.7.13.2), of a cluster (9.7.13.3), and in
+// shared memory (9.7.13.15).
 #include "barriers.h"
 
 #include "form.h"
@@ -23,17 +23,19 @@ void complete(Launch& launch, NamedBarrier& barrier) {
   ++launch.events;
 }
 
-// Whole warps arrive. Without a count the barrier is for all threads of the block that have not ended, which have to come
-// to the same instruction: CUDA's __syncthreads in two branches is undefined even where hardware lets it pass.
+// Whole warps arrive. Without a count the barrier is for all threads of the block that have not ended, which have to
+// come to the same instruction: CUDA's __syncthreads in two branches is undefined even where hardware lets it pass.
 Outcome arrive_at_block(const Step& step) {
   const uint64_t number = value(step, step.operand(0), step.first_lane());
   Block& block = *step.warp.block;
   if (number >= block.barriers.size()) step.fail("there is no barrier " + std::to_string(number));
   NamedBarrier& barrier = block.barriers[number];
   const bool all = step.in.operands.size() < 2;
-  const unsigned count = all ? lanes_alive(block) : static_cast<unsigned>(value(step, step.operand(1), step.first_lane()));
+  const unsigned count =
+      all ? lanes_alive(block) : static_cast<unsigned>(value(step, step.operand(1), step.first_lane()));
   if (count % kLanes != 0) step.fail("a barrier for " + std::to_string(count) + " threads, which are not whole warps");
-  if (barrier.arrived != 0 && barrier.expected != (all ? 0 : count)) step.fail("a barrier with another count than others gave");
+  if (barrier.arrived != 0 && barrier.expected != (all ? 0 : count))
+    step.fail("a barrier with another count than others gave");
   if (all && barrier.arrived != 0 && barrier.first != &step.in) {
     step.fail("a barrier that other warps of the block wait for in line " + std::to_string(barrier.first->line));
   }
@@ -108,7 +110,8 @@ Outcome arrive(const Step& step) {
     if (place.block != step.warp.block) shadow::check_barrier(step, place);
     const bool given = step.in.operands.size() > 2;
     const int amount = given ? static_cast<int>(value(step, step.operand(2), l)) : 1;
-    const std::string fault = update_barrier(step.launch, place.at, step.in.a != 0 ? 1 : amount, step.in.a != 0 ? amount : 0);
+    const std::string fault =
+        update_barrier(step.launch, place.at, step.in.a != 0 ? 1 : amount, step.in.a != 0 ? amount : 0);
     if (!fault.empty()) step.fail(fault);
   });
   return Outcome::done;
@@ -184,7 +187,8 @@ void MemoryBarrier::put(unsigned char* memory) const {
 std::string update_barrier(Launch& launch, unsigned char* memory, int arrivals, int bytes) {
   MemoryBarrier barrier = MemoryBarrier::at(memory);
   barrier.bytes += bytes;
-  if (arrivals < 0 || static_cast<uint32_t>(arrivals) > barrier.left) return "more arrivals at a barrier than it expects";
+  if (arrivals < 0 || static_cast<uint32_t>(arrivals) > barrier.left)
+    return "more arrivals at a barrier than it expects";
   if (std::abs(barrier.bytes) > static_cast<int>(kMostArrivals)) return "more bytes at a barrier than it can count";
   barrier.left -= static_cast<uint32_t>(arrivals);
   if (barrier.left == 0 && barrier.bytes == 0) {

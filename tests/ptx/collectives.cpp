@@ -1,5 +1,5 @@
-// What lanes of a warp do together: PTX ISA 9.7.9.6 (shfl), 9.7.13.9 to 9.7.13.13 (vote, match, activemask, redux, elect). The
-// scheduler has brought the lanes of the mask together before any of these runs.
+// What lanes of a warp do together: PTX ISA 9.7.9.6 (shfl), 9.7.13.9 to 9.7.13.13 (vote, match, activemask, redux,
+// elect). The scheduler has brought the lanes of the mask together before any of these runs.
 #include "form.h"
 
 namespace ptx {
@@ -27,7 +27,8 @@ Outcome shuffle(const Step& step) {
       default: source = first | (offset & ~segment), valid = source <= last;
     }
     if (!valid) source = l;
-    if ((step.lanes >> source & 1) == 0) step.fail("a shuffle from lane " + std::to_string(source) + ", which is not there");
+    if ((step.lanes >> source & 1) == 0)
+      step.fail("a shuffle from lane " + std::to_string(source) + ", which is not there");
     out[l] = from[source];
     if (inside != nullptr) inside[l] = valid;
   });

@@ -16,8 +16,9 @@ double decoded(uint64_t bits, Type type) {
     case Type::f32: return as<float>(bits);
     case Type::f16: return from_f16(static_cast<uint16_t>(bits));
     case Type::bf16: return from_bf16(static_cast<uint16_t>(bits));
-    default: return is_signed(type) ? static_cast<double>(static_cast<int64_t>(extended(bits, type)))
-                                    : static_cast<double>(extended(bits, type));
+    default:
+      return is_signed(type) ? static_cast<double>(static_cast<int64_t>(extended(bits, type)))
+                             : static_cast<double>(extended(bits, type));
   }
 }
 
@@ -68,8 +69,9 @@ Outcome float_to_whole(const Step& step) {  // what does not fit becomes the nea
       got = 0;
     } else if (is_signed(to)) {
       const double bound = std::ldexp(1, bits - 1);
-      got = value >= bound ? (uint64_t{1} << (bits - 1)) - 1
-            : value < -bound ? uint64_t{1} << (bits - 1) : static_cast<uint64_t>(static_cast<int64_t>(value));
+      got = value >= bound   ? (uint64_t{1} << (bits - 1)) - 1
+            : value < -bound ? uint64_t{1} << (bits - 1)
+                             : static_cast<uint64_t>(static_cast<int64_t>(value));
     } else {
       got = value >= std::ldexp(1, bits) ? ~uint64_t{0} : value <= 0 ? 0 : static_cast<uint64_t>(value);
     }
@@ -106,9 +108,8 @@ Outcome pair(const Step& step) {  // the first above the second
   const Values a(step, 1), b(step, 2);
   uint64_t* out = result(step, 0);
   const auto half = step.in.type == Type::bf16x2 ? to_bf16 : to_f16;
-  for_lanes(step.lanes, [&](int l) {
-    out[l] = static_cast<uint64_t>(half(as<float>(a[l]))) << 16 | half(as<float>(b[l]));
-  });
+  for_lanes(step.lanes,
+            [&](int l) { out[l] = static_cast<uint64_t>(half(as<float>(a[l]))) << 16 | half(as<float>(b[l])); });
   return Outcome::done;
 }
 

@@ -1,5 +1,5 @@
-// cp.async, the copies of Ampere: 4, 8 or 16 bytes of a lane from device to shared memory, in groups that are waited for
-// (PTX ISA 9.7.9.25.3).
+// cp.async, the copies of Ampere: 4, 8 or 16 bytes of a lane from device to shared memory, in groups that are waited
+// for (PTX ISA 9.7.9.25.3).
 #include "async.h"
 #include "form.h"
 #include "memory.h"
@@ -23,7 +23,8 @@ Outcome start_copy(const Step& step) {
   for_lanes(step.lanes, [&](int l) {
     const int bytes = static_cast<int>(value(step, step.operand(2), l));
     const int real = step.in.operands.size() > 3 ? static_cast<int>(value(step, step.operand(3), l)) : bytes;
-    if (bytes != 16 && (step.in.a != 0 || (bytes != 4 && bytes != 8))) step.fail("a copy of " + std::to_string(bytes) + " bytes");
+    if (bytes != 16 && (step.in.a != 0 || (bytes != 4 && bytes != 8)))
+      step.fail("a copy of " + std::to_string(bytes) + " bytes");
     if (real < 0 || real > bytes) step.fail("a copy that reads more than it writes");
     const Place to = place_of(step, Space::shared, address(step, step.operand(0), l), bytes);
     if (to.block != step.warp.block) step.fail("cp.async to another block");

@@ -26,7 +26,8 @@ int element_bytes(CUtensorMapDataType type) {
 
 CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
-                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                CUtensorMapFloatOOBfill fill) {
   ++calls()["cuTensorMapEncodeTiled"];
   if (refusal.error != 0 && refusal.call == "cuTensorMapEncodeTiled") return static_cast<CUresult>(refusal.error);
   constexpr CUresult kWrong = CUDA_ERROR_INVALID_VALUE;
@@ -41,14 +42,16 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) return kWrong;
   if (swizzle > CU_TENSOR_MAP_SWIZZLE_128B) return kWrong;
   for (cuuint32_t d = 0; d < rank; ++d) {
-    if (sizes[d] == 0 || sizes[d] > uint64_t{1} << 32 || box[d] == 0 || box[d] > 256 || element_strides[d] != 1) return kWrong;
+    if (sizes[d] == 0 || sizes[d] > uint64_t{1} << 32 || box[d] == 0 || box[d] > 256 || element_strides[d] != 1)
+      return kWrong;
     map.size[d] = static_cast<uint32_t>(sizes[d]);
     map.box[d] = static_cast<uint16_t>(box[d]);
     if (d == 0) continue;
     if (strides[d - 1] % 16 != 0 || strides[d - 1] >> 40 != 0) return kWrong;
     map.stride[d - 1] = strides[d - 1];
   }
-  const uint32_t row = box[0] * map.element_bytes, widest = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? ~0u : 16u << swizzle;
+  const uint32_t row = box[0] * map.element_bytes,
+                 widest = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? ~0u : 16u << swizzle;
   if (row % 16 != 0 || row > widest) return kWrong;
   std::memset(out, 0, 128);
   std::memcpy(out, &map, sizeof map);

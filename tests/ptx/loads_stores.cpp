@@ -1,5 +1,5 @@
-// Loads, stores, atomic operations and fences: PTX ISA 9.7.9.8 to 9.7.9.12 and 9.7.13. Memory here is one and in order, so a
-// fence matters to the shadow state alone.
+// Loads, stores, atomic operations and fences: PTX ISA 9.7.9.8 to 9.7.9.12 and 9.7.13. Memory here is one and in order,
+// so a fence matters to the shadow state alone.
 #include "form.h"
 #include "memory.h"
 #include "shadow.h"
@@ -89,8 +89,8 @@ Outcome atomic(const Step& step) {
     shadow::check_written(step, place, bytes);
     uint64_t old = 0;
     std::memcpy(&old, place.at, static_cast<size_t>(bytes));
-    const uint64_t given = third[l], next = updated(step.in, extended(old, step.in.type),
-                                                    extended(operand[l], step.in.type), given);
+    const uint64_t given = third[l],
+                   next = updated(step.in, extended(old, step.in.type), extended(operand[l], step.in.type), given);
     std::memcpy(place.at, &next, static_cast<size_t>(bytes));
     shadow::wrote(step.warp, place, bytes);
     if (out != nullptr) out[l] = old;
@@ -137,8 +137,8 @@ void fences(Form& form, Instruction& in) {
 
 // What says to whom and how soon an access is visible, and how it is cached; here all are visible at once.
 void drop_visibility(Form& form) {
-  for (const char* word : {"volatile", "relaxed", "acquire", "release", "acq_rel", "weak", "cta", "cluster", "gpu", "sys", "nc",
-                           "ca", "cg", "cs", "lu", "cv", "wb", "wt"}) {
+  for (const char* word : {"volatile", "relaxed", "acquire", "release", "acq_rel", "weak", "cta", "cluster", "gpu",
+                           "sys", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"}) {
     form.take(word);
   }
   for (size_t i = 0; i < form.left().size();) {

@@ -1,6 +1,6 @@
 // The machine: what a launch holds while it runs, and what one instruction sees of it. A warp runs the lanes at one
-// program counter together; warps of several clusters take turns (scheduler.cpp). Registers hold 64 bits a lane, smaller
-// values with zeros above.
+// program counter together; warps of several clusters take turns (scheduler.cpp). Registers hold 64 bits a lane,
+// smaller values with zeros above.
 #pragma once
 
 #include <array>
@@ -39,8 +39,8 @@ extern Options options;
 struct Counts {
   uint64_t instructions = 0;  // of warps
   uint64_t launches = 0, clusters = 0;
-  uint64_t products = 0;         // wgmma, counted for each of its four warps
-  uint64_t mma = 0;              // mma.sync
+  uint64_t products = 0;  // wgmma, counted for each of its four warps
+  uint64_t mma = 0;       // mma.sync
   uint64_t tensor_loads = 0, tensor_stores = 0;
 };
 extern Counts counts;
@@ -126,9 +126,9 @@ struct Block {
   int rank;
   bool ended = false;
   std::vector<unsigned char> shared;
-  std::vector<unsigned char> written;  // a byte each: whether anything has
-  std::vector<uint16_t> unfenced;      // 16 bytes each: shadow.h
-  std::vector<uint32_t> published;     // of these, what a barrier has shown to the block
+  std::vector<unsigned char> written;    // a byte each: whether anything has
+  std::vector<uint16_t> unfenced;        // 16 bytes each: shadow.h
+  std::vector<uint32_t> published;       // of these, what a barrier has shown to the block
   std::map<uint32_t, int> new_barriers;  // in shared memory: who made one without a fence yet
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;

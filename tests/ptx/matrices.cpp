@@ -30,8 +30,11 @@ Outcome load_matrices(const Step& step) {
     for (int row = 0; row < 8; ++row) {
       const uint64_t at = address(step, step.operand(1), static_cast<int>(i) * 8 + row);
       const Place place = place_of(step, Space::shared, at, 16);
-      shadow::check_written(step, place, 16);
-      std::memcpy(matrix[row], place.at, 16);
+      if (shadow::written(*place.block, place.offset, 16)) {
+        std::memcpy(matrix[row], place.at, 16);
+      } else {
+        std::memset(matrix[row], 0xff, 16);  // NaN
+      }
     }
     for (int l = 0; l < kLanes; ++l) loaded[i][l] = fragment(matrix, l, step.in.b != 0);
   }

@@ -59,12 +59,20 @@ bool known_memory(uint64_t at, size_t bytes) {
   return true;
 }
 
+Global::Global(size_t bytes, size_t alignment)
+    : memory_(std::make_unique<unsigned char[]>(bytes + alignment)), at_(memory_.get()) {
+  while (reinterpret_cast<uint64_t>(at_) % alignment != 0) ++at_;
+  add_memory(at_, bytes);
+}
+Global::~Global() { remove_memory(at_); }
+
 Place place_of(const Step& step, Space space, uint64_t address, int bytes, int alignment) {
   if (space == Space::generic && address >> 48 == kSharedWindow >> 48) space = Space::shared;
   if (space == Space::shared || space == Space::cluster) return shared_place(step, address, bytes, alignment);
   const auto first = reinterpret_cast<uint64_t>(step.launch.parameters.data());
   const uint64_t end = first + static_cast<uint64_t>(step.launch.kernel.parameter_bytes);
-  if (address >= first && address + static_cast<uint64_t>(bytes) <= end) return {reinterpret_cast<unsigned char*>(address)};
+  if (address >= first && address + static_cast<uint64_t>(bytes) <= end)
+    return {reinterpret_cast<unsigned char*>(address)};
   if (space == Space::parameter) step.fail("parameters out of bounds");
   if (address % static_cast<uint64_t>(alignment) != 0) step.fail("a misaligned address, " + hexadecimal(address));
   if (!known_memory(address, static_cast<size_t>(bytes))) {

@@ -15,6 +15,19 @@ bool known_memory(uint64_t at, size_t bytes);
 // Where nobody tells what is allocated, as under torch: everything that is not near null passes.
 void trust_all_memory(bool trust);
 
+// A variable of a program.
+class Global {
+ public:
+  Global(size_t bytes, size_t alignment);
+  Global(const Global&) = delete;
+  ~Global();
+  unsigned char* data() { return at_; }
+
+ private:
+  std::unique_ptr<unsigned char[]> memory_;
+  unsigned char* at_;
+};
+
 // ---- addresses
 
 inline constexpr uint64_t kSharedWindow = 0x5348ull << 48;

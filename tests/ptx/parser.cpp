@@ -4,26 +4,43 @@
 #include <cstring>
 #include <map>
 
-#include "program.h"
+#include "memory.h"
 #include "scanner.h"
 
 namespace ptx {
 namespace {
 
-constexpr std::pair<const char*, Special> kSpecials[] = {
-    {"%tid.x", Special::tid_x}, {"%tid.y", Special::tid_y}, {"%tid.z", Special::tid_z},
-    {"%ntid.x", Special::ntid_x}, {"%ntid.y", Special::ntid_y}, {"%ntid.z", Special::ntid_z},
-    {"%ctaid.x", Special::ctaid_x}, {"%ctaid.y", Special::ctaid_y}, {"%ctaid.z", Special::ctaid_z},
-    {"%nctaid.x", Special::nctaid_x}, {"%nctaid.y", Special::nctaid_y}, {"%nctaid.z", Special::nctaid_z},
-    {"%laneid", Special::laneid}, {"%warpid", Special::warpid},
-    {"%cluster_ctarank", Special::cluster_ctarank}, {"%cluster_nctarank", Special::cluster_nctarank},
-    {"%cluster_ctaid.x", Special::cluster_ctaid_x}, {"%cluster_ctaid.y", Special::cluster_ctaid_y},
-    {"%cluster_ctaid.z", Special::cluster_ctaid_z}, {"%cluster_nctaid.x", Special::cluster_nctaid_x},
-    {"%cluster_nctaid.y", Special::cluster_nctaid_y}, {"%cluster_nctaid.z", Special::cluster_nctaid_z},
-    {"%clusterid.x", Special::clusterid_x}, {"%clusterid.y", Special::clusterid_y},
-    {"%clusterid.z", Special::clusterid_z}, {"%nclusterid.x", Special::nclusterid_x},
-    {"%nclusterid.y", Special::nclusterid_y}, {"%nclusterid.z", Special::nclusterid_z}, {"%smid", Special::smid},
-    {"%clock", Special::clock}, {"%clock64", Special::clock64}};
+constexpr std::pair<const char*, Special> kSpecials[] = {{"%tid.x", Special::tid_x},
+                                                         {"%tid.y", Special::tid_y},
+                                                         {"%tid.z", Special::tid_z},
+                                                         {"%ntid.x", Special::ntid_x},
+                                                         {"%ntid.y", Special::ntid_y},
+                                                         {"%ntid.z", Special::ntid_z},
+                                                         {"%ctaid.x", Special::ctaid_x},
+                                                         {"%ctaid.y", Special::ctaid_y},
+                                                         {"%ctaid.z", Special::ctaid_z},
+                                                         {"%nctaid.x", Special::nctaid_x},
+                                                         {"%nctaid.y", Special::nctaid_y},
+                                                         {"%nctaid.z", Special::nctaid_z},
+                                                         {"%laneid", Special::laneid},
+                                                         {"%warpid", Special::warpid},
+                                                         {"%cluster_ctarank", Special::cluster_ctarank},
+                                                         {"%cluster_nctarank", Special::cluster_nctarank},
+                                                         {"%cluster_ctaid.x", Special::cluster_ctaid_x},
+                                                         {"%cluster_ctaid.y", Special::cluster_ctaid_y},
+                                                         {"%cluster_ctaid.z", Special::cluster_ctaid_z},
+                                                         {"%cluster_nctaid.x", Special::cluster_nctaid_x},
+                                                         {"%cluster_nctaid.y", Special::cluster_nctaid_y},
+                                                         {"%cluster_nctaid.z", Special::cluster_nctaid_z},
+                                                         {"%clusterid.x", Special::clusterid_x},
+                                                         {"%clusterid.y", Special::clusterid_y},
+                                                         {"%clusterid.z", Special::clusterid_z},
+                                                         {"%nclusterid.x", Special::nclusterid_x},
+                                                         {"%nclusterid.y", Special::nclusterid_y},
+                                                         {"%nclusterid.z", Special::nclusterid_z},
+                                                         {"%smid", Special::smid},
+                                                         {"%clock", Special::clock},
+                                                         {"%clock64", Special::clock64}};
 
 struct Symbol {
   enum class Where { shared, dynamic, global, parameter } where;
@@ -97,7 +114,8 @@ class Parser {
   int64_t whole_number() {
     const bool negative = take("-");
     const Token found = next();
-    if (found.kind != Token::Kind::number) fail("expected a number, found '" + std::string(found.text) + "'", found.line);
+    if (found.kind != Token::Kind::number)
+      fail("expected a number, found '" + std::string(found.text) + "'", found.line);
     const auto magnitude = static_cast<int64_t>(std::strtoull(std::string(found.text).c_str(), nullptr, 0));
     return negative ? -magnitude : magnitude;
   }
@@ -113,7 +131,8 @@ class Parser {
         align = static_cast<int>(whole_number());
       } else if (word.text[0] == '.') {
         type = type_named(word.text.substr(1));
-        if (type == Type::none) fail("a variable's attribute that is not known here, " + std::string(word.text), word.line);
+        if (type == Type::none)
+          fail("a variable's attribute that is not known here, " + std::string(word.text), word.line);
       } else {
         name = word.text;
       }
@@ -138,16 +157,13 @@ class Parser {
     expect(";");
     align = std::max(align, each);
     if (where == Where::global) {
-      const size_t bytes = static_cast<size_t>(count * each);
-      auto data = std::make_unique<unsigned char[]>(bytes + static_cast<size_t>(align));
-      auto address = reinterpret_cast<uint64_t>(data.get());
-      address = (address + static_cast<uint64_t>(align) - 1) / static_cast<uint64_t>(align) * static_cast<uint64_t>(align);
+      auto global = std::make_unique<Global>(static_cast<size_t>(count * each), static_cast<size_t>(align));
       for (size_t i = 0; i < values.size() && i < static_cast<size_t>(count); ++i) {
-        std::memcpy(reinterpret_cast<unsigned char*>(address) + i * static_cast<size_t>(each), &values[i],
-                    static_cast<size_t>(each));
+        const size_t bytes = static_cast<size_t>(each);
+        std::memcpy(global->data() + i * bytes, &values[i], bytes);
       }
-      module_.globals.push_back({std::move(data), bytes + static_cast<size_t>(align)});
-      symbols[name] = {Where::global, address};
+      symbols[name] = {Where::global, reinterpret_cast<uint64_t>(global->data())};
+      module_.globals.push_back(std::move(global));
     } else if (where == Where::dynamic || count == 0) {
       symbols[name] = {Where::dynamic, 0};
     } else {
@@ -342,7 +358,8 @@ class Parser {
       result.kind = symbol->second.where == Where::parameter ? Operand::Kind::parameter : Operand::Kind::constant;
       result.value = symbol->second.at;
       if (symbol->second.where == Where::shared) result.value += kSharedBase;
-      if (symbol->second.where == Where::dynamic) result.kind = Operand::Kind::none;  // until all that is static is known
+      if (symbol->second.where == Where::dynamic)
+        result.kind = Operand::Kind::none;  // until all that is static is known
     }
     if (take("+")) result.offset = whole_number();
     return result;
@@ -376,6 +393,10 @@ class Parser {
 }  // namespace
 
 Module parse(std::string_view text) { return Parser(text).module(); }
+
+Module::Module() = default;
+Module::Module(Module&&) = default;
+Module::~Module() = default;
 
 Kernel* Module::find(std::string_view name) {
   for (Kernel& kernel : kernels) {

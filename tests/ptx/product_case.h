@@ -1,5 +1,5 @@
-// The tensor-core products of an architecture, run on the machine through the project's own host code and held to plain loops in
-// double: what test_products.cpp, the mutations and the planted bugs share.
+// The tensor-core products of an architecture, run on the machine through the project's own host code and held to plain
+// loops in double: what test_products.cpp, the mutations and the planted bugs share.
 #pragma once
 
 #include <string>
@@ -10,7 +10,8 @@
 namespace ptx {
 
 enum class Product { forward, input_grad, weight_grad, weight_grad_f32 };
-inline constexpr Product kProducts[] = {Product::forward, Product::input_grad, Product::weight_grad, Product::weight_grad_f32};
+inline constexpr Product kProducts[] = {Product::forward, Product::input_grad, Product::weight_grad,
+                                        Product::weight_grad_f32};
 const char* name_of(Product product);
 
 struct Case {
@@ -23,7 +24,8 @@ struct Case {
   ummrm::DType dtype;
 };
 
-// Cases that between them have every kind of group: none, one row, a tile less and more than one, dead rows, both biases or one.
+// Cases that between them have every kind of group: none, one row, a tile less and more than one, dead rows, both
+// biases or one.
 std::vector<Case> cases(ummrm::DType dtype);
 Case smallest(ummrm::DType dtype);  // with shared and routed groups, an empty one and several tiles
 

@@ -17,19 +17,67 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Type : uint8_t { none, pred, b8, b16, b32, b64, u8, u16, u32, u64, s8, s16, s32, s64, f16, bf16, f32, f64,
-                            f16x2, bf16x2 };
+enum class Type : uint8_t {
+  none,
+  pred,
+  b8,
+  b16,
+  b32,
+  b64,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  bf16,
+  f32,
+  f64,
+  f16x2,
+  bf16x2
+};
 
 Type type_named(std::string_view name);  // none: it is no type
 int bytes_of(Type type);
 bool is_signed(Type type);
 bool is_float(Type type);
 
-enum class Special : uint8_t { tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x,
-                               nctaid_y, nctaid_z, laneid, warpid, cluster_ctarank, cluster_nctarank, cluster_ctaid_x,
-                               cluster_ctaid_y, cluster_ctaid_z, cluster_nctaid_x, cluster_nctaid_y, cluster_nctaid_z,
-                               clusterid_x, clusterid_y, clusterid_z, nclusterid_x, nclusterid_y, nclusterid_z, smid,
-                               clock, clock64 };
+enum class Special : uint8_t {
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  cluster_ctarank,
+  cluster_nctarank,
+  cluster_ctaid_x,
+  cluster_ctaid_y,
+  cluster_ctaid_z,
+  cluster_nctaid_x,
+  cluster_nctaid_y,
+  cluster_nctaid_z,
+  clusterid_x,
+  clusterid_y,
+  clusterid_z,
+  nclusterid_x,
+  nclusterid_y,
+  nclusterid_z,
+  smid,
+  clock,
+  clock64
+};
 
 struct Operand {
   enum class Kind : uint8_t { none, reg, constant, parameter, special, list, sink } kind = Kind::none;
@@ -97,11 +145,10 @@ inline uint32_t dynamic_base(const Kernel& kernel) {
 struct Module {
   std::string target;
   std::vector<Kernel> kernels;
-  struct Global {
-    std::unique_ptr<unsigned char[]> data;
-    size_t bytes;
-  };
-  std::vector<Global> globals;  // variables in device memory
+  std::vector<std::unique_ptr<class Global>> globals;  // variables in device memory
+  Module();
+  Module(Module&&);
+  ~Module();
   Kernel* find(std::string_view name);
 };
 

@@ -44,13 +44,14 @@ struct FatBinary {
     };
     Part* best = nullptr;
     for (Part& part : parts) {
-      const auto better = [&] { return part.major * 10 + part.minor + part.exact > best->major * 10 + best->minor + best->exact; };
+      const auto better = [&] {
+        return part.major * 10 + part.minor + part.exact > best->major * 10 + best->minor + best->exact;
+      };
       if (runs(part) && (best == nullptr || better())) best = &part;
     }
     if (best == nullptr) return nullptr;
     if (best->module == nullptr) {
       best->module = std::make_unique<Module>(parse(best->text));
-      for (const Module::Global& global : best->module->globals) add_memory(global.data.get(), global.bytes);
     }
     return best->module.get();
   }
@@ -87,12 +88,16 @@ bool refused(const char* name) {
   if (refused(#name)) return answer(static_cast<cudaError_t>(refusal.error))
 
 // What the hardware's limits on a launch are, as far as they are known without a GPU.
-cudaError_t fault_of_launch(const Kernel& kernel, const Function& function, dim3 grid, dim3 block, dim3 cluster, size_t dynamic) {
+cudaError_t fault_of_launch(const Kernel& kernel, const Function& function, dim3 grid, dim3 block, dim3 cluster,
+                            size_t dynamic) {
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{cluster.x} * cluster.y * cluster.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks > 8) return cudaErrorInvalidConfiguration;
-  if (dynamic > function.most_dynamic || dynamic + static_cast<size_t>(kernel.static_shared) > most_shared()) return cudaErrorInvalidValue;
-  if (kernel.max_threads != 0 && threads > static_cast<size_t>(kernel.max_threads)) return cudaErrorLaunchOutOfResources;
+  if (dynamic > function.most_dynamic || dynamic + static_cast<size_t>(kernel.static_shared) > most_shared())
+    return cudaErrorInvalidValue;
+  if (kernel.max_threads != 0 && threads > static_cast<size_t>(kernel.max_threads))
+    return cudaErrorLaunchOutOfResources;
   if (blocks > 1 && device.major < 9) return cudaErrorInvalidValue;
   return cudaSuccess;
 }
@@ -191,7 +196,8 @@ void** __cudaRegisterFatBinary(void* wrapper) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void** binary, const char* entry, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** binary, const char* entry, char*, const char* name, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
   functions()[entry] = {reinterpret_cast<FatBinary*>(binary), name};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}  // none is used by the host
@@ -214,7 +220,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* entry) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(entry));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   UMMRM_CALL(cudaLaunchKernel);
   return start(reinterpret_cast<const void*>(kernel), grid, block, dim3(1, 1, 1), shared, arguments);
 }
@@ -255,7 +262,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* en
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(found->second.most_dynamic);
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads, size_t shared, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads, size_t shared,
+                                                                   unsigned) {
   UMMRM_CALL(cudaOccupancyMaxActiveBlocksPerMultiprocessor);
   const size_t by_threads = 2048 / static_cast<size_t>(threads), by_shared = multiprocessor_shared() / (shared + 1024);
   *blocks = static_cast<int>(std::min(by_threads, by_shared));
@@ -285,7 +293,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMinor: *value = device.minor; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(most_shared()); return cudaSuccess;
-    default: std::fprintf(stderr, "the stand-in runtime knows no attribute %d\n", attribute); return answer(cudaErrorInvalidValue);
+    default:
+      std::fprintf(stderr, "the stand-in runtime knows no attribute %d\n", attribute);
+      return answer(cudaErrorInvalidValue);
   }
 }
 cudaError_t cudaGetLastError() {
@@ -340,7 +350,9 @@ cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) { return cudaMemset(memory, value, bytes); }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  return cudaMemset(memory, value, bytes);
+}
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   UMMRM_CALL(cudaMemcpy);
   std::memcpy(to, from, bytes);

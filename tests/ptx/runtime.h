@@ -1,8 +1,10 @@
-// A stand-in for the CUDA runtime: what this project's host code, CUTLASS's adapters and nvcc's stubs call. It is linked in the
-// place of libcudart. Device memory is the host's, kernels are the PTX of the program's own fat binaries, run to their end
-// when they are launched; so a new kernel needs nothing but its launch. A fault of a kernel is a ptx::Error at its launch.
+// A stand-in for the CUDA runtime: what this project's host code, CUTLASS's adapters and nvcc's stubs call. It is
+// linked in the place of libcudart. Device memory is the host's, kernels are the PTX of the program's own fat binaries,
+// run to their end when they are launched; so a new kernel needs nothing but its launch. A fault of a kernel is a
+// ptx::Error at its launch.
 //
-// The objects must hold PTX that is not compressed: `nvcc --no-compress` with code=compute_NN beside or instead of sm_NN.
+// The objects must hold PTX that is not compressed: `nvcc --no-compress` with code=compute_NN beside or instead of
+// sm_NN.
 #pragma once
 
 #include <functional>

@@ -1,8 +1,8 @@
-// Who runs next. A warp runs its lanes at the lowest program counter until they come to an instruction for several lanes,
-// where they wait for each other, or for a barrier. Warps of the clusters that are resident take turns, in order or as a
-// seed draws it: then a turn is short, clusters start in any order, and some lanes of a warp may run ahead of the rest
-// (PTX ISA 3.1: nothing is promised of their order). Where nobody can go on, asynchronous work that is under way is done,
-// then waits that may give up do, and then it is a deadlock.
+// Who runs next. A warp runs its lanes at the lowest program counter until they come to an instruction for several
+// lanes, where they wait for each other, or for a barrier. Warps of the clusters that are resident take turns, in order
+// or as a seed draws it: then a turn is short, clusters start in any order, and some lanes of a warp may run ahead of
+// the rest (PTX ISA 3.1: nothing is promised of their order). Where nobody can go on, asynchronous work that is under
+// way is done, then waits that may give up do, and then it is a deadlock.
 #include <algorithm>
 #include <numeric>
 
@@ -100,7 +100,8 @@ class Scheduler {
       if (options.order == Order::random && launch_.random() % 4 == 0) do_some(launch_, *warp);
     }
     if (counts.instructions - at_start_ > options.most_instructions) {
-      throw Error("no end after " + std::to_string(options.most_instructions) + " instructions of warps:" + all_places());
+      throw Error("no end after " + std::to_string(options.most_instructions) +
+                  " instructions of warps:" + all_places());
     }
     remove_ended();
     if (running_.empty() || busy || launch_.events != before) {
@@ -116,7 +117,8 @@ class Scheduler {
 
   void remove_ended() {
     const auto ended = [](const std::unique_ptr<Cluster>& cluster) {
-      return std::all_of(cluster->blocks.begin(), cluster->blocks.end(), [](const Block& block) { return block.ended; });
+      return std::all_of(cluster->blocks.begin(), cluster->blocks.end(),
+                         [](const Block& block) { return block.ended; });
     };
     for (auto& cluster : running_) {
       for (Block& block : cluster->blocks) {
@@ -170,7 +172,8 @@ class Scheduler {
     uint32_t need = warp.alive;
     if (in.members >= 0) {
       const int lane = __builtin_ctz(lanes);
-      const auto mask = static_cast<uint32_t>(value({launch_, warp, in, lanes}, in.operands[static_cast<size_t>(in.members)], lane));
+      const auto mask =
+          static_cast<uint32_t>(value({launch_, warp, in, lanes}, in.operands[static_cast<size_t>(in.members)], lane));
       if ((mask >> lane & 1) == 0) Step{launch_, warp, in, lanes}.fail("a lane that is not in its own mask of lanes");
       if ((mask & ~warp.alive) != 0) Step{launch_, warp, in, lanes}.fail("a mask of lanes with some that have ended");
       need = mask;
@@ -196,7 +199,8 @@ class Scheduler {
     for (int n = 0; n < most; ++n) {
       if (warp.alive == 0) return Turn::ended;
       if (warp.barrier >= 0) {
-        if (warp.block->barriers[static_cast<size_t>(warp.barrier)].generation == warp.barrier_generation) return Turn::waits;
+        if (warp.block->barriers[static_cast<size_t>(warp.barrier)].generation == warp.barrier_generation)
+          return Turn::waits;
         warp.barrier = -1;
       }
       if (!together) {
@@ -268,7 +272,8 @@ class Scheduler {
 }  // namespace
 
 void fail(const Launch& launch, const Warp& warp, const std::string& what) {
-  const std::string line = warp.last == nullptr ? "" : " at ptx line " + std::to_string(warp.last->line) + " (" + warp.last->text + ")";
+  const std::string line =
+      warp.last == nullptr ? "" : " at ptx line " + std::to_string(warp.last->line) + " (" + warp.last->text + ")";
   throw Error(what + line + ", " + where(warp) + ", in " + launch.kernel.name);
 }
 

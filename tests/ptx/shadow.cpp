@@ -9,6 +9,10 @@ namespace {
 constexpr uint32_t kGranule = 16;  // no asynchronous access is finer
 constexpr uint16_t kFenced = 0, kPublished = 0xffff;
 
+std::string unwritten(uint32_t offset) {
+  return "shared memory at " + std::to_string(offset) + " is read, and nothing has written it or a copy under way will";
+}
+
 uint16_t mark_of(const Warp& warp) { return static_cast<uint16_t>(warp.id + 1); }
 
 }  // namespace
@@ -35,14 +39,19 @@ void arrived(Block& block, uint32_t offset, int bytes) {
 
 void will_write(Block& block, uint32_t offset, int bytes) { std::fill_n(block.written.begin() + offset, bytes, 0); }
 
-void check_written(const Step& step, const Block& block, uint32_t offset, int bytes) {
-  const unsigned char* written = block.written.data() + offset;
-  for (int i = 0; i < bytes; ++i) {
-    if (written[i] == 0) {
-      step.fail("shared memory at " + std::to_string(offset + static_cast<uint32_t>(i)) +
-                " is read, and nothing has written it or a copy under way will");
-    }
+bool written(const Block& block, uint32_t offset, int bytes) {
+  const unsigned char* marks = block.written.data() + offset;
+  if (bytes == 16) {
+    constexpr uint64_t kOnes = 0x0101010101010101;
+    uint64_t both[2];
+    std::memcpy(both, marks, 16);
+    return both[0] == kOnes && both[1] == kOnes;
   }
+  return std::all_of(marks, marks + bytes, [](unsigned char mark) { return mark != 0; });
+}
+
+void check_written(const Step& step, const Block& block, uint32_t offset, int bytes) {
+  if (!written(block, offset, bytes)) step.fail(unwritten(offset));
 }
 
 void check_written(const Step& step, const Place& place, int bytes) {
@@ -53,21 +62,15 @@ std::string fault_of_async_read(const Block& block, uint32_t offset, int bytes) 
   if (offset < kSharedBase || offset + static_cast<size_t>(bytes) > block.shared.size()) {
     return "shared memory out of bounds at " + std::to_string(offset);
   }
-  for (uint32_t g = offset / kGranule; g <= (offset + static_cast<uint32_t>(bytes) - 1) / kGranule; ++g) {
+  const uint32_t last = (offset + static_cast<uint32_t>(bytes) - 1) / kGranule;
+  for (uint32_t g = offset / kGranule; g <= last; ++g) {
     if (block.unfenced[g] != kFenced) {
       const int by = block.unfenced[g] - 1;
       return "what " + (block.unfenced[g] == kPublished ? "another warp" : "warp " + std::to_string(by)) +
              " wrote to shared memory at " + std::to_string(g * kGranule) + " is read without fence.proxy.async";
     }
   }
-  const unsigned char* written = block.written.data() + offset;
-  for (int i = 0; i < bytes; ++i) {
-    if (written[i] == 0) {
-      return "shared memory at " + std::to_string(offset + static_cast<uint32_t>(i)) +
-             " is read, and nothing has written it or a copy under way will";
-    }
-  }
-  return {};
+  return written(block, offset, bytes) ? std::string() : unwritten(offset);
 }
 
 void fence_async(Warp& warp) {

@@ -1,5 +1,5 @@
-// Tensor copies between device and shared memory, their tensor maps, and changes of those on the device: PTX ISA 9.7.9.25.5
-// (cp.async.bulk) and 9.7.9.26 (tensormap).
+// Tensor copies between device and shared memory, their tensor maps, and changes of those on the device: PTX
+// ISA 9.7.9.25.5 (cp.async.bulk) and 9.7.9.26 (tensormap).
 #include <cstdio>
 
 #include "async.h"
@@ -286,7 +286,8 @@ void tensors(Form& form, Instruction& in) {
     in.a = form.take("read");
     in.execute = &wait;
   } else if (form.take("tensor")) {
-    for (const char* rank : {"1d", "2d", "3d", "4d", "5d"}) form.take(rank);  // the map knows, and the list of coordinates
+    for (const char* rank : {"1d", "2d", "3d", "4d", "5d"})
+      form.take(rank);  // the map knows, and the list of coordinates
     form.take("tile");
     form.take("L2::cache_hint");
     if (form.take("bulk_group")) {

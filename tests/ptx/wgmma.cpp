@@ -1,5 +1,5 @@
-// wgmma, the products of a warp group on Hopper: PTX ISA 9.7.15. Four warps issue one together; each computes its own 16 rows of
-// the tile. Operands lie in shared memory, told by descriptors (9.7.15.5), or a in registers.
+// wgmma, the products of a warp group on Hopper: PTX ISA 9.7.15. Four warps issue one together; each computes its own
+// 16 rows of the tile. Operands lie in shared memory, told by descriptors (9.7.15.5), or a in registers.
 #include "async.h"
 #include "form.h"
 #include "halves.h"
@@ -16,15 +16,18 @@ struct Descriptor {
   Swizzle swizzle;
   bool offset;
   explicit Descriptor(uint64_t bits)
-      : start(static_cast<uint32_t>(bits & 0x3fff) << 4), leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4), offset((bits >> 49 & 7) != 0) {
+      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
+        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
+        offset((bits >> 49 & 7) != 0) {
     constexpr Swizzle kModes[] = {Swizzle::none, Swizzle::of_128, Swizzle::of_64, Swizzle::of_32};
     swizzle = kModes[bits >> 62];
   }
 };
 
-// Where eight neighbours begin, along k (of row or column `outer`), or with `transposed` along the rows or columns from `outer`
-// on at one k. The canonical layouts of 9.7.15.5.1: cores of 8 x 16 bytes, of which 2^swizzle stand side by side.
+// Where eight neighbours begin, along k (of row or column `outer`), or with `transposed` along the rows or columns from
+// `outer` on at one k. The canonical layouts of 9.7.15.5.1: cores of 8 x 16 bytes, of which 2^swizzle stand side by
+// side.
 uint32_t core_row(const Descriptor& d, bool transposed, int outer, int k) {
   const int side_by_side = 1 << static_cast<int>(d.swizzle);
   const auto u = [](int value) { return static_cast<uint32_t>(value); };
@@ -38,7 +41,8 @@ uint32_t core_row(const Descriptor& d, bool transposed, int outer, int k) {
   } else {
     const int core = outer / 8;
     if (d.swizzle != Swizzle::none) {
-      at += u(core % side_by_side * 16) + u(core / side_by_side) * d.leading + u(k % 8 * 16 * side_by_side) + u(k / 8) * d.stride;
+      at += u(core % side_by_side * 16) + u(core / side_by_side) * d.leading + u(k % 8 * 16 * side_by_side) +
+            u(k / 8) * d.stride;
     } else {
       at += u(core) * d.stride + u(k % 8 * 16) + u(k / 8) * d.leading;
     }
@@ -48,20 +52,24 @@ uint32_t core_row(const Descriptor& d, bool transposed, int outer, int k) {
 
 // `count` rows of a or columns of b from `first` on: put(outer - first, k, value).
 template <class Put>
-std::string gather(const Block& block, uint64_t bits, bool transposed, int first, int count, bool bf16, const Put& put) {
+std::string gather(const Block& block, uint64_t bits, bool transposed, int first, int count, bool bf16,
+                   const Put& put) {
   const Descriptor descriptor(bits);
   if (descriptor.offset) return "a descriptor with a base offset, which the machine does not know";
-  uint16_t halves[8];
   const int outer_step = transposed ? 8 : 1, k_step = transposed ? 1 : 8;
   for (int outer = 0; outer < count; outer += outer_step) {
     for (int k = 0; k < kDepth; k += k_step) {
       const uint32_t at = core_row(descriptor, transposed, first + outer, k);
-      if (const std::string fault = shadow::fault_of_async_read(block, at, 16); !fault.empty()) return fault;
+      if (std::string fault = shadow::fault_of_async_read(block, at, 16); !fault.empty()) return fault;
+      uint16_t halves[8];
+      float values[8];
       std::memcpy(halves, block.shared.data() + at, 16);
-      for (int i = 0; i < 8; ++i) {
-        const float value = bf16 ? from_bf16(halves[i]) : from_f16(halves[i]);
-        put(outer + (transposed ? i : 0), k + (transposed ? 0 : i), value);
+      if (bf16) {
+        for (int i = 0; i < 8; ++i) values[i] = from_bf16(halves[i]);
+      } else {
+        for (int i = 0; i < 8; ++i) values[i] = from_f16(halves[i]);
       }
+      for (int i = 0; i < 8; ++i) put(outer + (transposed ? i : 0), k + (transposed ? 0 : i), values[i]);
     }
   }
   return {};
@@ -71,9 +79,11 @@ constexpr int kSignA = 1, kSignB = 2, kTransposedA = 4, kTransposedB = 8, kBf16 
 
 Outcome issue(const Step& step) {
   if (step.lanes != kAllLanes) step.fail("a wgmma by a part of a warp");
-  if (static_cast<size_t>(step.warp.id / 4 * 4 + 4) > step.warp.block->warps.size()) step.fail("a wgmma without a whole warp group");
+  if (static_cast<size_t>(step.warp.id / 4 * 4 + 4) > step.warp.block->warps.size())
+    step.fail("a wgmma without a whole warp group");
   shadow::own_accumulators(step, step.operand(0));
-  WarpProduct product{&step.in, value(step, step.operand(1), 0), value(step, step.operand(2), 0), value(step, step.operand(3), 0) != 0};
+  WarpProduct product{&step.in, value(step, step.operand(1), 0), value(step, step.operand(2), 0),
+                      value(step, step.operand(3), 0) != 0};
   if (do_at_once(step.launch)) {
     // What came before it first.
     for (auto& group : step.warp.product_groups) {
@@ -99,8 +109,8 @@ Outcome commit(const Step& step) {
   return Outcome::done;
 }
 
-// A product is its four warps' together: it is over when all of them have issued it, and then for all of them. So one warp that
-// comes to a barrier after this may give the operands' memory back.
+// A product is its four warps' together: it is over when all of them have issued it, and then for all of them. So one
+// warp that comes to a barrier after this may give the operands' memory back.
 Outcome wait(const Step& step) {
   const uint64_t left = value(step, step.operand(0), step.first_lane());
   if (step.warp.committed <= left) return Outcome::done;
@@ -133,7 +143,8 @@ void product(Form& form, Instruction& in) {
   const Type d = form.take_type(), a = form.take_type(), b = form.take_type();
   const bool halves = a == b && (a == Type::bf16 || a == Type::f16);
   if (!whole || d != Type::f32 || !halves || in.a < 8 || in.a > kMostColumns || in.operands.size() != 8) return;
-  if (in.operands[0].items.size() != static_cast<size_t>(in.a / 2) || in.operands[1].kind == Operand::Kind::list) return;
+  if (in.operands[0].items.size() != static_cast<size_t>(in.a / 2) || in.operands[1].kind == Operand::Kind::list)
+    return;
   const auto constant = [&](size_t i) { return static_cast<int64_t>(in.operands[i].value); };
   in.b = (constant(4) < 0 ? kSignA : 0) | (constant(5) < 0 ? kSignB : 0) | (constant(6) != 0 ? kTransposedA : 0) |
          (constant(7) != 0 ? kTransposedB : 0) | (a == Type::bf16 ? kBf16 : 0);
