@@ -113,17 +113,26 @@ Outcome pair(const Step& step) {  // the first above the second
   return Outcome::done;
 }
 
+Outcome to_tf32(const Step& step) {
+  const Values a(step, 1);
+  uint64_t* out = result(step, 0);
+  for_lanes(step.lanes, [&](int l) { out[l] = ptx::to_tf32(static_cast<uint32_t>(a[l])); });
+  return Outcome::done;
+}
+
 }  // namespace
 
 void conversion(Form& form, Instruction& in) {
-  const bool saturate = form.take("sat"), nearest = form.take("rn");
+  const bool saturate = form.take("sat"), nearest = form.take("rn"), away = form.take("rna");
   in.a = form.take_one({"rni", "rzi", "rmi", "rpi"}) + 1;
   in.type = form.take_type();
   const Type from = form.take_type();
   if (from == Type::none) return;
   in.b = (saturate ? kSaturate : 0) | static_cast<int>(from) << 8;
   const bool pairs = in.type == Type::bf16x2 || in.type == Type::f16x2;
-  if (pairs) {
+  if (away || in.type == Type::tf32 || from == Type::tf32) {
+    if (away && in.type == Type::tf32 && from == Type::f32 && !saturate) in.execute = &to_tf32;
+  } else if (pairs) {
     if (from == Type::f32 && nearest && !saturate && in.operands.size() == 3) in.execute = &pair;
   } else if (is_float(from)) {
     if (!is_float(in.type) && in.a == kNone) return;  // it must say how

@@ -43,4 +43,17 @@ inline uint16_t to_f16(float value) {
   return half;
 }
 
+// TF32 is an fp32 whose last 13 bits nobody reads; rounded to it, ties go away from zero (PTX ISA 9.7.9.21, .rna).
+inline constexpr uint32_t kTf32Unread = (1u << 13) - 1;
+inline uint32_t to_tf32(uint32_t bits) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return (finite ? bits + (kTf32Unread + 1) / 2 : bits) & ~kTf32Unread;
+}
+inline float from_tf32(uint32_t bits) {
+  bits &= ~kTf32Unread;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 }  // namespace ptx

@@ -71,31 +71,37 @@ Outcome store_matrices(const Step& step) {
   return Outcome::done;
 }
 
-// d = a x b + c of m16n8k16, halves to fp32. Hardware adds with fewer bits and in an order of its own. b: bf16.
+// d = a x b + c in fp32, of m16n8k16 for halves and m16n8k8 for TF32, whose fragments are alike: 16 bytes of a row of
+// a, or of a column of b, in four lanes. Hardware adds with fewer bits and in an order of its own.
 Outcome multiply(const Step& step) {
   check_whole(step);
   ++counts.mma;
-  const bool bf16 = step.in.b != 0;
-  const auto half = [&](uint64_t pair, int which) {
-    const auto bits = static_cast<uint16_t>(pair >> 16 * which);
-    return bf16 ? from_bf16(bits) : from_f16(bits);
+  const auto type = static_cast<Type>(step.in.b);
+  const int each = type == Type::tf32 ? 1 : 2;  // numbers of a register
+  const auto number = [&](uint64_t bits, int which) {
+    const auto half = static_cast<uint16_t>(bits >> 16 * which);
+    return type == Type::tf32   ? from_tf32(static_cast<uint32_t>(bits))
+           : type == Type::bf16 ? from_bf16(half)
+                                : from_f16(half);
   };
   float a[16][16], b[16][8], d[16][8];
   for (int i = 0; i < 4; ++i) {
     const Values part(step, step.operand(1).items[static_cast<size_t>(i)]);
     for (int l = 0; l < kLanes; ++l) {
-      for (int h = 0; h < 2; ++h) a[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + h] = half(part[l], h);
+      for (int h = 0; h < each; ++h) {
+        a[l / 4 + i % 2 * 8][l % 4 * each + i / 2 * 4 * each + h] = number(part[l], h);
+      }
     }
   }
   for (int i = 0; i < 2; ++i) {
     const Values part(step, step.operand(2).items[static_cast<size_t>(i)]);
     for (int l = 0; l < kLanes; ++l) {
-      for (int h = 0; h < 2; ++h) b[l % 4 * 2 + i * 8 + h][l / 4] = half(part[l], h);
+      for (int h = 0; h < each; ++h) b[l % 4 * each + i * 4 * each + h][l / 4] = number(part[l], h);
     }
   }
   for (int row = 0; row < 16; ++row) {
     float sums[8] = {};
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 8 * each; ++k) {
       for (int column = 0; column < 8; ++column) sums[column] += a[row][k] * b[k][column];
     }
     std::memcpy(d[row], sums, sizeof sums);
@@ -118,10 +124,12 @@ void matrices(Form& form, Instruction& in) {
   in.members = Instruction::kWholeWarp;
   if (!form.take("sync") || !form.take("aligned")) return;
   if (op == "mma") {
-    if (!form.take("m16n8k16") || !form.take("row") || !form.take("col")) return;
+    const int shape = form.take_one({"m16n8k16", "m16n8k8"});
+    if (shape < 0 || !form.take("row") || !form.take("col")) return;
     const Type d = form.take_type(), a = form.take_type(), b = form.take_type(), c = form.take_type();
-    in.b = a == Type::bf16;
-    if (d == Type::f32 && c == Type::f32 && a == b && (a == Type::bf16 || a == Type::f16)) in.execute = &multiply;
+    in.b = static_cast<int>(a);
+    const bool known = shape == 0 ? a == Type::bf16 || a == Type::f16 : a == Type::tf32;
+    if (d == Type::f32 && c == Type::f32 && a == b && known) in.execute = &multiply;
     return;
   }
   in.b = form.take("trans");

@@ -27,16 +27,35 @@ struct Memory {  // of the device: just as many bytes, all garbage
   ~Memory() { cudaFree(at); }
 };
 
-struct Halves : Memory {
+struct Tensor : Memory {
   DType dtype;
-  Halves(DType type, size_t count) : Memory(2 * count), dtype(type) {}
-  Halves(DType type, size_t count, std::mt19937& random) : Halves(type, count) {
+  Tensor(DType type, size_t count) : Memory(static_cast<size_t>(ummrm::element_bytes(type)) * count), dtype(type) {}
+  // fp32 numbers are such as TF32 has, so that no result depends on how they are rounded to it.
+  Tensor(DType type, size_t count, std::mt19937& random) : Tensor(type, count) {
     std::uniform_real_distribution<float> uniform(-1, 1);
-    for (size_t i = 0; i < count; ++i)
-      data()[i] = type == DType::bf16 ? to_bf16(uniform(random)) : to_f16(uniform(random));
+    for (size_t i = 0; i < count; ++i) {
+      const float value = uniform(random);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits = to_tf32(bits);
+      const uint16_t half = type == DType::bf16 ? to_bf16(value) : to_f16(value);
+      if (type == DType::f32) {
+        std::memcpy(at + 4 * i, &bits, 4);
+      } else {
+        std::memcpy(at + 2 * i, &half, 2);
+      }
+    }
   }
-  uint16_t* data() const { return reinterpret_cast<uint16_t*>(at); }
-  double operator[](size_t i) const { return dtype == DType::bf16 ? from_bf16(data()[i]) : from_f16(data()[i]); }
+  double operator[](size_t i) const {
+    if (dtype == DType::f32) {
+      float value;
+      std::memcpy(&value, at + 4 * i, 4);
+      return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, at + 2 * i, 2);
+    return dtype == DType::bf16 ? from_bf16(half) : from_f16(half);
+  }
   std::vector<double> doubles(size_t first, size_t count) const {
     std::vector<double> values(count);
     for (size_t i = 0; i < count; ++i) values[i] = (*this)[first + i];
@@ -119,35 +138,36 @@ std::string rows_fault(int arch, int tile, bool transposed, const Case& which) {
   const size_t slots = static_cast<size_t>(offsets.data()[experts] + which.dead), rows = shared * tokens + slots;
   const size_t in = static_cast<size_t>(transposed ? which.out : which.in),
                out = static_cast<size_t>(transposed ? which.in : which.out);
-  const Halves shared_rows(type, tokens * in, random), routed_rows(type, slots * in, random);
-  const Halves shared_proj(type, shared * in * out, random), routed_proj(type, experts * in * out, random);
-  const Halves shared_bias(type, shared * out, random), routed_bias(type, experts * out, random);
-  const Halves result(type, rows * out);
+  const Tensor shared_rows(type, tokens * in, random), routed_rows(type, slots * in, random);
+  const Tensor shared_proj(type, shared * in * out, random), routed_proj(type, experts * in * out, random);
+  const Tensor shared_bias(type, shared * out, random), routed_bias(type, experts * out, random);
+  const Tensor result(type, rows * out);
   const bool bias = which.bias && !transposed, bias_of_shared = bias && which.shared != 2;  // or the routed alone
-  const cuda::ExpertGemm args{type,
-                              which.tokens,
-                              which.shared,
-                              static_cast<int64_t>(experts),
-                              static_cast<int64_t>(slots),
-                              static_cast<int64_t>(in),
-                              static_cast<int64_t>(out),
-                              transposed,
-                              true,
-                              shared_rows.at,
-                              routed_rows.at,
-                              shared_proj.at,
-                              routed_proj.at,
-                              bias_of_shared ? shared_bias.at : nullptr,
-                              bias ? routed_bias.at : nullptr,
-                              offsets.data(),
-                              result.at};
+  cuda::ExpertGemm args{type,
+                        which.tokens,
+                        which.shared,
+                        static_cast<int64_t>(experts),
+                        static_cast<int64_t>(slots),
+                        static_cast<int64_t>(in),
+                        static_cast<int64_t>(out),
+                        transposed,
+                        true,
+                        shared_rows.at,
+                        routed_rows.at,
+                        shared_proj.at,
+                        routed_proj.at,
+                        bias_of_shared ? shared_bias.at : nullptr,
+                        bias ? routed_bias.at : nullptr,
+                        offsets.data(),
+                        result.at};
+  args.allow_tf32 = type == DType::f32;
   const cuda::TileChoice choice{tile, which.band != 0 ? which.band : static_cast<int64_t>(out)};
   if (const int status = launch_gemm(arch, args, choice); status != 0) return "status " + std::to_string(status);
 
   Compared compared{tolerance_of(type), {}};
   std::vector<double> weights(in * out);
-  const auto group = [&](const Halves& from, size_t first, size_t count, const Halves& proj, size_t expert,
-                         const Halves* add, size_t to) {
+  const auto group = [&](const Tensor& from, size_t first, size_t count, const Tensor& proj, size_t expert,
+                         const Tensor* add, size_t to) {
     for (size_t i = 0; i < in * out; ++i) weights[transposed ? i : i % in * out + i / in] = proj[expert * in * out + i];
     std::vector<double> sums(out);
     for (size_t row = 0; row < count; ++row) {
@@ -182,33 +202,33 @@ std::string gradient_fault(int arch, int tile, bool wide, const Case& which) {
   const size_t slots = static_cast<size_t>(offsets.data()[experts] + which.dead);
   const size_t width = static_cast<size_t>(which.in), grad_width = static_cast<size_t>(which.out),
                each = width * grad_width;
-  const Halves shared_rows(type, tokens * width, random), routed_rows(type, slots * width, random);
-  const Halves shared_grads(type, shared * tokens * grad_width, random), routed_grads(type, slots * grad_width, random);
-  const size_t bytes = wide ? 4 : 2;
-  const Memory of_shared(shared * each * bytes), of_routed(experts * each * bytes);
-  const cuda::ExpertGemmWgrad args{type,
-                                   result_type,
-                                   which.tokens,
-                                   which.shared,
-                                   static_cast<int64_t>(experts),
-                                   static_cast<int64_t>(slots),
-                                   static_cast<int64_t>(width),
-                                   static_cast<int64_t>(grad_width),
-                                   true,
-                                   false,
-                                   shared_rows.at,
-                                   routed_rows.at,
-                                   shared_grads.at,
-                                   routed_grads.at,
-                                   offsets.data(),
-                                   of_shared.at,
-                                   of_routed.at};
+  const Tensor shared_rows(type, tokens * width, random), routed_rows(type, slots * width, random);
+  const Tensor shared_grads(type, shared * tokens * grad_width, random), routed_grads(type, slots * grad_width, random);
+  const Tensor of_shared(result_type, shared * each), of_routed(result_type, experts * each);
+  cuda::ExpertGemmWgrad args{type,
+                             result_type,
+                             which.tokens,
+                             which.shared,
+                             static_cast<int64_t>(experts),
+                             static_cast<int64_t>(slots),
+                             static_cast<int64_t>(width),
+                             static_cast<int64_t>(grad_width),
+                             true,
+                             false,
+                             shared_rows.at,
+                             routed_rows.at,
+                             shared_grads.at,
+                             routed_grads.at,
+                             offsets.data(),
+                             of_shared.at,
+                             of_routed.at};
+  args.allow_tf32 = type == DType::f32;
   const cuda::TileChoice choice{tile, which.band != 0 ? which.band : static_cast<int64_t>(width)};
   if (const int status = launch_wgrad(arch, args, choice); status != 0) return "status " + std::to_string(status);
 
   Compared compared{tolerance_of(result_type), {}};
-  const auto group = [&](const Halves& grads, const Halves& from, size_t first, size_t first_grad, size_t count,
-                         const char* result) {
+  const auto group = [&](const Tensor& grads, const Tensor& from, size_t first, size_t first_grad, size_t count,
+                         const Tensor& result, size_t expert) {
     std::vector<double> sums(each);
     for (size_t row = 0; row < count; ++row) {
       const std::vector<double> values = from.doubles((first + row) * width, width);
@@ -217,26 +237,13 @@ std::string gradient_fault(int arch, int tile, bool wide, const Case& which) {
         for (size_t j = 0; j < width; ++j) sums[i * width + j] += grad * values[j];
       }
     }
-    for (size_t i = 0; i < each; ++i) {
-      double got;
-      if (wide) {
-        float value;
-        std::memcpy(&value, result + 4 * i, 4);
-        got = value;
-      } else {
-        uint16_t value;
-        std::memcpy(&value, result + 2 * i, 2);
-        got = type == DType::bf16 ? from_bf16(value) : from_f16(value);
-      }
-      compared.check(got, sums[i], "gradient", i / width, i % width);
-    }
+    for (size_t i = 0; i < each; ++i)
+      compared.check(result[expert * each + i], sums[i], "gradient", i / width, i % width);
   };
-  for (size_t s = 0; s < shared; ++s)
-    group(shared_grads, shared_rows, 0, s * tokens, tokens, of_shared.at + s * each * bytes);
+  for (size_t s = 0; s < shared; ++s) group(shared_grads, shared_rows, 0, s * tokens, tokens, of_shared, s);
   for (size_t e = 0; e < experts; ++e) {
     const auto first = static_cast<size_t>(offsets.data()[e]);
-    group(routed_grads, routed_rows, first, first, static_cast<size_t>(which.counts[e]),
-          of_routed.at + e * each * bytes);
+    group(routed_grads, routed_rows, first, first, static_cast<size_t>(which.counts[e]), of_routed, e);
   }
   return compared.fault;
 }

@@ -37,7 +37,8 @@ enum class Type : uint8_t {
   f32,
   f64,
   f16x2,
-  bf16x2
+  bf16x2,
+  tf32
 };
 
 Type type_named(std::string_view name);  // none: it is no type

@@ -31,6 +31,8 @@ int runs = 0, wrong = 0;
 
 void run(int arch, int tile, Product product, const Case& which, const Way& way, unsigned seed) {
   options.order = way.order, options.shuffle = way.shuffle, options.seed = seed + static_cast<unsigned>(runs);
+  // Devices of another number, since host code remembers what it asked one.
+  runtime::device.number = runs % 3;
   runtime::device.multiprocessors = 2 + runs % 3 * 2;
   ++runs;
   std::string fault;
@@ -52,11 +54,13 @@ int main(int count, char** arguments) {
   const bool all = count > 3 && std::strcmp(arguments[3], "all") == 0;
   const unsigned seed = count > 4 ? static_cast<unsigned>(std::atoi(arguments[4])) : 3;
   const int tiles = arch == 90 ? ummrm::cuda::kSm90TileCount : ummrm::cuda::kSm80TileCount;
-  runtime::device = {arch / 10, arch % 10, 4};
+  runtime::device = {0, arch / 10, arch % 10, 4};
   for (int tile = 0; tile < tiles; ++tile) {
     if (only >= 0 && tile != only) continue;
-    for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+      if (dtype == DType::f32 && (arch != 80 || tile != 0)) continue;  // TF32, of one tile
       for (const Product product : kProducts) {
+        if (dtype == DType::f32 && product == Product::weight_grad_f32) continue;
         counts = {};
         const auto start = std::chrono::steady_clock::now();
         for (const Case& which : cases(dtype)) {
@@ -69,8 +73,11 @@ int main(int count, char** arguments) {
         std::printf(
             "sm_%d tile %d %s %s: %.1f s, %.1f million instructions of warps, %llu wgmma, %llu mma, %llu loads, %llu "
             "stores\n",
-            arch, tile, name_of(product), dtype == DType::bf16 ? "bf16" : "f16", seconds,
-            static_cast<double>(counts.instructions) / 1e6, static_cast<unsigned long long>(counts.products),
+            arch, tile, name_of(product),
+            dtype == DType::bf16  ? "bf16"
+            : dtype == DType::f16 ? "f16"
+                                  : "tf32",
+            seconds, static_cast<double>(counts.instructions) / 1e6, static_cast<unsigned long long>(counts.products),
             static_cast<unsigned long long>(counts.mma), static_cast<unsigned long long>(counts.tensor_loads),
             static_cast<unsigned long long>(counts.tensor_stores));
         std::fflush(stdout);

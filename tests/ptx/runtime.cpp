@@ -274,7 +274,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 cudaError_t cudaGetDevice(int* number) {
   UMMRM_CALL(cudaGetDevice);
-  *number = 0;
+  *number = device.number;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) {
@@ -283,7 +283,7 @@ cudaError_t cudaSetDevice(int) {
 }
 cudaError_t cudaGetDeviceCount(int* number) {
   UMMRM_CALL(cudaGetDeviceCount);
-  *number = 1;
+  *number = device.number + 1;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

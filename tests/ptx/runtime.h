@@ -15,7 +15,8 @@
 
 namespace ptx::runtime {
 
-struct Device {
+struct Device {  // the current one
+  int number = 0;
   int major = 9, minor = 0;
   int multiprocessors = 4;
 };

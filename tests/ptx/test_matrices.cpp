@@ -85,6 +85,34 @@ static void mma() {
   }
 }
 
+// Of TF32 the last 13 bits are not read, and cvt.rna rounds ties away from zero.
+static void mma_of_tf32() {
+  Device<float> a(128), b(64), d(128), rounded(32);
+  testing::Random random(3);
+  double av[128], bv[64];
+  const auto dirty = [](double x) { return ptx::as<float>(ptx::bits_of(static_cast<float>(x)) | 0x1fff); };
+  for (size_t i = 0; i < 128; ++i) av[i] = static_cast<double>(random.below(17) - 8), a[i] = dirty(av[i]);
+  for (size_t i = 0; i < 64; ++i) bv[i] = static_cast<double>(random.below(17) - 8), b[i] = dirty(bv[i]);
+  const std::string text = kernel(R"(
+    shr.u32 %r1, %r0, 2; and.b32 %r2, %r0, 3; mad.lo.u32 %r3, %r1, 8, %r2; mul.wide.u32 %d5, %r3, 4; add.u64 %d6, %d0, %d5; add.u64 %d7, %d1, %d5;
+    ld.global.u32 %r10, [%d6]; ld.global.u32 %r11, [%d6+256]; ld.global.u32 %r12, [%d6+16]; ld.global.u32 %r13, [%d6+272];
+    ld.global.u32 %r14, [%d7]; ld.global.u32 %r15, [%d7+16]; mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+    mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f0, %f1, %f2, %f3}, {%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f0, %f1, %f2, %f3};
+    shl.b32 %r2, %r2, 1; mad.lo.u32 %r3, %r1, 8, %r2; mad.wide.u32 %d8, %r3, 4, %d2; st.global.v2.f32 [%d8], {%f0, %f1}; st.global.v2.f32 [%d8+256], {%f2, %f3};
+    mov.u32 %r4, 0x3f800fff; add.u32 %r4, %r4, %r0; mov.b32 %f4, %r4; cvt.rna.tf32.f32 %r5, %f4; mad.wide.u32 %d9, %r0, 4, %d3; st.global.u32 [%d9], %r5;)",
+                                  4);
+  CHECK_PASSES(run(text, {a.data(), b.data(), d.data(), rounded.data()}));
+  for (size_t row = 0; row < 16; ++row) {
+    for (size_t column = 0; column < 8; ++column) {
+      double want = 0;
+      for (size_t k = 0; k < 8; ++k) want += av[row * 8 + k] * bv[column * 8 + k];
+      CHECK(d[row * 8 + column] == want, "tf32 [%zu, %zu] = %g, should be %g", row, column, d[row * 8 + column], want);
+    }
+  }
+  for (size_t i = 0; i < 32; ++i)
+    CHECK(ptx::bits_of(rounded[i]) == (i == 0 ? 0x3f800000 : 0x3f802000), "%zu: %a", i, rounded[i]);
+}
+
 // A tile [outer, 16] in the canonical layout of a swizzle: what a descriptor of it says, and where an element is (PTX
 // ISA 9.7.15.5).
 struct Tile {
@@ -192,6 +220,7 @@ static void wgmma(int columns, bool ta, bool tb, int sa, int sb, bool bf16, int 
 int main() {
   matrices_go_to_fragments_and_back();
   mma();
+  mma_of_tf32();
   for (const bool ta : {false, true}) {
     for (const bool tb : {false, true}) {
       for (int swizzle = 0; swizzle < 4; ++swizzle)
