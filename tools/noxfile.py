@@ -134,6 +134,24 @@ def emulated(session):
     session.run(*pytest, "--device=cpu", "-m", "sanitize", "tests/gpu")
 
 
+PTX_STEMS = tuple(stem for stem in OPERATORS if stem != "checks")
+
+
+@nox.session(python=False, requires=["cuda"])
+def ptx(session):
+    """What nvcc compiled, on the machine for PTX: products in all orders, mutations, planted bugs, operators."""
+    session.chdir(ROOT)
+    build, folder = ROOT / "build" / "cmake-cuda", ROOT / "build" / "ptx"
+    session.run(tool(session, "cmake"), "--build", str(build), "--target", "ptx_asan")
+    ctest = [tool(session, "ctest"), "--test-dir", str(build), "--output-on-failure", "-C", "full", "-R", "^ptx_"]
+    session.run(*ctest)
+    session.run(sys.executable, str(ROOT / "tests/support/ptx_extension.py"), str(folder), str(build))
+    pytest = [*HERE, "-m", "pytest", "-q", "--library", str(folder / "ummrm_ptx.so")]
+    for arch in ("80", "90"):
+        how = {"LD_PRELOAD": str(folder / "device_allocator.so"), "UMMRM_PTX": f"arch={arch},order=late,seed=1"}
+        session.run(*pytest, *(f"tests/ops/test_{stem}.py" for stem in PTX_STEMS), env=how)
+
+
 @nox.session(python=False)
 def types(session):
     """The type checker, for the oldest Python that is supported and for the newest that it knows."""

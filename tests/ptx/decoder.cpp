@@ -95,6 +95,12 @@ int bytes_of(Type type) {
 bool is_signed(Type type) { return type == Type::s8 || type == Type::s16 || type == Type::s32 || type == Type::s64; }
 bool is_float(Type type) { return type == Type::f16 || type == Type::bf16 || type == Type::f32 || type == Type::f64; }
 
+void leave_out(Instruction& instruction) {
+  instruction.execute = [](const Step&) { return Outcome::done; };
+  instruction.members = Instruction::kAlone;
+  instruction.may_sleep = false;
+}
+
 void decode(Kernel& kernel) {
   for (Instruction& in : kernel.code) {
     for (Operand& operand : in.operands) place_dynamic(operand, dynamic_base(kernel));

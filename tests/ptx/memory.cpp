@@ -10,8 +10,7 @@ std::map<uint64_t, uint64_t> allocations;  // begin to end
 struct {
   uint64_t begin = 1, end = 0;
 } latest;  // found, since accesses come in runs
-bool trusting = false;
-constexpr uint64_t kNearNull = 65536;
+bool (*ask)(uint64_t, uint64_t*, uint64_t*) = nullptr;
 
 std::string hexadecimal(uint64_t value) {
   char text[20];
@@ -46,17 +45,20 @@ void remove_memory(const void* at) {
   allocations.erase(reinterpret_cast<uint64_t>(at));
   latest = {};
 }
-void trust_all_memory(bool trust) { trusting = trust; }
+void ask_for_memory(bool (*block_of)(uint64_t at, uint64_t* begin, uint64_t* end)) { ask = block_of; }
+void forget_answers() { latest = {}; }
 
 bool known_memory(uint64_t at, size_t bytes) {
   if (at >= latest.begin && at + bytes <= latest.end) return true;
-  if (trusting) return at > kNearNull;
-  auto after = allocations.upper_bound(at);
-  if (after == allocations.begin()) return false;
-  --after;
-  if (at + bytes > after->second) return false;
-  latest = {after->first, after->second};
-  return true;
+  const auto after = allocations.upper_bound(at);
+  if (after != allocations.begin() && at + bytes <= std::prev(after)->second) {
+    latest = {std::prev(after)->first, std::prev(after)->second};
+    return true;
+  }
+  uint64_t begin, end;
+  if (ask == nullptr || !ask(at, &begin, &end)) return false;
+  latest = {begin, end};
+  return at + bytes <= end;
 }
 
 Global::Global(size_t bytes, size_t alignment)

@@ -12,8 +12,10 @@ namespace ptx {
 void add_memory(const void* at, size_t bytes);
 void remove_memory(const void* at);
 bool known_memory(uint64_t at, size_t bytes);
-// Where nobody tells what is allocated, as under torch: everything that is not near null passes.
-void trust_all_memory(bool trust);
+// Asked about what was not told here: whether an address lies in a block, and where that begins and ends. Answers are
+// kept for a launch, while which nothing is freed.
+void ask_for_memory(bool (*block_of)(uint64_t at, uint64_t* begin, uint64_t* end));
+void forget_answers();
 
 // A variable of a program.
 class Global {

@@ -99,6 +99,8 @@ int run(int arch, const Args& args, const cuda::TileChoice& choice, const Run& r
 #endif
   static_cast<void>(arch);
   const Memory workspace(static_cast<size_t>(bytes));
+  handed.workspace = workspace.at;
+  handed.workspace_bytes = static_cast<size_t>(bytes);
   return run_on(workspace.at);
 }
 
@@ -162,6 +164,9 @@ std::string rows_fault(int arch, int tile, bool transposed, const Case& which) {
                         result.at};
   args.allow_tf32 = type == DType::f32;
   const cuda::TileChoice choice{tile, which.band != 0 ? which.band : static_cast<int64_t>(out)};
+  handed.bias = bias ? routed_bias.at : nullptr;
+  handed.result = result.at;
+  handed.rows = static_cast<int64_t>(rows), handed.in = args.in, handed.out = args.out_width, handed.band = choice.band;
   if (const int status = launch_gemm(arch, args, choice); status != 0) return "status " + std::to_string(status);
 
   Compared compared{tolerance_of(type), {}};
@@ -249,6 +254,8 @@ std::string gradient_fault(int arch, int tile, bool wide, const Case& which) {
 }
 
 }  // namespace
+
+Handed handed;
 
 const char* name_of(Product product) {
   constexpr const char* kNames[] = {"forward", "input_grad", "weight_grad", "weight_grad_f32"};

@@ -29,6 +29,15 @@ struct Case {
 std::vector<Case> cases(ummrm::DType dtype);
 Case smallest(ummrm::DType dtype);  // with shared and routed groups, an empty one and several tiles
 
+// What the last product was handed, for who plants bugs in it.
+struct Handed {
+  char* workspace;
+  size_t workspace_bytes;
+  const void *bias, *result;  // of the first routed expert; of the first row
+  int64_t rows, in, out, band;
+};
+extern Handed handed;
+
 // Empty if all is right; else what is wrong, by numbers or by status. Throws ptx::Error as the machine does.
 std::string fault_of(int arch, int tile, Product product, const Case& which);
 

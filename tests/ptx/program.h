@@ -117,6 +117,7 @@ struct Instruction {
   bool may_sleep = false;        // a test of a barrier that may wait for it: the lanes sleep, others go on
   bool on_accumulators = false;  // touches registers of a wgmma without being one (wgmma.cpp)
   int a = 0, b = 0;              // what a family keeps of the modifiers
+  uint64_t runs = 0;             // how often warps came to it
   static constexpr int8_t kAlone = -1, kWholeWarp = -2;
 };
 
@@ -157,5 +158,8 @@ Module parse(std::string_view text);
 
 // Finds what executes each instruction; throws an Error that names the first one that nothing here does, with its line.
 void decode(Kernel& kernel);
+
+// Does nothing from now on: what a program without this instruction would do.
+void leave_out(Instruction& instruction);
 
 }  // namespace ptx

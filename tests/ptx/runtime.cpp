@@ -16,6 +16,7 @@ namespace ptx::runtime {
 
 Device device;
 Refusal refusal;
+std::function<void(const Started&)> on_launch;
 
 std::map<std::string, uint64_t>& calls() {
   static std::map<std::string, uint64_t> counts;
@@ -112,13 +113,17 @@ cudaError_t start(const void* entry, dim3 grid, dim3 block, dim3 cluster, size_t
   if (const auto fault = fault_of_launch(*kernel, found->second, grid, block, cluster, dynamic); fault != cudaSuccess) {
     return answer(fault);
   }
-  std::vector<char> parameters(static_cast<size_t>(kernel->parameter_bytes) + 1);
+  std::vector<char> parameters(static_cast<size_t>(kernel->parameter_bytes) + 1);  // at least one, to have an address
   for (size_t i = 0; i < kernel->parameters.size(); ++i) {
     const Parameter& parameter = kernel->parameters[i];
     std::memcpy(parameters.data() + parameter.offset, arguments[i], static_cast<size_t>(parameter.bytes));
   }
-  launch(*kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, {cluster.x, cluster.y, cluster.z},
-         static_cast<unsigned>(dynamic), parameters.data());
+  Dim blocks{grid.x, grid.y, grid.z}, in_cluster{cluster.x, cluster.y, cluster.z};
+  if (on_launch != nullptr) {
+    if (!kernel->decoded) decode(*kernel);
+    on_launch({*kernel, blocks, in_cluster, parameters});
+  }
+  launch(*kernel, blocks, {block.x, block.y, block.z}, in_cluster, static_cast<unsigned>(dynamic), parameters.data());
   return cudaSuccess;
 }
 

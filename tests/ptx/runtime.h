@@ -32,6 +32,15 @@ extern Refusal refusal;
 // How often each function of the runtime and the driver was called, by its name.
 std::map<std::string, uint64_t>& calls();
 
+// Called at each launch before the kernel runs: for what counts launches, and for what plants bugs.
+struct Started {
+  Kernel& kernel;
+  Dim& grid;
+  Dim& cluster;
+  std::vector<char>& parameters;
+};
+extern std::function<void(const Started&)> on_launch;
+
 // Kernels of the program whose name contains this, for the device as it is; decoded.
 void for_kernels(const std::string& part_of_name, const std::function<void(Kernel&)>& body);
 

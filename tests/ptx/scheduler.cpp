@@ -9,6 +9,7 @@
 #include "async.h"
 #include "barriers.h"
 #include "machine.h"
+#include "memory.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -215,7 +216,8 @@ class Scheduler {
         together = lanes == warp.alive;
       }
       const uint32_t pc = warp.pc[static_cast<size_t>(__builtin_ctz(lanes))];
-      const Instruction& in = launch_.kernel.code[pc];
+      Instruction& in = launch_.kernel.code[pc];
+      ++in.runs;
       warp.last = &in;
       uint32_t going = lanes;
       if (in.members != Instruction::kAlone) {
@@ -290,6 +292,7 @@ void launch(Kernel& kernel, Dim grid, Dim block, Dim cluster, unsigned dynamic_s
   Launch state{kernel, grid, block, cluster, dynamic_shared, {}, std::mt19937(options.seed), 0, 0, {}, {}};
   state.parameters.resize(static_cast<size_t>(kernel.parameter_bytes) / sizeof(ParameterChunk) + 1);
   std::memcpy(state.parameters.data(), parameters, static_cast<size_t>(kernel.parameter_bytes));
+  forget_answers();
   ++counts.launches;
   Scheduler(state).run();
 }
