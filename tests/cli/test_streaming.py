@@ -96,7 +96,11 @@ class Written:
         else:
             left = os.listdir(folder) if folder.exists() else []
             assert all(entry.startswith(".ummrm-save") for entry in left), "nothing that anybody could load"
-        assert run(*command).status == 0
+        done = run(*command)
+        assert done.status == 0
+        self.took[name].seconds = min(
+            done.seconds, self.took[name].seconds
+        )  # what else the machine does may have ended
         assert contents(folder) == self.contents[out] and len(os.listdir(folder)) == len(self.contents[out])
         assert all(contents(self.root / source) == self.contents[source] for source in ("dense", "moe"))
         shutil.rmtree(folder)
@@ -122,6 +126,8 @@ def test_kill_9_at_random_moments(run, written):
 def test_memory_and_kill_9_at_length(run, tmp_path):
     large = Written(run, tmp_path, layers=40, width=512, rounded=True)  # 670 MB, and a mixture of 1.7 GB
     large.check_memory(run, beside=64 << 20)  # 50 MB were seen, for 40 layers
-    killed = [large.kill(run, "upcycle", "moe", random.uniform(0.05, 1)) for _ in range(12)]
-    killed += [large.kill(run, "merge", "merged", random.uniform(0.05, 1)) for _ in range(8)]
-    assert killed.count(-9) >= 10, killed
+    for name, out, kills in (("upcycle", "moe", 12), ("merge", "merged", 8)):
+        killed = []
+        while killed.count(-9) < kills:
+            killed.append(large.kill(run, name, out, random.uniform(0.05, 1)))
+            assert len(killed) <= 3 * kills, "most commands were over before they were killed"

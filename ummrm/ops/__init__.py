@@ -162,8 +162,8 @@ def expert_gemm(
     """Multiplies every expert's rows by its projection: a grouped GEMM over ragged groups, shared experts included.
 
     Group by group `rows @ proj[e].T + bias[e]`, or with `transpose` `rows @ proj[e]`. An expert without rows is free.
-    On CUDA fp32 products are exact, or, from compute capability 8.0 on, of operands rounded to TF32 where torch's own may
-    be (`torch.backends.cuda.matmul.fp32_precision = "tf32"`, or torch's older settings).
+    On CUDA fp32 products are exact, or, from compute capability 8.0 on, of operands rounded to TF32 where torch's own
+    may be (`torch.backends.cuda.matmul.fp32_precision = "tf32"`, or torch's older settings).
 
     Args:
         shared_rows: float [T, D], read by every shared expert without a copy, or [S*T, D], one block for each.
