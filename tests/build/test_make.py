@@ -54,6 +54,11 @@ def test_a_changed_source_is_built_again(plan, source):
     assert re.search(r"pip .*install .*-e \"\.\[", plan("-W", source, "demo")), source
 
 
+def test_the_benchmarks_begin_nothing_after_eight_minutes(plan):
+    """The last case, plots and set-up have two more."""
+    assert re.search(r"bench\.report --deadline 480$", plan("bench"), re.M)
+
+
 def test_the_slow_tier_is_noxs():
     """Every session is listed, with what it does; one that is new belongs here and into CONTRIBUTING.md."""
     noxfile = str(ROOT / "tools/noxfile.py")
