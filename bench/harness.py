@@ -55,6 +55,12 @@ class Case:
     def backward(self):
         return self.direction == "forward+backward"
 
+    @property
+    def bounds(self):
+        """Names of the rates that bound it."""
+        kinds = {"copy_bytes": self.bytes, f"mm_flops_{name_of(self.dtype)}": self.flops}
+        return [name for name, amount in kinds.items() if amount]
+
     def entry(self):
         return {
             "suite": self.suite,
@@ -244,17 +250,25 @@ class Contest:
                 samplers.append(timing.wall(calls[0]))
             how = ("graph" if contender.graph else "events") if cuda else "wall"
             facts.append({"timing": how, "input_sets": len(made), "beside": len(contenders) - 1})
+        ceilings = {} if cuda else {name: _ceiling(name, self._device) for name in case.bounds}
         gc.disable()
         try:
-            warm = [sum(sample()) for sample in samplers] if not cuda else []
+            warm = [min(sum(sample()) for _ in range(2)) for sample in samplers] if not cuda else []
             turns = [timing.PARTS] * len(samplers) if cuda else timing.turns_for(warm, BUDGET)
+            turns += [2 * timing.PARTS] * len(ceilings)
+            samplers += [timing.wall(call) for _, call in ceilings.values()]
             found = timing.side_by_side(samplers, turns, lambda: not self._deadline.passed())
         finally:
             gc.enable()
-        for label, turns, fact in zip(contenders, found, facts, strict=True):
+        rates = {}
+        for (name, (amount, _)), turns in zip(ceilings.items(), found[len(contenders) :], strict=True):
+            rates[name] = amount / min(s for turn in turns for s in turn)
+        for label, turns, fact in zip(contenders, found, facts, strict=False):
             seconds = [s for turn in turns for s in turn]
             figure = min if fact["timing"] == "wall" else statistics.median
             entries[label] |= timing.summary(seconds) | {"noise": timing.noise(turns, figure)} | fact
+            if rates:
+                entries[label]["rates"] = rates
             entries[label]["outcome"] = "measured"
             self._recorder.write("rounds", {**entries[label], "seconds": seconds})
 
@@ -265,19 +279,25 @@ class Contest:
 
 
 @functools.cache
+def _ceiling(name, device):
+    """(amount, call) by which a machine's rate is measured: "copy_bytes" (reads and writes) or "mm_flops_<dtype>"."""
+    if name == "copy_bytes":
+        source = torch.randn((256 if device.type == "cuda" else 32) << 20, device=device)
+        return 2 * source.numel() * 4, functools.partial(torch.empty_like(source).copy_, source)
+    n, dtype = 512 if device.type == "cpu" else 8192, getattr(torch, name.removeprefix("mm_flops_"))
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3, functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+@functools.cache
 def machine_rates(device):
-    """What this machine reaches in this run: bytes copied a second (reads and writes) and mm FLOPs a second."""
-    source = torch.randn((256 if device.type == "cuda" else 32) << 20, device=device)
-    target = torch.empty_like(source)
-    copy = functools.partial(target.copy_, source)
-    rates = {"copy_bytes": timing.rate(copy, 2 * source.numel() * 4, device)}
-    del source, target, copy
-    n = 512 if device.type == "cpu" else 8192
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-        out = torch.empty_like(a)
-        call = functools.partial(torch.mm, a, b, out=out)
-        rates[f"mm_flops_{name_of(dtype)}"] = timing.rate(call, 2 * n**3, device)
+    """What this machine reaches before a run: bytes copied a second and mm FLOPs a second."""
+    rates = {}
+    for name in ("copy_bytes", "mm_flops_float32", "mm_flops_bfloat16"):
+        amount, call = _ceiling(name, device)
+        rates[name] = timing.rate(call, amount, device)
+        if device.type == "cuda":
+            _ceiling.cache_clear()  # its memory is for the contenders
     return rates
 
 

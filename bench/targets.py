@@ -36,7 +36,11 @@ def seconds(entry):
 
 
 def of_peak(entry, rates):
-    """Bytes over the copy bandwidth of the run, or FLOPs over its mm rate; None where neither is counted."""
+    """Bytes over the copy bandwidth of the run, or FLOPs over its mm rate; None where neither is counted.
+
+    On a CPU the rate is the one that was measured beside the entry.
+    """
+    rates = entry.get("rates", rates)
     if entry["bytes"]:
         return entry["bytes"] / seconds(entry) / rates["copy_bytes"]
     if entry["flops"]:

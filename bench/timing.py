@@ -15,6 +15,7 @@ import torch
 
 PARTS = 3  # into which turns are dealt out to say how far a figure moves
 _SLOW = 10  # times the fastest
+_SHORT = 0.1  # seconds that nobody need save
 _PASSES = 3  # how many times the sets together exceed the cache
 _SLEEP = 10_000_000  # clock cycles: some 5 ms
 _GRAPH_CALLS = 20  # at least so many in one graph: a replay's own cost is shared by them
@@ -127,9 +128,9 @@ def wall(call):
 def turns_for(seconds, budget):
     """How many turns of each sampler fit a budget of time, as many in every part; `seconds` says what a call takes.
 
-    What takes ten times as long as the fastest has three turns: how many more would say nothing of who is ahead.
+    What takes ten times as long as the fastest, and long, has three turns: more would say nothing of who is ahead.
     """
-    slow = [s > _SLOW * min(seconds) for s in seconds]
+    slow = [s > max(_SLOW * min(seconds), _SHORT) for s in seconds]
     turn = sum(s for s, is_slow in zip(seconds, slow, strict=True) if not is_slow)
     many = PARTS * rounds_for(PARTS * turn, budget, least=2, most=10)
     return [PARTS if is_slow else many for is_slow in slow]

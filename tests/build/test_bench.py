@@ -8,7 +8,7 @@ import checkout  # noqa: F401  (for `bench`)
 import pytest
 import torch
 
-from bench import harness, record, replay, report, rivals, timing, workload
+from bench import harness, record, replay, report, rivals, targets, timing, workload
 from bench.contender import Contender
 
 SMALL = workload.Layer(32, 16, 24, 4, 2)
@@ -148,7 +148,13 @@ CASE = harness.Case("double", SMALL, torch.float32, "forward+backward", bytes=10
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch):
+    """And rates of a machine without its large tensors."""
     monkeypatch.setattr(harness, "BUDGET", 0.0)
+    monkeypatch.setattr(harness, "_ceiling", lambda name, device: (8, lambda: None))
+    rates = harness.machine_rates
+    rates.cache_clear()
+    yield
+    rates.cache_clear()
 
 
 def test_contenders_are_compared_then_timed_together_and_recorded(tmp_path):
@@ -172,8 +178,9 @@ def test_contenders_are_compared_then_timed_together_and_recorded(tmp_path):
         assert 0 < entry["best"] <= entry["median"] and entry["rounds"] == 6 and entry["beside"] == 2
         assert entry["noise"] >= 0 and entry["bytes"] == (7 if label == "another" else 100)
         assert entry["sizes"] == {"t": 32, "h": 16, "i": 24, "e": 4, "k": 2, "s": 1, "routing": "balanced"}
-    # one turn that warms up, then six, each of which another one begins
-    assert "".join(order).endswith("abc" + "abc" + "bca" + "cab" + "abc" + "bca" + "cab")
+    # what warms up, then six turns, each of which another one begins, the copy too that the bytes are held against
+    assert "".join(order).endswith("aabbcc" + "abc" + "bca" + "cab" + "abc" + "abc" + "bca")
+    assert set(entries["ummrm"]["rates"]) == {"copy_bytes"} and targets.of_peak(entries["ummrm"], {}) > 0
     assert record.read_record(tmp_path / "run.jsonl")["entries"] == recorder.entries
     rounds = replay.read_rounds(tmp_path / "run.jsonl")
     assert [len(one["seconds"]) for one in rounds] == [6] * 3

@@ -96,7 +96,7 @@ def test_noise_is_what_lies_between_three_parts():
 
 
 def test_turns_go_to_those_who_are_near_the_front():
-    assert timing.turns_for([0.01, 0.02, 3.0], 5.0) == [30, 30, 3]
+    assert timing.turns_for([0.01, 0.02, 3.0], 5.0) == [30, 30, 3] and timing.turns_for([1e-4, 0.05], 5.0) == [30, 30]
     assert timing.turns_for([1.0, 2.0], 5.0) == [6, 6] and timing.turns_for([0.2, 0.2], 5.0) == [12, 12]
     seen, left = [], iter([True, False])
     samplers = [lambda n=n: seen.append(n) or [1.0] for n in "ab"]
