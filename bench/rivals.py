@@ -95,18 +95,19 @@ def layers(layer, dtype, device, make):
     """What the layer is run as on the inputs of `make`, by label: a contender, or the reason why it is not run here.
 
     On CUDA transformers' eager loop says no more than the loop here, and what else users have for GPUs is run as well.
+    What a deadline may cut off stands last: the slow ones, and those that are compiled.
     """
-    made = {OURS: ops.moe_ffn, LOOP: expert_loop, TORCH_GROUPED: grouped_mm}
+    made = {OURS: ops.moe_ffn, DENSE: equal_flops(layer, dtype, device), LOOP: expert_loop, TORCH_GROUPED: grouped_mm}
+    made[TRANSFORMERS_GROUPED] = TransformersExperts("grouped_mm")
     if device.type == "cpu":
         made[TRANSFORMERS_EAGER] = TransformersExperts("eager")
     made[TRANSFORMERS_BATCHED] = too_large(layer, dtype, device) or TransformersExperts("batched_mm")
-    made[TRANSFORMERS_GROUPED] = TransformersExperts("grouped_mm")
     made[COMPILED] = Contender(compiled_experts(), make, expert_loop, foreign=True)  # not every machine has a compiler
     if device.type == "cuda" and (layer.t != 16384 or layer.routing != "balanced"):
         made[COMPILED] = "compiled for 16k tokens, balanced, alone"  # of all sizes it would be most of the run
     if device.type == "cuda":
         made |= gpu_peers.layers(layer, dtype, device, make, expert_loop, TransformersExperts)
-    return made | {DENSE: equal_flops(layer, dtype, device)}
+    return made
 
 
 def too_large(layer, dtype, device):
