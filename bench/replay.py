@@ -69,4 +69,5 @@ def keep(measured, name, storage=STORAGE):
     arguments = [str(Path(__file__)), "--noconftest", "-q", "-o", "python_files=replay.py", "--import-mode=append"]
     arguments += ["-o", "python_functions=bench_*", "-p", "no:cacheprovider", "--no-header", "-rN"]
     arguments += [f"--benchmark-storage=file://{storage}", f"--benchmark-save={name}", "--benchmark-quiet"]
+    arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
     return int(pytest.main(arguments, plugins=[Rounds(measured)]))
