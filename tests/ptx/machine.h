@@ -177,7 +177,7 @@ struct Step {
 // A value of each lane: where a register has them, or in `scratch`.
 const uint64_t* values(const Step& step, const Operand& operand, uint64_t (&scratch)[kLanes]);
 uint64_t value(const Step& step, const Operand& operand, int lane);
-uint64_t address(const Step& step, const Operand& operand, int lane);
+inline uint64_t address(const Step& step, const Operand& operand, int lane) { return value(step, operand, lane); }
 
 struct Values {  // of operand `i`
   Values(const Step& step, const Operand& operand) : at(values(step, operand, scratch)) {}

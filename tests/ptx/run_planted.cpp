@@ -125,10 +125,10 @@ const std::vector<Bug>& bugs() {
          word += 8;
          return true;
        })},
-      {"a bias row is that of the next expert", Product::forward, in_tables([](uint64_t& word, const Handed& to) {
-         const auto first = reinterpret_cast<uint64_t>(to.bias);
-         if (word < first || word >= first + 2 * static_cast<uint64_t>(to.out)) return false;
-         word += 2 * static_cast<uint64_t>(to.out);
+      {"a bias row is that of the expert before", Product::forward, in_tables([](uint64_t& word, const Handed& to) {
+         const auto second = reinterpret_cast<uint64_t>(to.bias) + 2 * static_cast<uint64_t>(to.out);
+         if (word < second || word >= second + 4 * static_cast<uint64_t>(to.out)) return false;
+         word -= 2 * static_cast<uint64_t>(to.out);
          return true;
        })},
       {"a band of columns begins 8 columns late", Product::forward, in_tables([](uint64_t& word, const Handed& to) {

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kTurn = 1 << 20, kShortTurn = 400;  // instructions
 constexpr int kIdleRounds = 3;
+constexpr unsigned kLag = 32;  // one that is slow has a turn in so many
 
 std::string where(const Warp& warp) {
   return "block " + std::to_string(warp.block->id.x) + "," + std::to_string(warp.block->id.y) + "," +
@@ -31,7 +32,9 @@ enum class Turn { ended, waits, more };
 
 class Scheduler {
  public:
-  explicit Scheduler(Launch& launch) : launch_(launch) {}
+  explicit Scheduler(Launch& launch) : launch_(launch) {
+    if (options.shuffle) slow_kind_ = static_cast<Slow>(launch_.random() % 4), slow_ = launch_.random();
+  }
 
   void run() {
     const Dim &grid = launch_.grid, &cluster = launch_.cluster;
@@ -94,11 +97,22 @@ class Scheduler {
     const uint64_t before = launch_.events;
     bool busy = false;
     if (options.shuffle) std::shuffle(turns_.begin(), turns_.end(), launch_.random);
+    std::vector<Warp*> slow;
+    const auto run = [&](Warp& warp) {
+      const int most = options.shuffle ? 1 + static_cast<int>(launch_.random() % kShortTurn) : kTurn;
+      busy |= turn(warp, most) == Turn::more;
+      if (options.order == Order::random && launch_.random() % 4 == 0) do_some(launch_, warp);
+    };
     for (Warp* warp : turns_) {
       if (warp->alive == 0) continue;
-      const int most = options.shuffle ? 1 + static_cast<int>(launch_.random() % kShortTurn) : kTurn;
-      busy |= turn(*warp, most) == Turn::more;
-      if (options.order == Order::random && launch_.random() % 4 == 0) do_some(launch_, *warp);
+      if (lags(*warp) && launch_.random() % kLag != 0) {
+        slow.push_back(warp);
+      } else {
+        run(*warp);
+      }
+    }
+    if (!busy && launch_.events == before) {  // all others wait
+      for (Warp* warp : slow) run(*warp);
     }
     if (counts.instructions - at_start_ > options.most_instructions) {
       throw Error("no end after " + std::to_string(options.most_instructions) +
@@ -114,6 +128,17 @@ class Scheduler {
     }
     if (++idle_ > kIdleRounds) throw Error("deadlock in " + launch_.kernel.name + ":" + all_places());
     for (Warp* warp : turns_) warp->may_time_out = true;  // once each
+  }
+
+  // In a shuffled launch a block of every cluster, a warp of every block, or a group of four may be far slower than the
+  // rest.
+  bool lags(const Warp& warp) const {
+    switch (slow_kind_) {
+      case Slow::block: return warp.block->rank == static_cast<int>(slow_ % launch_.cluster.size());
+      case Slow::warp: return warp.id == static_cast<int>(slow_ % warp.block->warps.size());
+      case Slow::group: return warp.id / 4 == static_cast<int>(slow_ % ((warp.block->warps.size() + 3) / 4));
+      default: return false;
+    }
   }
 
   void remove_ended() {
@@ -264,7 +289,11 @@ class Scheduler {
     return Turn::more;
   }
 
+  enum class Slow { none, block, warp, group };
+
   Launch& launch_;
+  Slow slow_kind_ = Slow::none;
+  uint64_t slow_ = 0;
   std::vector<std::unique_ptr<Cluster>> running_;
   std::vector<Warp*> turns_;
   const uint64_t at_start_ = counts.instructions;

@@ -48,20 +48,18 @@ uint64_t special(const Step& step, Special which, int lane) {
 }  // namespace
 
 uint64_t value(const Step& step, const Operand& operand, int lane) {
+  const auto offset = static_cast<uint64_t>(operand.offset);
   switch (operand.kind) {
     case Operand::Kind::reg: {
       const uint64_t held = step.warp.reg(operand.reg)[lane];
-      return operand.negated ? held == 0 : held;
+      return operand.negated ? held == 0 : held + offset;
     }
-    case Operand::Kind::constant: return operand.negated ? operand.value == 0 : operand.value;
-    case Operand::Kind::parameter: return reinterpret_cast<uint64_t>(step.launch.parameters.data()) + operand.value;
+    case Operand::Kind::constant: return operand.negated ? operand.value == 0 : operand.value + offset;
+    case Operand::Kind::parameter:
+      return reinterpret_cast<uint64_t>(step.launch.parameters.data()) + operand.value + offset;
     case Operand::Kind::special: return special(step, static_cast<Special>(operand.value), lane);
     default: step.fail("an operand without a value");
   }
-}
-
-uint64_t address(const Step& step, const Operand& operand, int lane) {
-  return value(step, operand, lane) + static_cast<uint64_t>(operand.offset);
 }
 
 const uint64_t* values(const Step& step, const Operand& operand, uint64_t (&scratch)[kLanes]) {
@@ -70,7 +68,7 @@ const uint64_t* values(const Step& step, const Operand& operand, uint64_t (&scra
     const uint64_t constant = operand.value + static_cast<uint64_t>(operand.offset);
     for (uint64_t& lane : scratch) lane = constant;
   } else {
-    for_lanes(step.lanes, [&](int lane) { scratch[lane] = address(step, operand, lane); });
+    for_lanes(step.lanes, [&](int lane) { scratch[lane] = value(step, operand, lane); });
   }
   return scratch;
 }
