@@ -28,7 +28,9 @@ Place shared_place(const Step& step, uint64_t address, int bytes, int alignment)
     block = &block->cluster->blocks[rank];
     if (block->ended) step.fail("shared memory of block rank " + std::to_string(rank) + ", which has ended");
   }
-  if (offset < kSharedBase || offset + static_cast<size_t>(bytes) > block->shared.size()) {
+  const uint32_t end_of_static = kSharedBase + static_cast<uint32_t>(step.launch.kernel.static_shared);
+  const bool between = offset + static_cast<size_t>(bytes) > end_of_static && offset < dynamic_base(step.launch.kernel);
+  if (offset < kSharedBase || between || offset + static_cast<size_t>(bytes) > block->shared.size()) {
     step.fail("shared memory out of bounds, " + std::to_string(bytes) + " bytes at " + hexadecimal(offset) + " of " +
               hexadecimal(block->shared.size()));
   }

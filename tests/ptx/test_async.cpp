@@ -187,7 +187,7 @@ static void barriers_count() {
   CHECK_PASSES(fault("@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2], 3; bar.warp.sync -1; " + test + "1" + store));
   CHECK(out[0] == 0, "the next phase has begun");
   CHECK_FAILS(fault("mbarrier.arrive.shared::cta.b64 _, [%r2], 4;"), "more arrivals at a barrier than it expects");
-  CHECK_FAILS(fault("mbarrier.arrive.shared::cta.b64 _, [%r2+8];"), "nothing has written it");
+  CHECK_FAILS(fault("mbarrier.arrive.shared::cta.b64 _, [%r2+8];"), "shared memory out of bounds");
   CHECK_FAILS(run(kernel(".shared .align 8 .b64 bar; mov.u32 %r2, bar; mbarrier.arrive.shared::cta.b64 _, [%r2];", 1),
                   {out.data()}),
               "nothing has written it");
