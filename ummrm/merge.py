@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,10 +21,12 @@ from .hf import card
 from .hf.merge_share import SHARE_NAME
 from .hf.modeling import UmmPreTrainedMixin, ffn_sites, freeze_for_merge
 from .hf.registry import stock_config
-from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe, emptied
+from .hf.saving import save_pretrained, save_written
+from .hf.sharding import gathered, is_sharded, reshard, unpartitioned, whole
+from .hf.shards import MAX_SHARD_SIZE, MappedShards, NotStreamable, check_streamable, describe, emptied
 from .nn.dense import Projection
 from .nn.experts import Experts
-from .nn.merge_weights import MergeShare
+from .nn.merge_weights import LEARNED, MergeShare
 from .nn.merging_ffn import MergingFFN
 from .nn.merging_linear import MergingLinear, merging_parts
 from .nn.routing_statistics import RoutingStatistics
@@ -104,6 +107,9 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
             the weight that they had. It is left as it is.
         card_notes: Markdown about training data and metrics for the model card.
 
+    Of a model that processes share (FSDP2, ZeRO-3) every process must call this, and gets the whole merged model; the
+    experts are whole for one layer at a time. `write_merged` has nowhere more than that.
+
     Returns:
         For a Hugging Face model: a model of the original, stock class, in eval mode with every parameter trainable;
         `ummrm.save_pretrained(model, folder)` saves it atomically, with a model card (README.md) that says how it was
@@ -112,10 +118,17 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
 
     Raises:
         TypeError: `moe` is not in its merge phase.
-        ValueError: a merged tensor is not finite; names the layer, the tensor and what is wrong in it.
+        ValueError: a merged tensor is not finite; names the layer, the tensor and what is wrong in it. Or `moe` is
+            sharded, and no Hugging Face model.
     """
+    reshard(moe)
     parts, share = _merge_parts(moe)
     if not isinstance(moe, UmmPreTrainedMixin):
+        if is_sharded(moe):
+            raise ValueError(
+                f"`moe` must hold whole weights, or be a Hugging Face model, got a sharded {type(moe).__name__}; put "
+                "its state dict together and load that into a network that no engine has sharded."
+            )
         merged = {name: part.to_dense() for name, part in parts.items()}
         for name, module in merged.items():
             _check_finite(name, parts[name], dict(module.named_parameters()))
@@ -123,7 +136,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
         other = copy.deepcopy(moe, {id(held[name]): module for name, module in merged.items()})
         return other.requires_grad_(True).eval()
     dense = _stock_model(moe)
-    for _ in _fold(moe, parts, dense, in_place=False):
+    for _ in _fold(moe, parts, dense, share, in_place=False):
         pass
     transplant(moe, dense, clone=True)
     card.remember(dense, _card(moe, parts, share, card_notes))  # beside the model, which stays a stock object
@@ -132,7 +145,7 @@ def merge(moe: nn.Module, *, card_notes: str = "") -> nn.Module:
 
 def write_merged(
     moe: nn.Module,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | None,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -142,11 +155,13 @@ def write_merged(
 
     The files are, tensor by tensor, those that `merge` and then `ummrm.save_pretrained` write. Beside the memory that
     `moe` takes (none, for one that was just loaded from safetensors in its own dtype on a CPU), it needs room for one
-    dense FFN a few times.
+    dense FFN a few times. Of a model that processes share (FSDP2, ZeRO-3) every process must call this; the first one
+    writes, and each has one layer's experts at a time.
 
     Args:
         moe: as in `merge`; a Hugging Face model.
-        folder: an empty one, written file by file: `ummrm.hf.saving.save_written` calls this for a folder in use.
+        folder: an empty one, written file by file: `ummrm.hf.saving.save_written` calls this for a folder in use. None
+            in a process that does not write.
         dtype: that everything is rounded to, once, after merging; None keeps the dtypes of `moe`.
         max_shard_size: bytes, or a text such as `"5GB"`: a weight file holds no more, but for a single larger tensor.
         card_notes: as in `merge`.
@@ -160,10 +175,12 @@ def write_merged(
         NotStreamable: transformers converts the tensors of such a model when it saves them.
         OSError: the files can't be written.
     """
+    reshard(moe)
     parts, share = _merge_parts(moe)
     if not isinstance(moe, UmmPreTrainedMixin):
         raise TypeError(f"`moe` must be a Hugging Face model, got a {type(moe).__name__}; call ummrm.merge(moe).")
     dense = _stock_model(moe)
+    writes = not is_sharded(moe) or dist.get_rank() == 0
     homes = {name: _homes(moe, name, part) for name, part in parts.items()}
     for name, part in parts.items():
         experts = part.experts.down_proj if isinstance(part, MergingFFN) else part.expert_weight
@@ -171,18 +188,57 @@ def write_merged(
             dense.get_submodule(home).to(experts.dtype)
     transplant(moe, dense, clone=False, complete=False)
     kept = emptied(dense, dtype)
-    describe(dense, folder)
-    shards = MappedShards(folder, dense, max_shard_size)
-    shards.lend(dense)
-    for name in _fold(moe, parts, dense, in_place=True):
+    check_streamable(dense)  # in every process, before one of them waits for another
+    shards = None
+    if writes:
+        assert folder is not None, "the process that writes has a folder"
+        describe(dense, folder)
+        shards = MappedShards(folder, dense, max_shard_size)
+        shards.lend(dense)
+    for name in _fold(moe, parts, dense, share, in_place=writes):
         for home in homes[name]:
-            merged = dense.get_submodule(home).named_parameters(recurse=False)
-            shards.take({f"{home}.{key}": tensor for key, tensor in merged})
-    shards.take(kept)
-    shards.check_complete()
+            merged = dense.get_submodule(home)
+            if shards is not None:
+                shards.take({f"{home}.{key}": tensor for key, tensor in merged.named_parameters(recurse=False)})
+            else:
+                emptied(merged, None)
+    for name, tensor in kept.items():
+        value = tensor if tensor.is_meta else whole(tensor)
+        if shards is not None:
+            shards.take({name: value})
+    if shards is not None:
+        shards.check_complete()
     emptied(dense, None)
     card.remember(dense, _card(moe, parts, share, card_notes))
     return dense.requires_grad_(True).eval()
+
+
+def save_merged(moe: nn.Module, save_directory: str | os.PathLike, *, card_notes: str = "") -> None:
+    """Merges into a folder, atomically; the merged model's card comes along, a tokenizer does not.
+
+    Every process calls it, and the first one writes: `merge` of a whole model, `write_merged` of one that is shared.
+
+    Args:
+        moe: as in `merge`; a Hugging Face model.
+        save_directory: as in `ummrm.save_pretrained`.
+        card_notes: as in `merge`.
+
+    Raises:
+        as `merge` and `ummrm.save_pretrained`.
+    """
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    merged: Any = None
+    if is_sharded(moe):
+        try:
+            if first:
+                save_written(lambda folder: write_merged(moe, folder, card_notes=card_notes), save_directory)
+            else:
+                write_merged(moe, None, card_notes=card_notes)
+            return
+        except NotStreamable:  # in every process, before anything is written
+            merged = merge(moe, card_notes=card_notes)
+    if first:
+        save_pretrained(merge(moe, card_notes=card_notes) if merged is None else merged, save_directory)
 
 
 def _stock_model(moe: UmmPreTrainedMixin) -> Any:
@@ -190,7 +246,7 @@ def _stock_model(moe: UmmPreTrainedMixin) -> Any:
     config: Any = stock_config(moe.config)
     # loading the mixture has written its own class and folder there
     config.architectures, config.name_or_path = [moe.stock_class.__name__], moe.config.umm_base_model or ""
-    with torch.device("meta"):
+    with torch.device("meta"), unpartitioned():
         return moe.stock_class(config)
 
 
@@ -198,6 +254,7 @@ def _fold(
     moe: UmmPreTrainedMixin,
     parts: Mapping[str, MergingFFN | MergingLinear],
     dense: PreTrainedModel,
+    share: MergeShare,
     *,
     in_place: bool,
 ) -> Iterator[str]:
@@ -212,8 +269,9 @@ def _fold(
     }
     homes |= {name: Projection(dense.get_submodule(name)) for name, p in parts.items() if isinstance(p, MergingLinear)}
     for name, home in homes.items():
-        tensors = parts[name].merged_tensors()
-        _check_finite(name, parts[name], tensors)
+        with gathered(parts[name], share):  # one layer's experts at a time are whole, as in a forward
+            tensors = parts[name].merged_tensors()
+            _check_finite(name, parts[name], tensors)
         given = {"tensors": tensors} if isinstance(parts[name], MergingFFN) else tensors
         (home.fill if in_place else home.write)(**given)
         del tensors, given
@@ -237,7 +295,7 @@ def _card(
         config.umm_base_model,
         config.umm,
         share.merge_config.to_dict(),
-        {name: part.coefficients().detach() for name, part in parts.items()},
+        _coefficients(parts, share),
         config.upcycle_config.num_shared_experts,
         notes,
     )
@@ -247,7 +305,7 @@ def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
     """The merge coefficients of each layer, detached.
 
     Args:
-        moe: a network in its merge phase.
+        moe: a network in its merge phase; one that processes share is asked in all of them.
 
     Returns:
         FFN name to [projections, S + E] (gate, up, down or up, down; shared experts first); rows sum to one.
@@ -258,7 +316,13 @@ def merge_coefficients(moe: nn.Module) -> dict[str, torch.Tensor]:
     parts = merging_parts(moe)
     if not parts:
         raise TypeError(f"`moe` must be in its merge phase (ummrm.prepare_merge), got a {type(moe).__name__}.")
-    return {name: part.coefficients().detach() for name, part in parts.items()}
+    reshard(moe)
+    return _coefficients(parts, next(iter(parts.values()))._share[0])
+
+
+def _coefficients(parts: Mapping[str, MergingFFN | MergingLinear], share: MergeShare) -> dict[str, torch.Tensor]:
+    with gathered(*parts.values(), share, names=LEARNED):
+        return {name: part.coefficients().detach() for name, part in parts.items()}
 
 
 def _merging(

@@ -22,8 +22,10 @@ from .hf.modeling import UmmPreTrainedMixin, ffn_sites
 from .hf.proof import check_row, prove_layers
 from .hf.registry import stock_config, umm_class, upcycled_config
 from .hf.reward_head import draw_heads, reward_model, with_fresh_head
+from .hf.sharding import is_sharded, whole
 from .hf.shards import MAX_SHARD_SIZE, MappedShards, describe, emptied
 from .nn.dense import Projection
+from .nn.parallel import plain_name
 from .nn.upcycled_ffn import UpcycledFFN
 from .nn.upcycled_linear import UpcycledLinear, mixture_parts
 
@@ -262,11 +264,12 @@ def transplant(source: nn.Module, target: nn.Module, *, clone: bool, complete: b
         if tensor is None or not clone:
             return tensor
         if id(tensor) not in clones:
-            new = tensor.detach().clone()
+            # of a sharded model every process gets whole tensors
+            new = whole(tensor).clone()
             clones[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         return clones[id(tensor)]
 
-    sources = dict(source.named_modules(remove_duplicate=False))
+    sources = {plain_name(name): m for name, m in source.named_modules(remove_duplicate=False)}
     for name, module in target.named_modules(remove_duplicate=False):
         origin = sources.get(name)
         if origin is None:
@@ -338,6 +341,12 @@ def _check_upcyclable(dense: object) -> None:
         )
     if getattr(dense, "_hf_peft_config_loaded", False):
         raise ValueError("`dense` must hold no adapters; merge and unload them before upcycling.")
+    if is_sharded(dense):
+        raise ValueError(
+            "`dense` must hold whole weights, and processes share them: an engine (ZeRO-3, FSDP2) has taken them already. "
+            "Upcycle into a folder first (`ummrm upcycle`, or ummrm.upcycle.write_upcycled) and load that, or load and "
+            "upcycle before the arguments are made that name the engine."
+        )
     meta = [name for name, p in dense.named_parameters() if p.is_meta]
     if meta:
         raise ValueError(

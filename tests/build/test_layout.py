@@ -38,7 +38,8 @@ OUTSIDE = {
     "files": set(),
     "ops": {"torch", "triton"},
     "nn": {"torch"},
-    "hf": {"torch", "transformers", "huggingface_hub", "safetensors"},  # the latter two come with the former
+    # the next two come with transformers; what has partitioned a model is there
+    "hf": {"torch", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
     "upcycle": {"torch", "transformers"},
     "merge": {"torch", "transformers"},
     "trainer": {"torch", "trl", "datasets"},

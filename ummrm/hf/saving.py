@@ -16,13 +16,17 @@ import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from . import card, replacing
 from .remote_code import copy_code
+from .sharding import reshard, whole
+from .shards import NotStreamable, write_shared
 
 # what nearly every save writes: checked before the work begins, the rest when it is known
 _USUAL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", card.FILE]
@@ -95,6 +99,26 @@ def save_written(
 
     save_atomically(save, save_directory)
     return made[0]
+
+
+def save_shared(model: Any, save_directory: str | os.PathLike) -> None:
+    """`save_pretrained` of a model that processes share (FSDP2, ZeRO-3), by all of them; the first one writes.
+
+    No process holds more of it than a tensor, unless transformers converts what it writes for such a model.
+
+    Raises, and warns, as `save_pretrained`.
+    """
+    first = dist.get_rank() == 0
+    reshard(model)
+    try:
+        if first:
+            save_written(lambda folder: write_shared(model, folder), save_directory)
+        else:
+            write_shared(model, None)
+    except NotStreamable:  # in every process
+        state = {name: whole(tensor).cpu() for name, tensor in model.state_dict(keep_vars=True).items()}
+        if first:
+            save_pretrained(model, save_directory, state_dict=state)
 
 
 def copy_companions(

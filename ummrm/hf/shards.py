@@ -26,7 +26,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from ..nn.parallel import shape_of
+from .merge_share import follow_share
 from .remote_code import copy_code
+from .sharding import class_of, unpartitioned, whole
 
 MAX_SHARD_SIZE = "5GB"  # nobody's readers like larger files; the hub's own default
 _INDEX, _PATTERN = "model.safetensors.index.json", "model{suffix}.safetensors"
@@ -111,6 +114,13 @@ class MappedShards:
             raise RuntimeError(f"{len(lacking)} tensors were never written, first {lacking[0]!r}; please report it.")
 
 
+def check_streamable(model: PreTrainedModel) -> None:
+    """Raises NotStreamable where making `MappedShards` of a model would; writes nothing."""
+    for key, tensor in _saved(model)[1].items():
+        if tensor.dtype not in _KINDS:
+            raise NotStreamable(f"{key} is of {tensor.dtype}")
+
+
 def describe(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Writes what a model's save writes beside the weights: configuration, generation configuration.
 
@@ -125,6 +135,45 @@ def describe(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def write_shared(model: Any, folder: str | os.PathLike | None, max_shard_size: int | str = MAX_SHARD_SIZE) -> Any:
+    """Writes a model that processes share (FSDP2, ZeRO-3) tensor by tensor, as its `save_pretrained` would as a whole.
+
+    Every process calls it; none holds more than one whole tensor.
+
+    Args:
+        model: the model.
+        folder: an empty one; None in a process that does not write.
+        max_shard_size: as in `MappedShards`.
+
+    Returns:
+        A model of its class on the meta device.
+
+    Raises:
+        NotStreamable: in every process, with nothing written.
+        OSError: the files can't be written.
+    """
+    follow_share(model)
+    with torch.device("meta"), unpartitioned():
+        twin = class_of(model)(model.config)
+    held = model.state_dict(keep_vars=True)
+    for name, tensor in twin.state_dict(keep_vars=True).items():
+        tensor.data = torch.empty(tensor.shape, dtype=held[name].dtype, device="meta")
+    check_streamable(twin)
+    shards = None
+    if folder is not None:
+        if getattr(model, "generation_config", None) is not None:
+            twin.generation_config = model.generation_config
+        describe(twin, folder)
+        shards = MappedShards(folder, twin, max_shard_size)
+    for name, tensor in held.items():
+        value = whole(tensor)
+        if shards is not None:
+            shards.take({name: value})
+    if shards is not None:
+        shards.check_complete()
+    return twin
 
 
 def emptied(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -144,7 +193,7 @@ def emptied(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
                     continue
                 if id(tensor) not in made:
                     kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    new = torch.empty(tensor.shape, dtype=kind, device="meta")
+                    new = torch.empty(shape_of(tensor), dtype=kind, device="meta")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 tensors[key] = made[id(tensor)]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.reference import ACTIVATIONS
+from .parallel import shape_of
 
 PROJECTIONS = ("gate", "up", "down")  # of an FFN, in the order of their merge coefficients; a plain one has no gate
 
@@ -103,11 +104,19 @@ class Projection:
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self._sizes[1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self._sizes[0] // (1 if self.half is None else 2)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Of the module's whole weight, [out, in]."""
+        weight = self._parameter("weight")
+        assert weight is not None
+        first, second = shape_of(weight)
+        return (second, first) if _is_transposed(self.module) else (first, second)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)

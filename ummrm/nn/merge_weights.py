@@ -14,6 +14,9 @@ from torch import nn
 
 from ..config import MergeConfig
 
+LEARNED = ("alpha", "logit")
+"""Names of the parameters that the coefficients are made of."""
+
 
 def coefficients(
     alpha: torch.Tensor, share: MergeShare, num_shared: int, rows: int, dtype: torch.dtype

@@ -17,6 +17,7 @@ from ..config import MergeConfig, UpcycleConfig
 from .dense import FFNPaths, FFNSpec
 from .experts import Experts, expert_arguments, flatten_tokens, no_experts
 from .merge_weights import MergeShare, coefficients
+from .parallel import plain_name
 from .upcycled_ffn import UpcycledFFN
 
 
@@ -121,4 +122,4 @@ class MergingFFN(nn.Module):
 
 def merging_ffns(model: nn.Module) -> dict[str, MergingFFN]:
     """The `MergingFFN` modules of a network by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MergingFFN)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, MergingFFN)}

@@ -13,6 +13,7 @@ from ..config import MergeConfig
 from .dense import Projection
 from .merge_weights import MergeShare, coefficients
 from .merging_ffn import MergingFFN
+from .parallel import plain_name
 from .upcycled_linear import UpcycledLinear
 
 
@@ -75,4 +76,4 @@ class MergingLinear(nn.Module):
 
 def merging_parts(model: nn.Module) -> dict[str, MergingFFN | MergingLinear]:
     """The modules of a network in its merge phase that hold experts, by name, in order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (MergingFFN, MergingLinear))}
+    return {plain_name(n): m for n, m in model.named_modules() if isinstance(m, (MergingFFN, MergingLinear))}

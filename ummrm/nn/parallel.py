@@ -1,9 +1,13 @@
-"""Data parallelism: sums of routing statistics over processes, so that auxiliary losses equal one process's."""
+"""Training on several processes: sums of routing statistics over them, so that auxiliary losses equal one process's; and
+what engines that share a model's parameters do to names and shapes.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
+_WRAPPER = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper adds, which FSDP's settings ask for
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -38,3 +42,13 @@ def sum_over_processes(tensor: torch.Tensor, group: dist.ProcessGroup | None = N
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return tensor
     return _SumOverProcesses.apply(tensor, group)
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the wrappers of activation checkpointing."""
+    return f"{name}.".replace(_WRAPPER, "").removesuffix(".")
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a parameter: of the whole one, where DeepSpeed's ZeRO-3 has left nothing of it here."""
+    return getattr(tensor, "ds_shape", tensor.shape)

@@ -18,6 +18,7 @@ from ..config import UpcycleConfig
 from .assignment import BySequence, RowGroups
 from .dense import DenseFFN, FFNPaths, FFNSpec
 from .experts import Experts, are_parted, expert_arguments, flatten_tokens, no_experts
+from .parallel import plain_name
 from .probe import find_paths, prove_paths
 from .router import ForwardStatistics, Router, in_backward
 
@@ -201,7 +202,7 @@ class UpcycledFFN(BySequence):
 
 def upcycled_ffns(model: nn.Module) -> dict[str, UpcycledFFN]:
     """The `UpcycledFFN` modules of a network by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, UpcycledFFN)}
 
 
 def check_masked(model: nn.Module) -> None:

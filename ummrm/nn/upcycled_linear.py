@@ -17,6 +17,7 @@ from ..config import UpcycleConfig
 from .assignment import BySequence, RowGroups
 from .dense import Projection, is_linear
 from .experts import add_noise
+from .parallel import plain_name
 from .upcycled_ffn import UpcycledFFN
 
 
@@ -84,8 +85,8 @@ class UpcycledLinear(BySequence):
     def like(cls, linear: nn.Module, config: UpcycleConfig) -> UpcycledLinear:
         """One of the shape, dtype and device of a linear layer, its parameters random."""
         dense = Projection(linear)
-        weight = dense.weight
-        return cls(weight.shape[1], weight.shape[0], dense.bias is not None, config, weight.dtype, weight.device)
+        kind = dense.weight.dtype, dense.weight.device
+        return cls(dense.in_features, dense.out_features, dense.bias is not None, config, *kind)
 
     def reset_parameters(self, std: float = 0.02, normal_=nn.init.normal_, zeros_=nn.init.zeros_) -> None:
         """Random experts: normal weights, zero biases. Upcycling fills them with copies instead."""
@@ -126,4 +127,4 @@ def _flat(x: torch.Tensor, features: int) -> torch.Tensor:
 
 def mixture_parts(model: nn.Module) -> dict[str, UpcycledFFN | UpcycledLinear]:
     """The modules of a network in its mixture phase that hold experts, by name, in order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (UpcycledFFN, UpcycledLinear))}
+    return {plain_name(n): m for n, m in model.named_modules() if isinstance(m, (UpcycledFFN, UpcycledLinear))}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from trl import RewardConfig, RewardTrainer
@@ -23,6 +24,9 @@ from trl import RewardConfig, RewardTrainer
 from ..hf import card
 from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
+from ..hf.saving import save_shared
+from ..hf.sharding import hold_experts, is_sharded, partitions
+from ..hf.tokenizers_v4 import save_tokenizer
 from ..nn.merging_ffn import merging_ffns
 from ..nn.modes import evaluation_mode
 from ..nn.upcycled_ffn import upcycled_ffns
@@ -61,6 +65,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         self._filtered: set[str] = set()
         self._streams: dict[str, LengthFilter] = {}
         self._metric_prefix = "eval"
+        self._evaluated: list[torch.Tensor] = []  # the loss of each pair or text that was evaluated, of all processes
         self._rewards = {"train": RewardMetrics(), "eval": RewardMetrics()}
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         if not isinstance(model, str):
@@ -116,10 +121,21 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         for name in _BATCH_METRICS:
             self._metrics[mode].pop(name, None)
         pairs = torch.stack(outputs.logits.detach().squeeze(-1).chunk(2), dim=1)
-        # evaluation fills up the last batch of several processes with pairs that it has already
-        self._rewards[mode].add_pairs(pairs if mode == "train" else self._gathered_rows(pairs))
+        if mode == "eval":
+            counted = torch.cat([pairs, self._losses_of(pairs, inputs.get("margin"))[:, None]], dim=1)
+            counted = self._gathered_rows(counted)
+            pairs = counted[:, :2]
+            self._evaluated.append(counted[:, 2])
+        self._rewards[mode].add_pairs(pairs)
         loss = self._extra_loss(model, loss, mode)
         return (loss, outputs) if return_outputs else loss
+
+    def _losses_of(self, pairs: torch.Tensor, margin: torch.Tensor | None) -> torch.Tensor:
+        """TRL's loss of each pair: [P, 2] to [P]."""
+        chosen, rejected = pairs.float().unbind(1)
+        losses = -F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin))
+        centring = self.args.center_rewards_coefficient
+        return losses if centring is None else losses + centring * (chosen + rejected).square()
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
         """The loss with whatever the phase adds to TRL's."""
@@ -158,6 +174,8 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         self._metric_prefix = metric_key_prefix
         self._metrics["eval"].clear()
         self._forget("eval")  # what `predict` has left
+        self._evaluated.clear()
+        self._tell_engine()
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -170,10 +188,18 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             means = {key: sum(values) / len(values) for key, values in self._metrics["eval"].items()}
             logs.update({f"{self._metric_prefix}_{key}": value for key, value in (means | extra).items()})
             self._metrics["eval"].clear()
+            if self._evaluated and f"{self._metric_prefix}_loss" in logs:
+                # transformers' is a mean of batches' means; of several processes' last batch it is the first one's alone
+                logs[f"{self._metric_prefix}_loss"] = torch.cat(self._evaluated).cpu().double().mean().item()
+            self._evaluated.clear()
         else:
             extra |= {f"long_pairs/{name}": f.long for name, f in self._streams.items() if f.long}
             logs.update(extra if rewards else {})
         super().log(logs, start_time)
+
+    def _tell_engine(self) -> None:
+        if self.is_deepspeed_enabled and partitions():
+            hold_experts(self._network)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -185,6 +211,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
                 stacklevel=2,
             )
             set_reward_normalization(self._network, None)
+        self._tell_engine()
         return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -193,6 +220,26 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             follow_share(self._network)
             _check_same(json.loads(path.read_text()), self._network.config, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; but a model that processes share is always saved, and whole in none of them.
+
+        transformers gathers it in the first process, or saves nothing where the engine's settings keep it sharded. Of
+        checkpoints, that is the engine's own business and stays so.
+        """
+        model = self.accelerator.unwrap_model(self._network)
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if _internal_call or not engine or hasattr(model, "peft_config") or not is_sharded(model):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        save_shared(model, folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                save_tokenizer(self.processing_class, folder)
+            torch.save(self.args, Path(folder) / "training_args.bin")
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @torch.no_grad()
     def normalize_rewards(self, dataset=None) -> RewardNormalization:

@@ -301,7 +301,10 @@ class UmmDistillTrainer(UmmTrainer):
         # of all processes, without the texts that fill up the last batch of an evaluation
         all_rewards, all_targets = self.accelerator.gather_for_metrics((outputs.logits.detach().squeeze(-1), targets))
         self._rewards[mode].add(all_rewards)
-        self._agreement[mode].add(self._student(all_rewards), all_targets)
+        all_scores = self._student(all_rewards)
+        self._agreement[mode].add(all_scores, all_targets)
+        if mode == "eval":
+            self._evaluated.append((all_scores - all_targets).square())
         return (loss, outputs) if return_outputs else loss
 
     def _phase_metrics(self, mode: str) -> dict[str, float]:

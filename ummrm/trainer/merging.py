@@ -16,10 +16,11 @@ from trl import RewardConfig, RewardTrainer
 from ..config import MergeConfig
 from ..hf.ensembles import check_reward_model
 from ..hf.merge_share import merge_share
-from ..hf.saving import save_pretrained
+from ..hf.sharding import gathered
 from ..hf.tokenizers_v4 import save_tokenizer
-from ..merge import merge, prepare_merge
+from ..merge import merge, prepare_merge, save_merged
 from ..nn.dense import PROJECTIONS
+from ..nn.merge_weights import LEARNED
 from ..nn.merging_linear import merging_parts
 from ..nn.modes import evaluation_mode
 from ..nn.routing_statistics import RoutingStatistics, record_routing_statistics
@@ -162,7 +163,9 @@ class UmmMergeTrainer(UmmTrainer):
     def _phase_metrics(self, mode: str) -> dict[str, float]:
         layers: dict[str, dict[str, float]] = {}
         metrics: dict[str, float] = {}
-        with torch.no_grad():
+        first = next(iter(self._alpha.values()))
+        learned = gathered(*self._alpha.values(), first._share[0], names=LEARNED)
+        with torch.no_grad(), learned:
             for label, ffn in self._alpha.items():
                 alpha = ffn.alpha.detach().float().cpu()
                 rows = alpha if alpha.dim() == 2 else alpha[None]
@@ -175,7 +178,6 @@ class UmmMergeTrainer(UmmTrainer):
                 if self.log_layers and mode == "train":
                     for name, row in zip(names, rows.tolist(), strict=True):
                         metrics |= {f"alpha/{label}/{name}expert_{e}": value for e, value in enumerate(row)}
-            first = next(iter(self._alpha.values()))
             share = first.coefficients()[0, : first.config.num_shared_experts].sum().item()
         return {"lambda": share} | averaged(layers, self.log_layers) | metrics
 
@@ -184,9 +186,13 @@ class UmmMergeTrainer(UmmTrainer):
         return merge(self.accelerator.unwrap_model(self.model), card_notes=self.training_notes())
 
     def save_merged(self, save_directory: str) -> None:
-        """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model."""
+        """Saves the merged model, its card and the tokenizer: a folder that stock tools load as a reward model.
+
+        Every process calls it. Of a model that they share (FSDP2, ZeRO-3) none ever holds a whole one: merged layer by
+        layer, straight into the files.
+        """
+        save_merged(self.accelerator.unwrap_model(self.model), save_directory, card_notes=self.training_notes())
         if self.is_world_process_zero():
-            save_pretrained(self.merge(), save_directory)
             assert self.processing_class is not None  # RewardTrainer makes one from the model's name
             save_tokenizer(self.processing_class, save_directory)
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..hf.ensembles import check_reward_model
 from ..nn.assignment import draw_groups, sequence_modules
 from ..nn.losses import routing_reports
+from ..nn.upcycled_ffn import upcycled_ffns
 from ..nn.upcycled_linear import UpcycledLinear
 from .base import UmmTrainer, phase_of
 from .metrics import RoutingMetrics
@@ -106,9 +107,29 @@ class UmmRewardTrainer(UmmTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         share = inputs.pop(_SHARE, 1.0)
+        if not self._network.training and self._routes():
+            self._leave_out_fillers(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss if share == 1.0 else loss * share
         return (loss, outputs) if return_outputs else loss
+
+    def _routes(self) -> bool:
+        return any(ffn.router is not None for ffn in upcycled_ffns(self._network).values())
+
+    def _leave_out_fillers(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Masks the pairs that fill up an evaluation's last batch of several processes: statistics shall not count them.
+
+        Their rewards are dropped when they are gathered.
+        """
+        state, pairs = self.accelerator.gradient_state, inputs["input_ids"].shape[0] // 2
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        own = min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+        if own < pairs:
+            ids = inputs["input_ids"]
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            inputs["token_mask"] = mask.bool() & (torch.arange(2 * pairs, device=ids.device) % pairs < own)[:, None]
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
         reports = routing_reports(model)

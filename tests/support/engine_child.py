@@ -1,0 +1,109 @@
+"""One process of trainings under an engine for several: DDP, accelerate's FSDP2, or DeepSpeed's ZeRO.
+
+`run` is what every process does, and one process alone too, so that both can be compared. Started by torchrun with the
+engine and a JSON list of the arguments of trainings, which it runs one after the other.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+
+import torch
+from accelerate.state import AcceleratorState
+from fsdp_on_cpu import shard_on_cpu
+from torch.distributed.tensor import DTensor
+from trl import RewardConfig
+from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
+
+from ummrm import MergeConfig, UmmMergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
+from ummrm.hf.sharding import unpartitioned
+
+PAIRS = 16
+# z-loss alone: accumulated, the balancing loss is the mean of the batches' own, by its definition
+Z_LOSS = UpcycleConfig(**{**CONFIG.to_dict(), "balancing_loss_coef": 0.0, "z_loss_coef": 1.0})
+LINEAR = UpcycleConfig(assignment="sequence", experts_in="all")
+UPCYCLE = {"token": CONFIG, "accumulated": Z_LOSS, "sequence": SEQUENCE, "all": LINEAR}
+
+
+def zero(stage):
+    """DeepSpeed's configuration; a threshold of 0 partitions the smallest parameter, which a tiny model needs."""
+    sharing = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": sharing, "zero_allow_untested_optimizer": True, **dict.fromkeys(automatic, "auto")}
+
+
+def settings_of(engine):
+    if engine == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    return {"deepspeed": zero(int(engine[-1]))} if engine.startswith("zero") else {"ddp_backend": "gloo"}
+
+
+def run(out, engine="", *, phase="mixture", config="token", model_type="llama", load=False, merge=None, **arguments):
+    """Trains; leaves the log, the model in a folder and, of the merge phase, the merged model.
+
+    Args:
+        out: a folder.
+        engine: `ddp`, `fsdp2`, `zero2` or `zero3`; none in one process.
+        phase: `mixture` or `merge`.
+        config: of `UPCYCLE`.
+        model_type: a family.
+        load: hand the trainer a path, not a model.
+        merge: fields of MergeConfig.
+        arguments: of the trainer; `global_batch` is the number of pairs a step, over processes and micro-batches.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    pairs = arguments.pop("global_batch", 8) // processes // arguments.get("gradient_accumulation_steps", 1)
+    plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "max_steps": 2}
+    plain |= settings_of(engine) if engine else {}
+    kind = UmmMergeConfig if phase == "merge" else RewardConfig
+    args = settings(f"{out}/trainer", kind, **{**plain, "per_device_train_batch_size": pairs, **arguments})
+    with unpartitioned():
+        moe = make_moe(config=UPCYCLE[config], model_type=model_type)
+    if load:
+        with args.main_process_first():
+            if args.process_index == 0:
+                moe.save_pretrained(f"{out}/start")
+        moe = f"{out}/start"
+    data = {"train_dataset": make_dataset(PAIRS, longest=30), "eval_dataset": make_dataset(7, 1)}
+    if phase == "merge":
+        trainer = UmmMergeTrainer(
+            moe, args, processing_class=make_tokenizer(), merge_config=MergeConfig(**merge or {}), **data
+        )
+    else:
+        trainer = UmmRewardTrainer(moe, args, processing_class=make_tokenizer(), **data)
+    trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
+    log = [*trainer.state.log_history, trainer.evaluate()]
+    check_sharding(engine, trainer)
+    trainer.save_model(f"{out}/model")
+    if phase == "merge":
+        trainer.save_merged(f"{out}/merged")
+    if trainer.is_world_process_zero():
+        torch.save(log, f"{out}/log.pt")
+    return log
+
+
+def check_sharding(engine, trainer):
+    """Each engine does what it is here for."""
+    parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    if engine == "fsdp2":
+        for module in trainer.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    if engine == "zero3":
+        assert all(
+            parameter.ds_tensor.numel() < parameter.ds_numel or parameter.ds_numel == 1 for parameter in parameters
+        )
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(240, exit=True)  # where it hangs, and no waiting for it
+    torch.set_num_threads(1)
+    shard_on_cpu()
+    for case in json.loads(sys.argv[2]):
+        run(engine=sys.argv[1], **case)
+        AcceleratorState._reset_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,130 @@
+"""Parameters that processes share, FSDP2's DTensors and DeepSpeed's ZeRO-3 partitions: put together where one is read.
+
+Inside a forward the engine does it. Here is what reads parameters outside of one: logs, merging, export. Each takes
+some modules or one tensor at a time, so that no process ever holds a whole model; each is a collective, which all
+processes call in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.integrations import deepspeed as engine
+
+from ..nn.merging_ffn import MergingFFN
+from ..nn.upcycled_ffn import UpcycledFFN
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+else:  # a torch without torch.distributed has neither, and `isinstance` finds none
+
+    class DTensor:  # type: ignore[no-redef]
+        pass
+
+    class FSDPModule:  # type: ignore[no-redef]
+        pass
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter that ZeRO-3 has taken into its care; it has no elements outside a forward."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes share a parameter of a module."""
+    return any(isinstance(p, DTensor) or is_partitioned(p) for p in module.parameters())
+
+
+def reshard(module: nn.Module) -> None:
+    """Puts FSDP2's parameters back into shards: what a forward without backward leaves gathered is in its dtype."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def class_of(model: nn.Module) -> type:
+    """A model's class, without FSDP2's beside it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def partitions() -> bool:
+    """Whether the trainer's arguments name ZeRO-3."""
+    return engine.is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Models that are built inside the block are whole, also where the trainer's arguments name ZeRO-3.
+
+    The one place that knows this private name; tests/hf/test_sharding.py says when it goes.
+    """
+    held = engine._hf_deepspeed_config_weak_ref
+    engine._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        engine._hf_deepspeed_config_weak_ref = held
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's full value on every process, detached: in its own memory where nobody shares it, else in new one."""
+    if not is_partitioned(tensor):
+        return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    with _gathered_partitions([tensor]):
+        return tensor.detach().clone()
+
+
+@contextlib.contextmanager
+def gathered(*modules: nn.Module, names: tuple[str, ...] | None = None) -> Iterator[None]:
+    """Modules with their parameters whole, on every process, inside the `with` block; changes to them are lost.
+
+    Args:
+        modules: with all modules below them.
+        names: of the parameters, by their last part; None: all.
+    """
+    found = {
+        (module, key): parameter
+        for top in modules
+        for module in top.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and (names is None or key in names)
+    }
+    shards = {place: p for place, p in found.items() if isinstance(p, DTensor)}
+    with _gathered_partitions([p for p in found.values() if is_partitioned(p)]):
+        try:
+            for (module, key), parameter in shards.items():
+                module._parameters[key] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+            yield
+        finally:
+            for (module, key), parameter in shards.items():
+                module._parameters[key] = parameter
+
+
+def hold_experts(model: nn.Module) -> None:
+    """Tells DeepSpeed that layers use their experts' parameters themselves: under ZeRO-3 they are whole for so long.
+
+    It gathers a module's parameters for that module's forward, and experts' forward hands them out. Its other way, a
+    leaf module, reduces gradients too early where the layer's input has none, as below frozen embeddings.
+    """
+    import deepspeed
+
+    for ffn in model.modules():
+        if isinstance(ffn, (UpcycledFFN, MergingFFN)):
+            for experts in filter(None, (ffn.experts, ffn.shared_experts)):
+                for parameter in experts.parameters():
+                    deepspeed.zero.register_external_parameter(ffn, parameter)
+
+
+def _gathered_partitions(parameters: list[Any]) -> contextlib.AbstractContextManager:
+    if not parameters:
+        return contextlib.nullcontext()
+    import deepspeed  # whoever has partitioned parameters has it
+
+    return deepspeed.zero.GatheredParameters(list(dict.fromkeys(parameters)))
