@@ -238,7 +238,8 @@ def save_merged(moe: nn.Module, save_directory: str | os.PathLike, *, card_notes
         except NotStreamable:  # in every process, before anything is written
             merged = merge(moe, card_notes=card_notes)
     if first:
-        save_pretrained(merge(moe, card_notes=card_notes) if merged is None else merged, save_directory)
+        merged = merge(moe, card_notes=card_notes) if merged is None else merged
+        save_pretrained(merged, save_directory)
 
 
 def _stock_model(moe: UmmPreTrainedMixin) -> Any:

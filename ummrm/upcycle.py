@@ -343,7 +343,7 @@ def _check_upcyclable(dense: object) -> None:
         raise ValueError("`dense` must hold no adapters; merge and unload them before upcycling.")
     if is_sharded(dense):
         raise ValueError(
-            "`dense` must hold whole weights, and processes share them: an engine (ZeRO-3, FSDP2) has taken them already. "
+            "`dense` must hold whole weights, and processes share them: an engine (ZeRO-3, FSDP2) has them already. "
             "Upcycle into a folder first (`ummrm upcycle`, or ummrm.upcycle.write_upcycled) and load that, or load and "
             "upcycle before the arguments are made that name the engine."
         )

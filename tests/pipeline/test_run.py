@@ -326,7 +326,6 @@ MISTAKES = [
     ({"training": {"fsdp": True}}, "`training.fsdp` must be left out in one process"),
     ({"train": {"fsdp": True}}, "`fsdp` must be said of all stages, got none in merge, distill"),
     ({"training": {"fsdp": True}, "lora": {"r": 2}}, "`lora` must be left out with `fsdp`"),
-    ({"training": {"fsdp": True}, "upcycle": {"assignment": "token"}}, "`merge.weights` must be mean with `fsdp`"),
     ({"distill": {"texts": "no.jsonl"}}, "`distill.texts` must name files of texts, and no.jsonl is none"),
 ]
 

@@ -17,7 +17,7 @@ from trl import RewardConfig
 from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
 from ummrm import MergeConfig, UmmMergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
-from ummrm.hf.sharding import unpartitioned
+from ummrm.hf.sharding import reshard, unpartitioned
 
 PAIRS = 16
 # z-loss alone: accumulated, the balancing loss is the mean of the batches' own, by its definition
@@ -85,16 +85,13 @@ def run(out, engine="", *, phase="mixture", config="token", model_type="llama", 
 
 def check_sharding(engine, trainer):
     """Each engine does what it is here for."""
-    parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "fsdp2":
-        for module in trainer.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+        reshard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     if engine == "zero3":
-        assert all(
-            parameter.ds_tensor.numel() < parameter.ds_numel or parameter.ds_numel == 1 for parameter in parameters
-        )
+        held = [(p.ds_tensor.numel(), p.ds_numel) for p in model.parameters()]
+        assert all(own < whole or whole == 1 for own, whole in held), held
 
 
 if __name__ == "__main__":

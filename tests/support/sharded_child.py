@@ -1,30 +1,31 @@
-"""A recipe's run whose weights are sharded over CPU processes (FSDP2), which accelerate does on accelerators alone: its
-state is told that it does. Prints the stages whose parameters were all sharded. Started by torchrun: recipe.yaml."""
+"""A recipe's run by several CPU processes under the engine that its launcher or the recipe asks for, FSDP2 on CPUs too
+(`fsdp_on_cpu.py`). Prints each stage with its engine. Started by torchrun or `accelerate launch`: recipe.yaml."""
 
 import sys
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from fsdp_on_cpu import shard_on_cpu
 from torch.distributed.tensor import DTensor
 
+from ummrm.hf.sharding import reshard
 from ummrm.pipeline import read_recipe, run_recipe, stages
 
-start, fit = AcceleratorState.__init__, stages.fit
-
-
-def start_sharded(self, *args, fsdp_plugin=None, **kwargs):
-    start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
-    if plugin is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+fit = stages.fit
 
 
 def watched(trainer, at, stage, target):
     found = fit(trainer, at, stage, target)
-    if all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    reshard(model)
+    parameters = list(model.parameters())
+    if trainer.is_deepspeed_enabled:
+        share = trainer.accelerator.deepspeed_config["zero_optimization"]["stage"]
+        assert all(hasattr(p, "ds_id") for p in parameters) == (share == 3)
+        print(f"zero{share}: {stage}", flush=True)
+    if all(isinstance(parameter, DTensor) for parameter in parameters):
         print(f"sharded: {stage}", flush=True)
     return found
 
 
-AcceleratorState.__init__, stages.fit = start_sharded, watched
+shard_on_cpu()
+stages.fit = watched
 run_recipe(read_recipe(sys.argv[1]))

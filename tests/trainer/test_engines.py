@@ -1,4 +1,4 @@
-"""Every engine for several processes gives one process's training: DDP, accelerate's FSDP2, and DeepSpeed's ZeRO-2 and 3.
+"""Every engine for several processes gives one process's training: DDP, accelerate's FSDP2, DeepSpeed's ZeRO-2 and 3.
 
 Loss, statistics, auxiliary losses, gradients (as SGD applies them), merge weights, evaluation, and the models that are
 saved and merged, on two and four CPU processes, in both phases, both assignments and under accumulation.

@@ -76,7 +76,8 @@ def unpartitioned() -> Iterator[None]:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's full value on every process, detached: in its own memory where nobody shares it, else in new one."""
     if not is_partitioned(tensor):
-        return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        held: Any = tensor.detach()
+        return held.full_tensor() if isinstance(held, DTensor) else held
     with _gathered_partitions([tensor]):
         return tensor.detach().clone()
 

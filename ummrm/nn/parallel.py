@@ -1,5 +1,6 @@
-"""Training on several processes: sums of routing statistics over them, so that auxiliary losses equal one process's; and
-what engines that share a model's parameters do to names and shapes.
+"""Training on several processes: sums over them, and what engines that share a model do to names and shapes.
+
+Sums of routing statistics make auxiliary losses equal one process's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 
 from ..config import UpcycleConfig
 from ..hf.loading import load_checkpoint
+from ..hf.sharding import unpartitioned
 from ..trainer import UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.base import phase_of
 from ..trainer.dense import DenseRewardTrainer
@@ -49,7 +50,7 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
     check_folder(folder, made_by="stages")
     start = find_start(recipe.model, recipe.seed, upcycled=True)
     arguments = stage_arguments(recipe, "train", folder / "stages" / "train", checkpointed=start.checkpointed)
-    check_sharding(recipe, {"train": arguments}, learned=False)
+    check_sharding(recipe, {"train": arguments})
     check_started(arguments, processes().num_processes)
     if recipe.lora is not None:
         check_lora(recipe.lora)
@@ -65,11 +66,11 @@ def train_folder(recipe: Recipe, *, log: Callable[[str], None] = print) -> dict[
         found = record.start("train", settings)
         processes().wait_for_everyone()
         if found is None:
-            model = _model(at)
+            with unpartitioned():
+                model = _model(at)
             kind: Any = _TRAINERS[phase_of(model)]
             if kind is UmmMergeTrainer and recipe.lora is not None:
                 raise RecipeError("`lora` must be left out for a model in its merge phase, which trains alpha alone.")
-            check_sharding(recipe, {"train": arguments}, learned=kind is UmmMergeTrainer)
             found = stages.fit(stages.make_trainer(kind, at, "train", model), at, "train", folder)
             record.finish("train", settings, found)
             stages.clean(at, "train")

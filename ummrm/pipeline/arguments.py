@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from trl import RewardConfig
 
+from ..hf.sharding import partitions
 from ..trainer import UmmDistillConfig, UmmMergeConfig
+from .processes import launched_engine
 from .recipe import Recipe, RecipeError, check_arguments
 
 OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "seed", "push_to_hub")
@@ -82,27 +84,23 @@ def stage_arguments(recipe: Recipe, stage: str, folder: Path, *, longer: int = 1
         raise RecipeError(f"`{stage}`: TRL refuses its arguments: {' '.join(str(error).split())}") from error
 
 
-def check_sharding(recipe: Recipe, arguments: Mapping[str, Any], *, learned: bool) -> None:
-    """Raises RecipeError where FSDP is asked for and a stage can't be run so.
+def check_sharding(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
+    """Raises RecipeError where processes shall share weights and a stage can't be run so.
 
     Args:
         recipe: the recipe.
         arguments: of each stage that it has.
-        learned: whether merge weights are learned.
     """
-    whole = [name for name, one in arguments.items() if not one.fsdp]
-    if len(whole) == len(arguments):
-        return
-    if whole:
+    for engine in ("fsdp", "deepspeed"):
+        whole = [name for name, one in arguments.items() if not getattr(one, engine)]
+        if whole and len(whole) < len(arguments):
+            raise RecipeError(
+                f"`{engine}` must be said of all stages, got none in {', '.join(whole)}; say it in `training`, once."
+            )
+    shared = any(one.fsdp for one in arguments.values()) or launched_engine() == "fsdp" or partitions()
+    if shared and recipe.lora is not None:
         raise RecipeError(
-            f"`fsdp` must be said of all stages, got none in {', '.join(whole)}; say it in `training`, once."
-        )
-    if recipe.lora is not None:
-        raise RecipeError("`lora` must be left out with `fsdp`: sharded adapters can't be folded in; drop one.")
-    if learned:
-        raise RecipeError(
-            "`merge.weights` must be mean with `fsdp`: merge weights of a sharded mixture can't be learned; set it, or "
-            "drop `fsdp`."
+            "`lora` must be left out with `fsdp` and ZeRO-3: sharded adapters can't be folded in; drop one."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..evaluation import EvaluationData, RewardScorer, evaluate, write_report
 from ..evaluation.reading import LabelledPair
+from ..hf.sharding import unpartitioned
 from . import stages
 
 
@@ -38,11 +39,12 @@ def measure(at: stages.Setting) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def run() -> None:
-        result = evaluate(
-            {name: loader(name, folder) for name, folder in folders.items()},
-            EvaluationData(_held_out(at), [], []),
-            at.recipe.evaluation_config(),
-        )
+        with unpartitioned():
+            result = evaluate(
+                {name: loader(name, folder) for name, folder in folders.items()},
+                EvaluationData(_held_out(at), [], []),
+                at.recipe.evaluation_config(),
+            )
         write_report(result, at.folder)
         for name, one in result.models.items():
             assert one.accuracy is not None  # there are pairs

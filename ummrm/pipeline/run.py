@@ -133,7 +133,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> stages.Setting:
     start = find_start(recipe.model, recipe.seed)
     upcycle = recipe.upcycle_config(start.fresh)
     arguments = every_argument(recipe, upcycle, folder / "stages", checkpointed=start.checkpointed)
-    check_sharding(recipe, arguments, learned=recipe.merge_weights == "learned")
+    check_sharding(recipe, arguments)
     if recipe.lora is not None:
         check_lora(recipe.lora)
     pairs = read_data(recipe, start, arguments["train"].max_length)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -24,14 +24,15 @@ from ..config import UpcycleConfig
 from ..data import PreferenceData
 from ..files import write_json
 from ..hf.loading import load_checkpoint
-from ..hf.saving import save_pretrained
+from ..hf.saving import save_pretrained, save_shared
+from ..hf.sharding import is_sharded, unpartitioned
 from ..hf.tokenizers_v4 import save_tokenizer
-from ..merge import merge, prepare_merge
+from ..merge import prepare_merge, save_merged
 from ..trainer import UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer
 from ..trainer.dense import DenseRewardTrainer
 from ..upcycle import upcycle
 from .adapters import folded, lora_config
-from .processes import processes
+from .processes import forget_engine, processes
 from .recipe import Recipe
 from .start import Start
 
@@ -75,13 +76,15 @@ class Setting:
 
 def train_dense(at: Setting) -> dict[str, Any]:
     """The dense control: the same start, pairs and head."""
-    trainer = make_trainer(DenseRewardTrainer, at, DENSE, at.start.reward_model())
+    with unpartitioned():
+        dense = at.start.reward_model()
+    trainer = make_trainer(DenseRewardTrainer, at, DENSE, dense)
     return fit(trainer, at, DENSE, at.model(DENSE))
 
 
 def train_mixture(at: Setting) -> dict[str, Any]:
     """Upcycles the model and trains the mixture."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unpartitioned():
         warnings.simplefilter("ignore", UserWarning)  # the run's log says that the head is fresh
         torch.manual_seed(at.recipe.seed)  # of routers
         if at.start.fresh and at.upcycle.has_head_experts:
@@ -97,28 +100,23 @@ def merge_mixture(at: Setting) -> dict[str, Any]:
     """Merges the mixture's experts, by their mean or by weights that are learned first."""
     found: dict[str, Any] = {}
     config = at.recipe.merge_config()
-    moe: Any = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
+    moe = _load(at, at.model(MIXTURE), "upcycled")
     if at.recipe.merge_weights == "learned":
         trainer = make_trainer(UmmMergeTrainer, at, "merge", moe, merge_config=config)
         found = fit(trainer, at, "merge", None)
         moe = trainer.accelerator.unwrap_model(trainer.model)
     elif config is not None:
         moe = prepare_merge(moe, config)
-
-    def save() -> None:
-        merged: Any = merge(moe)
-        save_pretrained(merged, at.undistilled)
-        save_tokenizer(at.start.tokenizer, at.undistilled)
-
-    in_first(save)
+    save_merged(moe, at.undistilled)  # by all processes, which may share it
+    in_first(lambda: save_tokenizer(at.start.tokenizer, at.undistilled))
     return found
 
 
 def distill_members(at: Setting) -> dict[str, Any]:
     """Teaches the merged model the scores of the mixture's members."""
-    student: Any = load_checkpoint(at.undistilled, expect="dense", dtype=_dtype(at))
+    student = _load(at, at.undistilled, "dense")
     at.start.freeze(student)
-    teacher = load_checkpoint(at.model(MIXTURE), expect="upcycled", dtype=_dtype(at))
+    teacher = _load(at, at.model(MIXTURE), "upcycled")
     trainer = make_trainer(
         UmmDistillTrainer, at, "distill", student, teacher=teacher, data=at.texts, held_out=at.pairs.held_out
     )
@@ -131,6 +129,7 @@ def make_trainer(
 ) -> Any:
     if at.recipe.lora is not None and stage != "merge":  # which trains merge weights alone
         more["peft_config"] = lora_config(at.recipe.lora, model)
+    forget_engine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = kind(
@@ -152,14 +151,15 @@ def fit(trainer: Any, at: Setting, stage: str, target: Path | None) -> dict[str,
     checkpoint = last_checkpoint(folder)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {name: value for name, value in trainer.evaluate().items() if isinstance(value, (int, float))}
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if target is not None and sharded:
-        trainer.save_model(str(target))  # gathers what processes hold
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    shared = is_sharded(model)
+    if target is not None and shared:
+        save_shared(model, target)
 
     def save() -> None:
         if target is not None:
-            if not sharded:
-                save_pretrained(folded(trainer.accelerator.unwrap_model(trainer.model)).eval(), target)
+            if not shared:
+                save_pretrained(folded(model).eval(), target)
             save_tokenizer(at.start.tokenizer, target)
         write_json(folder / "log.json", trainer.state.log_history)
 
@@ -228,8 +228,9 @@ def in_first(work: Callable[[], Any]) -> None:
     state.wait_for_everyone()
 
 
-def _dtype(at: Setting) -> torch.dtype:
-    return getattr(torch, at.recipe.model.dtype)
+def _load(at: Setting, folder: Path, expect: Literal["dense", "upcycled"]) -> Any:
+    with unpartitioned():
+        return load_checkpoint(folder, expect=expect, dtype=getattr(torch, at.recipe.model.dtype))
 
 
 def plain(config: Any) -> dict[str, Any]:

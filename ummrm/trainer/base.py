@@ -134,7 +134,8 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         """TRL's loss of each pair: [P, 2] to [P]."""
         chosen, rejected = pairs.float().unbind(1)
         losses = -F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin))
-        centring = self.args.center_rewards_coefficient
+        args: Any = self.args
+        centring = args.center_rewards_coefficient
         return losses if centring is None else losses + centring * (chosen + rejected).square()
 
     def _extra_loss(self, model: nn.Module, loss: torch.Tensor, mode: str) -> torch.Tensor:
@@ -189,7 +190,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             logs.update({f"{self._metric_prefix}_{key}": value for key, value in (means | extra).items()})
             self._metrics["eval"].clear()
             if self._evaluated and f"{self._metric_prefix}_loss" in logs:
-                # transformers' is a mean of batches' means; of several processes' last batch it is the first one's alone
+                # transformers' is a mean of batches' means, and of several processes' last batch the first one's alone
                 logs[f"{self._metric_prefix}_loss"] = torch.cat(self._evaluated).cpu().double().mean().item()
             self._evaluated.clear()
         else:

@@ -117,7 +117,7 @@ class UmmRewardTrainer(UmmTrainer):
         return any(ffn.router is not None for ffn in upcycled_ffns(self._network).values())
 
     def _leave_out_fillers(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Masks the pairs that fill up an evaluation's last batch of several processes: statistics shall not count them.
+        """Masks the pairs that fill up the last batch of an evaluation by several processes, for the statistics.
 
         Their rewards are dropped when they are gathered.
         """
