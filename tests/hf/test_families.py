@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from tiny_models import (
     ALIKE,
     EACH_TYPE,
@@ -141,6 +142,16 @@ def check_bf16(model_type, setting):
     assert 0 < own and error <= 2 * own + 1e-3 * truth.norm()
 
 
+def check_wrapped(moe, family):
+    """The names that device_map keeps whole are of all layers, and accelerate's FSDP finds each of them."""
+    layers = {type(layer) for layer in family.layer_list(moe.base_model)}
+    assert {layer.__name__ for layer in layers} <= set(moe._no_split_modules), "device_map could part a layer"
+    for version in (1, 2):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="transformer_based_wrap")
+        plugin.set_auto_wrap_policy(moe)  # it stops at a name of which there is no instance
+        assert layers <= plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+
+
 @pytest.mark.parametrize(("model_type", "stock"), CASES)
 def test_every_task_upcycles_and_merges(model_type, stock):
     dense = stock(tiny_config(model_type, num_labels=2 if "QuestionAnswering" in stock.__name__ else 1)).eval()
@@ -150,10 +161,7 @@ def test_every_task_upcycles_and_merges(model_type, stock):
     moe = ummrm.upcycle(dense, SMALL)
     assert type(moe) is umm_class(stock)
     assert isinstance(moe, stock) and not moe.training
-    layers = {type(layer).__name__ for layer in FAMILIES[model_type].layer_list(moe.base_model)}
-    assert layers <= set(moe._no_split_modules), "device_map could part a layer"
-    gone = {name.removeprefix("Umm") for name in layers}
-    assert not gone & set(moe._no_split_modules), "FSDP looks for a layer of the stock class, and there is none"
+    check_wrapped(moe, FAMILIES[model_type])
     for batch, outputs in zip(batches, expected, strict=True):
         torch.testing.assert_close(outputs_of(moe, batch), outputs, rtol=1e-5, atol=1e-5)
         live = int(batch["attention_mask"].sum())
@@ -161,6 +169,7 @@ def test_every_task_upcycles_and_merges(model_type, stock):
             assert ffn.statistics.tokens_per_expert.sum() == live * SMALL.num_experts_per_tok, "the mask got lost"
 
     ummrm.prepare_merge(perturb_experts(moe), MergeConfig(alpha_per="projection"))
+    check_wrapped(moe, FAMILIES[model_type])
     randomise_alpha(moe)
     during, merged = outputs_of(moe, batches[0]), ummrm.merge(moe)
     assert type(merged) is stock

@@ -1,5 +1,5 @@
-"""The configurations of recipes/distributed, launched by accelerate with two CPU processes: whole runs, all phases, leave
-the models that one process leaves."""
+"""The configurations of recipes/distributed, launched by accelerate with two CPU processes: whole runs, in all phases,
+leave the models that one process leaves."""
 
 import importlib.util
 import os

@@ -19,7 +19,7 @@ from trl import RewardConfig
 
 from ..hf.sharding import partitions
 from ..trainer import UmmDistillConfig, UmmMergeConfig
-from .processes import launched_engine
+from .processes import launched_to_shard
 from .recipe import Recipe, RecipeError, check_arguments
 
 OURS = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "seed", "push_to_hub")
@@ -97,7 +97,7 @@ def check_sharding(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
             raise RecipeError(
                 f"`{engine}` must be said of all stages, got none in {', '.join(whole)}; say it in `training`, once."
             )
-    shared = any(one.fsdp for one in arguments.values()) or launched_engine() == "fsdp" or partitions()
+    shared = any(one.fsdp for one in arguments.values()) or launched_to_shard() or partitions()
     if shared and recipe.lora is not None:
         raise RecipeError(
             "`lora` must be left out with `fsdp` and ZeRO-3: sharded adapters can't be folded in; drop one."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 
 
 def processes() -> PartialState:
@@ -22,9 +21,6 @@ def forget_engine() -> None:
     AcceleratorState._reset_state()
 
 
-def launched_engine() -> str:
-    """What the launcher's configuration asks for: `fsdp`, `deepspeed`, or nothing."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            return name.lower()
-    return ""
+def launched_to_shard() -> bool:
+    """Whether the configuration of `accelerate launch` asks for FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
