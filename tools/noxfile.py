@@ -24,6 +24,7 @@ DIST = ROOT / "build" / "dist"
 GIB = 2**30
 TORCH_DISK = 12 * GIB  # what PyPI's torch for Linux takes, with CUDA's libraries
 CPU_TORCH = "torch==2.13.0"  # as the Makefile has it
+DEEPSPEED = "deepspeed>=0.19,<0.20"
 OLDEST = "python3-12-torch2-11"
 OPERATORS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
 OPERATORS += ("grouped", "checks")
@@ -274,6 +275,24 @@ def with_extras(session, *how):
     session.install("--no-deps", "--force-reinstall", wheel)
     session.run("python", "-m", "pip", "list")
     fast_tier(session, *USERS_TESTS)
+
+
+@nox.session(name="deepspeed")
+def with_deepspeed(session):
+    """The tests of engines for several processes with DeepSpeed, whose ZeRO runs on CPUs over gloo."""
+    need_disk(session)
+    # it compiles a small extension of its own at the first start, where two processes would wait for each other's lock
+    built = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(Path(session.virtualenv.location) / "extensions")}
+    session.install(CPU_TORCH, "setuptools", "ninja")
+    install_sources(session)
+    session.install(DEEPSPEED, env=built)
+    session.env.update(built, PATH=os.pathsep.join([str(session.bin), os.environ["PATH"]]))
+    python = safe(Path(session.bin) / "python")
+    session.run(*python, "-c", "from deepspeed.comm.torch import build_shm_op; build_shm_op()")
+    session.chdir(ROOT)
+    tests = ("tests/trainer/test_engines.py", "tests/trainer/test_engine_checkpoints.py")
+    tests += ("tests/pipeline/test_distributed_recipes.py",)
+    session.run(*python, "-m", "pytest", "-q", "-m", "full", "-k", "zero", "-p", "no:cacheprovider", *tests)
 
 
 @nox.session(name="extras-lowest", requires=["distributions"])

@@ -27,7 +27,7 @@ ALLOWED = {
     "data": set(),
     "evaluation": {"data", "files", "hf"},
     "pipeline": {"config", "data", "evaluation", "files", "hf", "merge", "nn", "trainer", "upcycle", "version"},
-    "cli": {"__init__", "config", "data", "evaluation", "hf", "memory", "merge", "ops", "pipeline", "upcycle"},
+    "cli": {"__init__", "config", "data", "evaluation", "files", "hf", "memory", "merge", "ops", "pipeline", "upcycle"},
     "__main__": {"cli"},
 }
 # What a room may import from outside. The core needs torch and transformers alone; the rest are extras.

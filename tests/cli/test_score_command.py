@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import os
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_pairs, make_tokenizer
 
-from ummrm.cli import score
+from ummrm.cli import score, scoring_processes
 from ummrm.data import rows
 
 TEXTS = [f"{p['prompt']} {p['chosen']}" for p in make_pairs(11, longest=15)]
@@ -191,3 +193,58 @@ def test_dialogues_in_one_string_become_conversations(folders, command, refused)
     assert "leave one of them out" in refused("score", "dense", "chats.jsonl", "--as-messages", *MARKS)
     (folders / "none.jsonl").write_text('{"text": "w1 w2"}\n')
     assert "none.jsonl:1: text has none of the marks" in command("score", "dense", "none.jsonl", *MARKS).err
+
+
+def test_an_output_file_goes_on_where_it_was_cut_off(folders, command, monkeypatch):
+    monkeypatch.setattr(score, "_BATCHES", 2)
+    whole = command("score", "dense", "texts.jsonl", "--batch-size", 2).out
+    done = command("score", "dense", "texts.jsonl", "--batch-size", 2, "--out", "rewards.jsonl")
+    assert done.status == 0 and done.out == "", done.err
+    path = folders / "rewards.jsonl"
+    assert path.read_text() == whole
+    kept = "".join(whole.splitlines(keepends=True)[:5])
+    path.write_text(kept + '{"line": 6, "rew')
+    done = command("score", "dense", "texts.jsonl", "--batch-size", 2, "--out", "rewards.jsonl")
+    assert done.status == 0 and "5 texts were scored before" in done.err
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["line"] for row in found] == list(range(1, 12)) and path.read_text().startswith(kept)
+    np.testing.assert_allclose([row["reward"] for row in found], plain_loop("dense"), rtol=1e-5, atol=1e-5)
+    assert "0 texts in" in command("score", "dense", "texts.jsonl", "--batch-size", 2, "--out", "rewards.jsonl").err
+    for options, named in ((("dense", "--batch-size", 3), "batch_size"), (("sequence", "--batch-size", 2), "model")):
+        refused = command("score", options[0], "texts.jsonl", *options[1:], "--out", "rewards.jsonl")
+        assert refused.status == 2 and f"was made with another {named}" in refused.err
+    path.write_text(kept.replace('"line": 5', '"line": 7'))
+    refused = command("score", "dense", "texts.jsonl", "--batch-size", 2, "--out", "rewards.jsonl")
+    assert refused.status == 2 and "the input has changed" in refused.err
+    (folders / "rewards.jsonl.settings.json").unlink()
+    refused = command("score", "dense", "texts.jsonl", "--batch-size", 2, "--out", "rewards.jsonl")
+    assert refused.status == 2 and "can't be gone on with" in refused.err
+
+
+@pytest.mark.full
+def test_several_processes_keep_the_order_and_go_on(folders, command, monkeypatch):
+    monkeypatch.setattr(score, "_BATCHES", 1)  # windows of 2 lines, more than are started ahead
+    options = ("score", "sequence", "texts.jsonl", "--batch-size", 2, "--members")
+    one = lines(command(*options))
+    assert lines(command(*options, "--num-processes", 2)) == one
+    assert command(*options, "--num-processes", 2, "--out", "rewards.jsonl").status == 0
+    path = folders / "rewards.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    assert command(*options, "--num-processes", 2, "--out", "rewards.jsonl").status == 0
+    assert [json.loads(line) for line in path.read_text().splitlines()] == one
+
+
+@pytest.mark.full
+def test_a_scoring_process_that_dies_is_said(folders, command, monkeypatch):
+    monkeypatch.setattr(scoring_processes, "_score", _die)
+    done = command("score", "dense", "texts.jsonl", "--num-processes", 2)
+    assert done.status == 2 and "a scoring process has died" in done.err
+
+
+def _die(tokens):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_number_of_processes_is_one_at_least(folders, command):
+    refused = command("score", "dense", "texts.jsonl", "--num-processes", 0)
+    assert refused.status == 2 and "`--num-processes` must be at least 1, got 0" in refused.err

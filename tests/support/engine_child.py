@@ -7,12 +7,14 @@ engine and a JSON list of the arguments of trainings, which it runs one after th
 import faulthandler
 import json
 import os
+import signal
 import sys
 
 import torch
 from accelerate.state import AcceleratorState
 from fsdp_on_cpu import shard_on_cpu
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from trl import RewardConfig
 from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
@@ -39,7 +41,30 @@ def settings_of(engine):
     return {"deepspeed": zero(int(engine[-1]))} if engine.startswith("zero") else {"ddp_backend": "gloo"}
 
 
-def run(out, engine="", *, phase="mixture", config="token", model_type="llama", load=False, merge=None, **arguments):
+class Killed(TrainerCallback):
+    """Ends one process at a step, as the system does where memory runs out: no exception, no word to the others."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    out,
+    engine="",
+    *,
+    phase="mixture",
+    config="token",
+    model_type="llama",
+    load=False,
+    merge=None,
+    universal=False,
+    kill=None,
+    **arguments,
+):
     """Trains; leaves the log, the model in a folder and, of the merge phase, the merged model.
 
     Args:
@@ -50,12 +75,16 @@ def run(out, engine="", *, phase="mixture", config="token", model_type="llama", 
         model_type: a family.
         load: hand the trainer a path, not a model.
         merge: fields of MergeConfig.
+        universal: whether DeepSpeed resumes from a checkpoint in its universal format.
+        kill: a rank and a step: that process is killed there.
         arguments: of the trainer; `global_batch` is the number of pairs a step, over processes and micro-batches.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     pairs = arguments.pop("global_batch", 8) // processes // arguments.get("gradient_accumulation_steps", 1)
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "max_steps": 2}
     plain |= settings_of(engine) if engine else {}
+    if universal:
+        plain["deepspeed"]["checkpoint"] = {"load_universal": True}
     kind = UmmMergeConfig if phase == "merge" else RewardConfig
     args = settings(f"{out}/trainer", kind, **{**plain, "per_device_train_batch_size": pairs, **arguments})
     with unpartitioned():
@@ -72,6 +101,8 @@ def run(out, engine="", *, phase="mixture", config="token", model_type="llama", 
         )
     else:
         trainer = UmmRewardTrainer(moe, args, processing_class=make_tokenizer(), **data)
+    if kill is not None:
+        trainer.add_callback(Killed(*kill))
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
     log = [*trainer.state.log_history, trainer.evaluate()]
     check_sharding(engine, trainer)

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,8 @@ import typer
 
 from . import pairs, rewards
 from .errors import UserError, blaming
+from .score_output import Output
+from .scoring_processes import in_order, scoring
 from .screen import note, quiet_libraries
 
 if TYPE_CHECKING:
@@ -46,6 +48,13 @@ def score(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="A broken line or row gives null, and does not end the command.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the rewards there; the same command goes on where it was cut off."),
+    ] = None,
+    num_processes: Annotated[
+        int, typer.Option(help="Processes that score, each with the model; with --device cuda one a GPU.")
+    ] = 1,
     batch_size: rewards.BatchSize = 16,
     max_length: rewards.MaxLength = None,
     device: rewards.Device = "cpu",
@@ -61,29 +70,38 @@ def score(
     Blank lines of JSON are passed over.
 
     Example: ummrm score merged answers.jsonl > rewards.jsonl
+
+    Example: ummrm score merged answers.jsonl --out rewards.jsonl --device cuda --num-processes 8
     """
     rewards.check_scoring(batch_size, max_length, device, dtype)
     if file != "-" and not os.path.isfile(file):
         raise UserError(f"FILE must be a file, and {file!r} {'is none' if os.path.exists(file) else 'is not there'}.")
+    if num_processes < 1:
+        raise UserError(f"`--num-processes` must be at least 1, got {num_processes}.")
     if turns is not None and as_messages:
         raise UserError("--as-messages must be left out with --turns, which make messages; leave one of them out.")
     with quiet_libraries():
         source = rewards.open_reward_model(model, revision=revision, trust_remote_code=trust_remote_code)
-        scorer = rewards.load_scorer(
-            source,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            batch_size=batch_size,
-            max_length=max_length,
-            members=members,
+        how: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "max_length": max_length, "members": members}
+        reading: dict[str, Any] = {"plain": text, "turns": pairs.read_turns(turns), "as_messages": as_messages}
+        load = {**how, "device": device, "trust_remote_code": trust_remote_code}
+        # of several processes this one makes tokens alone
+        scorer = rewards.load_scorer(source, **{**load, "device": device if num_processes == 1 else "cpu"})
+        output = Output(
+            out, {"model": _facts(Path(source.folder)), "file": file, "keep_going": keep_going, **how, **reading}
         )
         try:
-            _run(
-                scorer, file, plain=text, keep_going=keep_going, turns=pairs.read_turns(turns), as_messages=as_messages
-            )
+            with output, scoring(scorer, num_processes, {"source": source.folder, **load}) as start:
+                ahead = 0 if num_processes == 1 else 2 * num_processes
+                _run(scorer, start, ahead, file, output, keep_going=keep_going, **reading)
         except BrokenPipeError:  # whoever read the rewards has enough of them
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _facts(folder: Path) -> list[list[Any]]:
+    """Which model it is: its files with their sizes and times."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 @dataclass
@@ -101,13 +119,29 @@ class _Line:
     problem: str = ""
 
 
-def _run(scorer: RewardScorer, file: str, *, plain: bool, keep_going: bool, **reading: Any) -> None:
+def _run(
+    scorer: RewardScorer,
+    start: Callable[[list[list[int]]], Any],
+    ahead: int,
+    file: str,
+    output: Output,
+    *,
+    plain: bool,
+    keep_going: bool,
+    **reading: Any,
+) -> None:
     begin, done, cut, broken = time.perf_counter(), 0, 0, 0
-    for window in _windows(scorer, _texts(file, plain, **reading)):
+
+    def sound_lines(window: list[_Line]) -> list[_Line]:
         bad = next((i for i, line in enumerate(window) if line.problem), None)
         kept = window if keep_going or bad is None else window[:bad]
-        sound = [line for line in kept if not line.problem]
-        found = scorer.score_tokens([line.ids for line in sound])
+        return [line for line in kept if not line.problem]
+
+    texts = output.rest(_texts(file, plain, **reading))
+    scored = in_order(_windows(scorer, texts), lambda w: start([line.ids for line in sound_lines(w)]), ahead)
+    for window, found in scored:
+        bad = next((i for i, line in enumerate(window) if line.problem), None)
+        kept, sound = window if keep_going or bad is None else window[:bad], sound_lines(window)
         answers = {}
         for i, line in enumerate(sound):
             reward = float(found.rewards[i])
@@ -124,13 +158,13 @@ def _run(scorer: RewardScorer, file: str, *, plain: bool, keep_going: bool, **re
                 cut += 1
         for line in kept if keep_going or bad is None else window[: bad + 1]:
             if line.problem and not keep_going:
-                sys.stdout.flush()
+                output.flush()
                 raise UserError(f"{line.place}: {line.problem}; mend the line, or give --keep-going.")
             broken += bool(line.problem)
             done += not line.problem
             number = line.place.number
-            print(json.dumps(answers.get(number, {"line": number, "reward": None})))
-        sys.stdout.flush()
+            output.write(json.dumps(answers.get(number, {"line": number, "reward": None})))
+        output.flush()
     seconds = time.perf_counter() - begin
     note(f"{done:,} texts in {seconds:.3g} s" + (f" ({done / seconds:.3g} a second)" if seconds > 0 else ""))
     if cut:

@@ -160,6 +160,13 @@ class UmmMergeTrainer(UmmTrainer):
         """None: a decayed alpha would be pulled to the uniform merge, and lambda to one half."""
         return []
 
+    def create_optimizer(self, *args, **kwargs):
+        """As in transformers. Without the group of what is decayed under FSDP, where torch restores no empty group."""
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def _phase_metrics(self, mode: str) -> dict[str, float]:
         layers: dict[str, dict[str, float]] = {}
         metrics: dict[str, float] = {}
