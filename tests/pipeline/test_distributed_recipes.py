@@ -87,3 +87,19 @@ def test_a_configuration_runs_a_recipe_as_one_process_does(engine, kind, inputs,
     assert [done.stdout.count(f"{said}: {stage}") for stage in STAGES[kind]] == [2, 2, 2], done.stdout
     names = [*(["dense"] if kind == "sequence" else []), "mixture", "stages/merge/model", "merged"]
     assert_the_same_models(inputs / kind, tmp_path / "out", inputs / "backbone", names)
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_launchers_of_the_command_itself(launcher, inputs, tmp_path):
+    """By token, with learned merge weights, each process holding everything."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made(inputs, tmp_path / "out", "token", 8)))
+    options = ["--standalone", "--nproc-per-node", "2"]
+    if launcher != "torch.distributed.run":
+        options = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", launcher, *options, "-m", "ummrm", "run", str(tmp_path / "recipe.yaml")]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ["mixture", "stages/merge/model", "merged"]
+    assert_the_same_models(inputs / "token", tmp_path / "out", inputs / "backbone", names)
