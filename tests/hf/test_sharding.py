@@ -18,6 +18,7 @@ from transformers.integrations import deepspeed
 
 import ummrm
 from ummrm import MergeConfig, UpcycleConfig
+from ummrm.hf.ensembles import score_texts
 from ummrm.hf.saving import save_shared
 from ummrm.hf.sharding import class_of, gathered, is_sharded, unpartitioned, whole
 from ummrm.merge import save_merged
@@ -135,6 +136,26 @@ def test_shapes_are_those_of_whole_parameters():
     linear.weight.data, linear.weight.ds_shape = torch.empty(0), torch.Size([10, 6])
     assert (Projection(linear).in_features, Projection(linear).out_features) == (6, 10)
     assert Projection(linear, half=1).out_features == 5
+
+
+def test_partitions_without_an_engine_are_refused():
+    model = tiny_model("llama")
+    model.score.weight.ds_id = 0
+    with pytest.raises(ValueError, match="must be whole to run before it is trained, and ZeRO-3 has partitioned it"):
+        score_texts(model, [[5, 6]], 1)
+
+
+def test_processes_that_share_a_model_run_as_many_forwards(mesh):
+    """Of three batches the second of two processes has one, and runs two."""
+    moe = merging("fixed lambda").eval()
+    texts = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
+    expected = score_texts(moe, texts, 1)
+    shard(moe, mesh)
+    seen = []
+    moe.register_forward_pre_hook(lambda *_: seen.append(1))
+    parts = [score_texts(moe, texts, 1, share=(rank, 2)) for rank in range(2)]
+    assert len(seen) == 4
+    torch.testing.assert_close(sum(parts), expected)
 
 
 def test_a_whole_tensor_is_itself():

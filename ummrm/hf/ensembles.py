@@ -27,6 +27,7 @@ from .configuration import UmmConfigMixin
 from .loading import load_checkpoint
 from .normalization import RewardNormalization, of_rewards, reward_normalization, score
 from .sequence import by_sequence
+from .sharding import check_runs, is_sharded
 from .texts import TEXT_FORMATS, Text, joined, known_tokenizer, same_tokenizer, texts_of, token_ids
 
 
@@ -251,7 +252,8 @@ def score_texts(
         fp64 [N, members], on the CPU.
 
     Raises:
-        ValueError: a text without tokens, or a model that names no padding token.
+        ValueError: a text without tokens, a model that names no padding token, or one that is partitioned and has no
+            engine yet.
     """
     empty = [i for i, text in enumerate(ids) if not len(text)]
     if empty or not len(ids):
@@ -266,11 +268,15 @@ def score_texts(
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), array("i", ids[i]).tobytes()))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rank, processes = share
-    mine = batches[rank::processes] or batches[:1]  # of which one without work learns how many members there are
+    own = len(batches[rank::processes])
+    # one without work learns so how many members there are; of a shared model all processes run every forward
+    rounds = -(-len(batches) // processes) if is_sharded(model) else max(own, 1)
+    mine = (batches[rank::processes] + batches[:1] * rounds)[:rounds]
+    check_runs(model)
     several, found = has_members(model), None
     with _moved(model, device), evaluation_mode(model):
         where = next(model.parameters()).device
-        for batch in transformers_logging.tqdm(mine, desc=progress, disable=progress is None):
+        for number, batch in enumerate(transformers_logging.tqdm(mine, desc=progress, disable=progress is None)):
             rows = [torch.tensor(ids[i]) for i in batch]
             inputs = {
                 "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(where),
@@ -278,7 +284,7 @@ def score_texts(
             }
             scores = model.member_scores(**inputs) if several else score(model, inputs)[:, None]
             found = torch.zeros(len(ids), scores.shape[1], dtype=torch.float64) if found is None else found
-            if rank < len(batches):
+            if number < own:
                 found[batch] = scores.cpu().double()
     assert found is not None
     return found

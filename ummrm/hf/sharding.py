@@ -108,6 +108,15 @@ def gathered(*modules: nn.Module, names: tuple[str, ...] | None = None) -> Itera
                 module._parameters[key] = parameter
 
 
+def check_runs(model: nn.Module) -> None:
+    """Raises ValueError if ZeRO-3 partitioned a model at loading, and DeepSpeed has not yet made it one that runs."""
+    if not hasattr(model, "ds_external_parameters") and any(is_partitioned(p) for p in model.parameters()):
+        raise ValueError(
+            f"a {type(model).__name__} must be whole to run before it is trained, and ZeRO-3 has partitioned it as it "
+            "was loaded; load it before the arguments are made that name ZeRO-3, and hand over the model, not its path."
+        )
+
+
 def hold_experts(model: nn.Module) -> None:
     """Tells DeepSpeed that layers use their experts' parameters themselves: under ZeRO-3 they are whole for so long.
 

@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 from ..config import MergeConfig
 from ..hf.ensembles import check_reward_model
 from ..hf.merge_share import merge_share
-from ..hf.sharding import gathered
+from ..hf.sharding import check_runs, gathered
 from ..hf.tokenizers_v4 import save_tokenizer
 from ..merge import merge, prepare_merge, save_merged
 from ..nn.dense import PROJECTIONS
@@ -146,6 +146,7 @@ class UmmMergeTrainer(UmmTrainer):
     def _measured_statistics(self, batches: int) -> RoutingStatistics:
         size = self.args.per_device_train_batch_size
         model, data = self._network, cast(Any, self.train_dataset)
+        check_runs(model)
         if hasattr(data, "__len__"):
             data = Subset(data, range(min(len(data), batches * size)))
         loader = DataLoader(data, batch_size=size, collate_fn=self.data_collator)  # in order: no random state is used
