@@ -61,7 +61,6 @@ def run(
     model_type="llama",
     load=False,
     merge=None,
-    universal=False,
     kill=None,
     **arguments,
 ):
@@ -75,7 +74,6 @@ def run(
         model_type: a family.
         load: hand the trainer a path, not a model.
         merge: fields of MergeConfig.
-        universal: whether DeepSpeed resumes from a checkpoint in its universal format.
         kill: a rank and a step: that process is killed there.
         arguments: of the trainer; `global_batch` is the number of pairs a step, over processes and micro-batches.
     """
@@ -83,8 +81,6 @@ def run(
     pairs = arguments.pop("global_batch", 8) // processes // arguments.get("gradient_accumulation_steps", 1)
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "max_steps": 2}
     plain |= settings_of(engine) if engine else {}
-    if universal:
-        plain["deepspeed"]["checkpoint"] = {"load_universal": True}
     kind = UmmMergeConfig if phase == "merge" else RewardConfig
     args = settings(f"{out}/trainer", kind, **{**plain, "per_device_train_batch_size": pairs, **arguments})
     with unpartitioned():

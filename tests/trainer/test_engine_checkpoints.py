@@ -2,15 +2,13 @@
 a run that nothing stopped does; and a process that is killed ends all of them, at once and with its name.
 """
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from engine_child import run
 from safetensors.torch import load_file
-from test_engines import ENGINES, NEEDS_DEEPSPEED, launch
+from test_engines import ENGINES, launch
 
 pytestmark = pytest.mark.full
 
@@ -22,7 +20,6 @@ CASES = {
     "sequence": {"config": "sequence"},
     "merge": {"phase": "merge", "merge": {"learn_shared_share": True}, "learning_rate": 0.1},
 }
-ZERO = [pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero2", "zero3")]
 
 
 def cases(folder, **more):
@@ -69,20 +66,6 @@ def test_a_checkpoint_resumes(engine, alone, tmp_path):
 def test_a_checkpoint_of_four_processes_resumes_on_two(engine, alone, tmp_path):
     succeeded(launch(engine, cases(tmp_path / "whole"), 4))
     succeeded(launch(engine, resumed(tmp_path / "again", tmp_path / "whole"), 2))
-    assert_the_same_models(tmp_path / "again", alone)
-
-
-@pytest.mark.parametrize("engine", ZERO)
-def test_deepspeeds_does_in_its_universal_format(engine, alone, tmp_path):
-    succeeded(launch(engine, cases(tmp_path / "whole"), 4))
-    for name in CASES:
-        checkpoint = tmp_path / "whole" / name / "trainer/checkpoint-2"
-        convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
-        convert += ["--num_merge_workers", "1", "--inject_missing_state"]
-        paths = ["--input_folder", str(checkpoint / "global_step2"), "--output_folder", str(checkpoint / "universal")]
-        succeeded(subprocess.run([*convert, *paths], capture_output=True, text=True, check=False))
-        (checkpoint / "latest").write_text("universal")
-    succeeded(launch(engine, resumed(tmp_path / "again", tmp_path / "whole", universal=True), 2))
     assert_the_same_models(tmp_path / "again", alone)
 
 
