@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import os
-import signal
 import sys
 
 import numpy as np
@@ -15,7 +13,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 from trl_inputs import make_pairs, make_tokenizer
 
-from ummrm.cli import score, scoring_processes
+from ummrm.cli import score
 from ummrm.data import rows
 
 TEXTS = [f"{p['prompt']} {p['chosen']}" for p in make_pairs(11, longest=15)]
@@ -232,17 +230,6 @@ def test_several_processes_keep_the_order_and_go_on(folders, command, monkeypatc
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     assert command(*options, "--num-processes", 2, "--out", "rewards.jsonl").status == 0
     assert [json.loads(line) for line in path.read_text().splitlines()] == one
-
-
-@pytest.mark.full
-def test_a_scoring_process_that_dies_is_said(folders, command, monkeypatch):
-    monkeypatch.setattr(scoring_processes, "_score", _die)
-    done = command("score", "dense", "texts.jsonl", "--num-processes", 2)
-    assert done.status == 2 and "a scoring process has died" in done.err
-
-
-def _die(tokens):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_number_of_processes_is_one_at_least(folders, command):

@@ -124,7 +124,8 @@ class UmmRewardTrainer(UmmTrainer):
         state, pairs = self.accelerator.gradient_state, inputs["input_ids"].shape[0] // 2
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return
-        own = min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+        batch = self.accelerator.process_index // self.get_tp_size()  # which processes may share
+        own = min(max(state.remainder - batch * pairs, 0), pairs)
         if own < pairs:
             ids = inputs["input_ids"]
             mask = inputs.get("attention_mask")
