@@ -1,15 +1,21 @@
 """What transformers' distributed engine is told of each family, and what is refused before processes meet."""
 
+import inspect
+
 import pytest
 import torch
 from tiny_models import EACH_TYPE, tiny_model
-from transformers.distributed import DistributedConfig
 
 import ummrm
 from ummrm import MergeConfig, UpcycleConfig
 from ummrm.hf.families import FAMILIES
 from ummrm.hf.loading import load_checkpoint
+from ummrm.hf.parallel import shard_of_stack
 from ummrm.nn.experts import Experts
+
+expert_parallel = pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.24 has it")
+fsdp = pytest.importorskip("transformers.distributed.fsdp")
+DistributedConfig = pytest.importorskip("transformers.distributed").DistributedConfig
 
 CONFIG = UpcycleConfig(num_experts=4, num_experts_per_tok=2)
 BY_SEQUENCE = UpcycleConfig(assignment="sequence", num_experts=4, experts_in="all")
@@ -87,3 +93,19 @@ def test_experts_run_what_an_index_names_and_leave_out_the_rest(masked):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(IndexError):
         ffn.experts(x, indices.clamp_min(5), weights)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dim"),
+    [((8, 88, 24), 4, None), ((4, 88, 24), 8, 1), ((1, 42, 24), 8, 2), ((1, 88), 8, 1), ((3, 7, 5), 2, None)],
+)
+def test_a_stack_that_does_not_divide_is_cut_by_its_rows(shape, ranks, dim):
+    """Of 4 experts on 8 ranks FSDP2 would give 4 a whole one each. What nothing divides is left to it."""
+    found = shard_of_stack(torch.empty(shape, device="meta"), ranks)
+    assert (None if found is None else found.dim) == dim
+
+
+def test_private_names_of_the_engine_are_there():
+    assert "_is_expert_parallel = True" in inspect.getsource(expert_parallel.MoEParamShard.shard_param)
+    assert "fully_shard(" in inspect.getsource(fsdp.apply_fully_sharded_data_parallelism)
+    assert "shard_placement_fn" in inspect.signature(fsdp.fully_shard).parameters

@@ -105,9 +105,7 @@ def full(tensor):
 
 
 def run_case(case, folder, rank):
-    from transformers.distributed import DistributedConfig
-
-    model = load_checkpoint(f"{folder}/{case.folder}", distributed_config=DistributedConfig(**case.settings))
+    model = load_checkpoint(f"{folder}/{case.folder}", distributed_config=case.settings)
     tp = case.settings.get("tp_size", 1)
     loss, logits, reports = step(model, part_of(batch_of(case), rank // tp, case.data_ranks), case)
     gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}

@@ -50,10 +50,8 @@ class Bytes(TorchDispatchMode):
 
 def run(rank, folder, cases):
     """Cases of (name, settings, batch of one rank); leaves the bytes and the parameters that the rank holds."""
-    from transformers.distributed import DistributedConfig
-
     for name, settings, batch in cases:
-        model = load_checkpoint(f"{folder}/model", distributed_config=DistributedConfig(**settings)).train()
+        model = load_checkpoint(f"{folder}/model", distributed_config=settings).train()
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
         with Bytes() as counted:
             model(**batch).logits.square().mean().backward()

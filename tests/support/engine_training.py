@@ -67,12 +67,11 @@ def run_page(rank, folder, code):
 def run(rank, cases, folder):
     """One process of several: cases of (name, kind, family, settings)."""
     from accelerate import ParallelismConfig
-    from transformers.distributed import DistributedConfig
 
     # accelerate refuses tensor parallelism on CPUs, where all that it does for it, one batch for several, works
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     for name, kind, family, sizes in cases:
-        model = load_checkpoint(f"{folder}/{kind}-{family}", distributed_config=DistributedConfig(**sizes))
+        model = load_checkpoint(f"{folder}/{kind}-{family}", distributed_config=sizes)
         ranks = sizes.get("fsdp_size", 1)
         parameters, log = train(model, kind, f"{folder}/out-{name}", ranks, parts=2, save=name.endswith("saved"))
         torch.save((parameters if rank == 0 else None, log), f"{folder}/{name}.{rank}.pt")

@@ -65,11 +65,12 @@ def declare_plans(model: UmmPreTrainedMixin) -> None:
     holder.init_parallel_plans()
     if holder.base_model is model:
         embeddings = _name_of(model, _input_embeddings(model))
-        if embeddings is not None:
+        if embeddings is not None and getattr(holder, "_fsdp_plan", None) is not None:
             holder._fsdp_plan.setdefault(embeddings, "free_full_weight")
     known = {_generic(name) for name, _ in chain(model.named_modules(), model.named_parameters())}
     for name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
-        setattr(holder, name, {rule: style for rule, style in getattr(holder, name).items() if rule in known})
+        if plan := getattr(holder, name, None):
+            setattr(holder, name, {rule: style for rule, style in plan.items() if rule in known})
 
 
 def check_distributed(config: Any, settings: Any) -> None:
