@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from engine import full, spawn
+from engine import Case, full, make_model, save_models, spawn
 from streaming_child import watched
 from tiny_models import tiny_model
 
 import ummrm
 from ummrm import UpcycleConfig
 from ummrm.hf.loading import load_checkpoint
-from ummrm.hf.saving import save_written
-from ummrm.merge import write_merged
+from ummrm.hf.saving import save_shared, save_written
+from ummrm.merge import save_merged, write_merged
 from ummrm.upcycle import write_upcycled
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.24 has it")
@@ -90,3 +90,42 @@ def test_weights_are_saved_by_all_ranks_read_by_others_and_merged_as_files(tmp_p
     assert merged.device.type == "meta"
     for name, parameter in ummrm.merge(read).named_parameters():
         assert torch.equal(load_checkpoint(tmp_path / "merged").get_parameter(name), parameter), name
+
+
+MERGED = {
+    2: ({"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2}),
+    4: ({"fsdp_size": 4, "ep_size": 2}, {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}),
+}
+
+
+def merge_cases(processes):
+    kinds = ("merging", "sequence", "sequence-all")
+    every = [Case("llama", kind, sizes) for kind in kinds for sizes in MERGED[processes]]
+    parted = [case for case in every if not ("ep_size" in case.settings and case.kind == "merging")]
+    return [case for case in parted if not ("tp_size" in case.settings and case.kind == "sequence-all")]
+
+
+def merge_them(rank, folder, cases):
+    for case in cases:
+        model = load_checkpoint(f"{folder}/{case.folder}", distributed_config=case.settings)
+        merged = ummrm.merge(model)
+        if rank == 0:
+            torch.save(merged.state_dict(), f"{folder}/{case}.pt")
+        save_merged(model, f"{folder}/{case}-merged")
+        save_shared(model, f"{folder}/{case}-shared")
+
+
+@pytest.mark.parametrize("processes", MERGED)
+def test_sharded_models_merge_and_save_bit_for_bit_as_whole_ones(processes, tmp_path):
+    cases = merge_cases(processes)
+    save_models(cases, tmp_path)
+    spawn(processes, merge_them, (str(tmp_path), cases), tmp_path)
+    for case in cases:
+        whole = make_model(case)
+        want, got = ummrm.merge(whole).state_dict(), torch.load(tmp_path / f"{case}.pt")
+        saved = load_checkpoint(tmp_path / f"{case}-merged").state_dict()
+        shared = load_checkpoint(tmp_path / f"{case}-shared").state_dict()
+        assert want.keys() == got.keys() == saved.keys() and shared.keys() == whole.state_dict().keys()
+        for key, tensor in want.items():
+            assert torch.equal(got[key], tensor) and torch.equal(saved[key], tensor), f"{case}: {key}"
+        assert all(torch.equal(shared[key], tensor) for key, tensor in whole.state_dict().items()), case

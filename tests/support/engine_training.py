@@ -51,9 +51,10 @@ def train(model, kind, folder, ranks=1, parts=1, save=False):
     )
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "loss" in e) | trainer.evaluate()
-    entry |= trainer.evaluate(make_dataset(8, 3), metric_key_prefix="even")
     normalization = trainer.normalize_rewards(make_dataset(7, 2))
     entry |= {"normalized_mean": normalization.mean, "normalized_std": normalization.std}
+    if save:
+        trainer.save_model(f"{folder}/whole")
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: full(p.detach()) for name, p in model.named_parameters()}, entry
 

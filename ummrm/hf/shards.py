@@ -8,6 +8,7 @@ atomically, is the business of others (`ummrm/upcycle.py`, `ummrm/merge.py`, `sa
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 import os
@@ -155,8 +156,10 @@ def write_shared(model: Any, folder: str | os.PathLike | None, max_shard_size: i
         OSError: the files can't be written.
     """
     follow_share(model)
+    config = copy.copy(model.config)
+    vars(config).pop("distributed_config", None)  # of transformers' engine, whose saves all processes take part in
     with torch.device("meta"), unpartitioned():
-        twin = class_of(model)(model.config)
+        twin = class_of(model)(config)
     held = model.state_dict(keep_vars=True)
     for name, tensor in twin.state_dict(keep_vars=True).items():
         tensor.data = torch.empty(tensor.shape, dtype=held[name].dtype, device="meta")

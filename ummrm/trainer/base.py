@@ -229,7 +229,7 @@ class UmmTrainer(RewardTrainer, abc.ABC):
         checkpoints, that is the engine's own business and stays so.
         """
         model = self.accelerator.unwrap_model(self._network)
-        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
         if _internal_call or not engine or hasattr(model, "peft_config") or not is_sharded(model):
             super().save_model(output_dir, _internal_call)
             return
