@@ -89,13 +89,18 @@ class Written:
         command = [folder if part == self.root / out else part for part in self.commands[name]]
         killed = run(*command, seconds=moment * self.took[name].seconds)
         assert killed.status in (-9, 0)
-        if (folder / "config.json").exists():  # all that makes it load was in its place then
-            weights = {k: v for k, v in self.contents[out].items() if k.endswith((".safetensors", ".index.json"))}
+        weights = {k: v for k, v in self.contents[out].items() if k.endswith((".safetensors", ".index.json"))}
+        left = os.listdir(folder) if folder.exists() else []
+        if "config.json" not in left and not all(entry.startswith(".ummrm-save") for entry in left):
+            assert all(entry.startswith(".ummrm-save") or entry in weights for entry in left), "nothing that loads"
+            assert run(*command).status == 2, (
+                "killed amid renaming: the save is completed first, and then there is a model"
+            )
+            left = os.listdir(folder)
+            assert "config.json" in left
+        if "config.json" in left:  # all that makes it load was in its place then
             assert weights.items() <= contents(folder).items()
             command.append("--overwrite")
-        else:
-            left = os.listdir(folder) if folder.exists() else []
-            assert all(entry.startswith(".ummrm-save") for entry in left), "nothing that anybody could load"
         done = run(*command)
         assert done.status == 0
         self.took[name].seconds = min(
