@@ -1,13 +1,14 @@
-// Operators of the stem `expert_gemm`: expert_gemm, expert_gemm_wgrad, expert_bias_grad. On a CPU a product an expert
-// by the BLAS behind at::mm, into preallocated slices, shared experts as groups like the routed ones. On CUDA one
-// launch for all of them, since only the device knows how many rows each has; where there are no routed experts, the
-// host knows it too and cuBLAS has the products.
+// Operators of the stem `expert_gemm`: expert_gemm, expert_gemm_wgrad and its _add, expert_bias_grad. On a CPU a
+// product an expert by the BLAS behind at::mm, into preallocated slices, shared experts as groups like the routed ones.
+// On CUDA one launch for all of them, since only the device knows how many rows each has; where there are no routed
+// experts, the host knows it too and cuBLAS has the products.
 #include "ummrm/expert_gemm.h"
 
 #include <ATen/Context.h>
 
 #include "checks.h"
 #include "device.h"
+#include "expert_glu.h"
 #include "gemm.h"
 
 namespace ummrm {
@@ -81,10 +82,7 @@ void check_rows(const Checker& check, const char* shared_name, const Tensor& sha
               "[T, width] or [S*T, width]", "pass one row a token, or one a token and shared expert");
 }
 
-// torch's own setting, torch._C._set_sm_carveout_experimental, which its matrix products follow as well.
-int spare_multiprocessors() { return at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0); }
-
-// torch's own setting too: torch.backends.cuda.matmul.fp32_precision, or allow_tf32, or set_float32_matmul_precision.
+// torch's own setting: torch.backends.cuda.matmul.fp32_precision, or allow_tf32, or set_float32_matmul_precision.
 bool allow_tf32() {
   const auto& context = at::globalContext();
   return context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
@@ -99,12 +97,28 @@ void check_proj(const Checker& check, const char* name, const Tensor& tensor, co
   check.shape(name, tensor, shape, words, "the experts' parameters must fit the rows");
 }
 
+void check_wgrad(const Checker& check, const Tensor& grad_shared_rows, const Tensor& grad_routed_rows,
+                 const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
+                 int64_t num_shared_experts) {
+  const int64_t slots = slots_of(routed_rows);
+  check_sizes(check, num_tokens, "num_shared_experts", num_shared_experts);
+  check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, num_tokens, num_shared_experts, slots, -1);
+  check_rows(check, "grad_shared_rows", grad_shared_rows, "grad_routed_rows", grad_routed_rows, num_tokens,
+             num_shared_experts, slots, -1);
+  check.dtype("grad_routed_rows", grad_routed_rows, routed_rows.scalar_type(),
+              "rows and their gradients share a dtype");
+  check.device("grad_routed_rows", grad_routed_rows, routed_rows, "routed_rows");
+  check.offsets(expert_offsets, slots, routed_rows, "routed_rows");
+}
+
 }  // namespace
 
-void checks::expert_gemm(const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& shared_proj,
-                         const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
-                         const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose) {
-  const Checker check{"expert_gemm"};
+int spare_multiprocessors() { return at::globalContext()._SMCarveout_EXPERIMENTAL().value_or(0); }
+
+void check_product(const Checker& check, const Tensor& shared_rows, const Tensor& routed_rows,
+                   const Tensor& shared_proj, const Tensor& routed_proj, const Tensor& expert_offsets,
+                   int64_t num_tokens, const OptionalTensor& shared_bias, const OptionalTensor& routed_bias,
+                   bool transpose) {
   check.shape("shared_proj", shared_proj, {-1, -1, -1}, "[S, N, D]", "stack the experts' projections");
   const int64_t num_shared = shared_proj.size(0), slots = slots_of(routed_rows);
   const int64_t in = shared_proj.size(transpose ? 1 : 2), out_width = shared_proj.size(transpose ? 2 : 1);
@@ -124,21 +138,45 @@ void checks::expert_gemm(const Tensor& shared_rows, const Tensor& routed_rows, c
                     "` must be None with transpose=True, got a tensor; an input gradient has no bias.");
 }
 
+void checks::expert_gemm(const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& shared_proj,
+                         const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
+                         const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, bool transpose) {
+  check_product(Checker{"expert_gemm"}, shared_rows, routed_rows, shared_proj, routed_proj, expert_offsets, num_tokens,
+                shared_bias, routed_bias, transpose);
+}
+
 void checks::expert_gemm_wgrad(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows,
                                const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& expert_offsets,
                                int64_t num_tokens, int64_t num_shared_experts, bool, bool,
                                std::optional<at::ScalarType> out_dtype) {
   const Checker check{"expert_gemm_wgrad"};
-  const int64_t slots = slots_of(routed_rows);
-  check_sizes(check, num_tokens, "num_shared_experts", num_shared_experts);
-  check_rows(check, "shared_rows", shared_rows, "routed_rows", routed_rows, num_tokens, num_shared_experts, slots, -1);
-  check_rows(check, "grad_shared_rows", grad_shared_rows, "grad_routed_rows", grad_routed_rows, num_tokens,
-             num_shared_experts, slots, -1);
-  check.dtype("grad_routed_rows", grad_routed_rows, routed_rows.scalar_type(),
-              "rows and their gradients share a dtype");
-  check.device("grad_routed_rows", grad_routed_rows, routed_rows, "routed_rows");
-  check.offsets(expert_offsets, slots, routed_rows, "routed_rows");
+  check_wgrad(check, grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets, num_tokens,
+              num_shared_experts);
   check.result("out_dtype", out_dtype, routed_rows);
+}
+
+void checks::expert_gemm_wgrad_add(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows,
+                                   const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& expert_offsets,
+                                   int64_t num_tokens, int64_t num_shared_experts, const OptionalTensor& shared_sum,
+                                   const OptionalTensor& routed_sum) {
+  const Checker check{"expert_gemm_wgrad_add"};
+  check_wgrad(check, grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets, num_tokens,
+              num_shared_experts);
+  const auto check_sum = [&](const char* name, const OptionalTensor& sum, int64_t experts, const char* words) {
+    if (!sum.has_value()) return;
+    check.device(name, *sum, routed_rows, "routed_rows");
+    check.result(name, sum->scalar_type(), routed_rows);
+    check.shape(name, *sum, {experts, grad_routed_rows.size(1), routed_rows.size(1)}, words,
+                "pass a buffer of the projection's shape");
+    TORCH_CHECK_VALUE(sum->is_contiguous(), "ummrm.", check.op, ": `", name, "` must be contiguous, got strides ",
+                      sum->strides(), "; pass a contiguous buffer.");
+  };
+  check_sum("shared_sum", shared_sum, num_shared_experts, "[S, grad_width, width]");
+  check_sum("routed_sum", routed_sum, expert_offsets.numel() - 1, "[E, grad_width, width]");
+  if (shared_sum.has_value() && routed_sum.has_value()) {
+    check.dtype("routed_sum", *routed_sum, shared_sum->scalar_type(),
+                "give both sums one dtype, or call once for each");
+  }
 }
 
 void checks::expert_bias_grad(const Tensor& shared_rows, const Tensor& routed_rows, const OptionalTensor& row_weights,
@@ -212,65 +250,105 @@ Tensor expert_gemm(const Tensor& shared_rows_in, const Tensor& routed_rows_in, c
   return out;
 }
 
-Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_in, const Tensor& grad_routed_in, const Tensor& shared_in,
-                          const Tensor& routed_in, const Tensor& expert_offsets, int64_t num_tokens,
-                          int64_t num_shared_experts, bool need_shared, bool need_routed,
-                          std::optional<at::ScalarType> out_dtype) {
-  checks::expert_gemm_wgrad(grad_shared_in, grad_routed_in, shared_in, routed_in, expert_offsets, num_tokens,
-                            num_shared_experts, need_shared, need_routed, out_dtype);
-  const Checker check{"expert_gemm_wgrad"};
+namespace {
+
+// The weight gradients of what has been checked, into `shared_out` and `routed_out`, which are not defined where not
+// needed: instead of what they hold, or with `add` on top of it.
+void wgrad_into(const Checker& check, const Tensor& grad_shared_in, const Tensor& grad_routed_in,
+                const Tensor& shared_in, const Tensor& routed_in, const Tensor& expert_offsets, int64_t num_tokens,
+                int64_t num_shared_experts, const Tensor& shared_out, const Tensor& routed_out, bool add) {
+  if (!shared_out.defined() && !routed_out.defined()) return;
   const Counts counts = counts_of(expert_offsets, routed_in, num_tokens, num_shared_experts);
   const DType element = check.element("routed_rows", routed_in);
-  const at::ScalarType result = check.result("out_dtype", out_dtype, routed_in);
+  const auto result = (shared_out.defined() ? shared_out : routed_out).scalar_type();
   const int64_t rows_width = routed_in.size(1), grad_width = grad_routed_in.size(1);
   const Tensor shared = shared_in.contiguous(), routed = routed_in.contiguous();
   const Tensor grad_shared = grad_shared_in.contiguous(), grad_routed = grad_routed_in.contiguous();
-  const auto empty_unless = [&](bool needed, int64_t experts) {
-    const auto options = routed.options().dtype(result);
-    return needed ? at::empty({experts, grad_width, rows_width}, options) : at::empty({0}, options);
-  };
-  const Tensor shared_grad = empty_unless(need_shared, num_shared_experts);
-  const Tensor routed_grad = empty_unless(need_routed, counts.num_experts);
   if (known_to_host(counts, expert_offsets)) {
     int64_t live = 0;
     for (const Group& group : groups_of(counts, expert_offsets, &live)) {
-      if (!(group.shared ? need_shared : need_routed)) continue;
-      const Tensor out = (group.shared ? shared_grad : routed_grad)[group.expert];
+      const Tensor& outs = group.shared ? shared_out : routed_out;
+      if (!outs.defined()) continue;
+      const Tensor out = outs[group.expert];
       if (group.end == group.begin) {
-        out.zero_();
+        if (!add) out.zero_();
         continue;
       }
-      const Tensor grads = rows_of(counts, group, grad_shared, grad_routed),
-                   rows = rows_of(counts, group, shared, routed);
-      product_into(out, grads.to(result).t(), rows.to(result));  // no library's product is wider than what it takes
+      // no library's product is wider than what it takes
+      const Tensor grads = rows_of(counts, group, grad_shared, grad_routed).to(result).t(),
+                   rows = rows_of(counts, group, shared, routed).to(result);
+      add ? product_onto(out, grads, rows) : product_into(out, grads, rows);
     }
-    return {shared_grad, routed_grad};
+    return;
   }
   const Tensor offsets = expert_offsets.contiguous();
-  const cuda::ExpertGemmWgrad args{element,
-                                   result == routed_in.scalar_type() ? element : DType::f32,
-                                   num_tokens,
-                                   num_shared_experts,
-                                   counts.num_experts,
-                                   counts.slots,
-                                   rows_width,
-                                   grad_width,
-                                   one_row_a_token(counts, shared),
-                                   one_row_a_token(counts, grad_shared),
-                                   shared.const_data_ptr(),
-                                   routed.const_data_ptr(),
-                                   grad_shared.const_data_ptr(),
-                                   grad_routed.const_data_ptr(),
-                                   offsets.const_data_ptr<int32_t>(),
-                                   need_shared ? shared_grad.mutable_data_ptr() : nullptr,
-                                   need_routed ? routed_grad.mutable_data_ptr() : nullptr,
-                                   spare_multiprocessors(),
-                                   allow_tf32()};
+  cuda::ExpertGemmWgrad args{element,
+                             result == routed_in.scalar_type() ? element : DType::f32,
+                             num_tokens,
+                             num_shared_experts,
+                             counts.num_experts,
+                             counts.slots,
+                             rows_width,
+                             grad_width,
+                             one_row_a_token(counts, shared),
+                             one_row_a_token(counts, grad_shared),
+                             shared.const_data_ptr(),
+                             routed.const_data_ptr(),
+                             grad_shared.const_data_ptr(),
+                             grad_routed.const_data_ptr(),
+                             offsets.const_data_ptr<int32_t>(),
+                             shared_out.defined() ? shared_out.mutable_data_ptr() : nullptr,
+                             routed_out.defined() ? routed_out.mutable_data_ptr() : nullptr,
+                             spare_multiprocessors(),
+                             allow_tf32(),
+                             add};
+  bool in_place = true;
   on_cuda(check, routed, [&](auto stream) {
+    in_place = !add || cuda::expert_gemm_wgrad_adds(args);
+    if (!in_place) return 0;
     const Tensor space = workspace(cuda::expert_gemm_wgrad_workspace(args), routed);
     return cuda::expert_gemm_wgrad(args, space.mutable_data_ptr(), stream);
   });
-  return {shared_grad, routed_grad};
+  if (in_place) return;
+  const auto like = [](const Tensor& out) { return out.defined() ? at::empty(out.sizes(), out.options()) : out; };
+  const Tensor shared_grad = like(shared_out), routed_grad = like(routed_out);
+  wgrad_into(check, grad_shared, grad_routed, shared, routed, offsets, num_tokens, num_shared_experts, shared_grad,
+             routed_grad, false);
+  if (shared_out.defined()) shared_out.add_(shared_grad);
+  if (routed_out.defined()) routed_out.add_(routed_grad);
+}
+
+}  // namespace
+
+Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows, const Tensor& shared_rows,
+                          const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
+                          int64_t num_shared_experts, bool need_shared, bool need_routed,
+                          std::optional<at::ScalarType> out_dtype) {
+  checks::expert_gemm_wgrad(grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets, num_tokens,
+                            num_shared_experts, need_shared, need_routed, out_dtype);
+  const Checker check{"expert_gemm_wgrad"};
+  check.served(routed_rows);
+  const auto options = routed_rows.options().dtype(check.result("out_dtype", out_dtype, routed_rows));
+  const auto out_of = [&](int64_t experts) {
+    return at::empty({experts, grad_routed_rows.size(1), routed_rows.size(1)}, options);
+  };
+  const Tensor shared_grad = need_shared ? out_of(num_shared_experts) : Tensor();
+  const Tensor routed_grad = need_routed ? out_of(expert_offsets.numel() - 1) : Tensor();
+  wgrad_into(check, grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets, num_tokens,
+             num_shared_experts, shared_grad, routed_grad, false);
+  const auto or_empty = [&](const Tensor& grad) { return grad.defined() ? grad : at::empty({0}, options); };
+  return {or_empty(shared_grad), or_empty(routed_grad)};
+}
+
+void expert_gemm_wgrad_add(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows, const Tensor& shared_rows,
+                           const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
+                           int64_t num_shared_experts, const OptionalTensor& shared_sum,
+                           const OptionalTensor& routed_sum) {
+  checks::expert_gemm_wgrad_add(grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, expert_offsets,
+                                num_tokens, num_shared_experts, shared_sum, routed_sum);
+  const auto or_undefined = [](const OptionalTensor& sum) { return sum.has_value() ? *sum : Tensor(); };
+  wgrad_into(Checker{"expert_gemm_wgrad_add"}, grad_shared_rows, grad_routed_rows, shared_rows, routed_rows,
+             expert_offsets, num_tokens, num_shared_experts, or_undefined(shared_sum), or_undefined(routed_sum), true);
 }
 
 Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const OptionalTensor& row_weights_in,
@@ -332,6 +410,7 @@ Tensor2 expert_bias_grad(const Tensor& shared_in, const Tensor& routed_in, const
 UMMRM_REGISTER(m) {
   m.impl("expert_gemm", &expert_gemm);
   m.impl("expert_gemm_wgrad", &expert_gemm_wgrad);
+  m.impl("expert_gemm_wgrad_add", &expert_gemm_wgrad_add);
   m.impl("expert_bias_grad", &expert_bias_grad);
 }
 

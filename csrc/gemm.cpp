@@ -32,6 +32,10 @@ bool fp32_by_onednn() {
   return chosen;
 }
 
+bool by_onednn(const at::Tensor& out, const at::Tensor& a) {
+  return out.is_cpu() && out.scalar_type() == at::kFloat && a.size(1) > 0 && fp32_by_onednn();
+}
+
 }  // namespace
 
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
@@ -50,12 +54,21 @@ at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::o
 void product_into(const at::Tensor& out_slice, const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias) {
   at::Tensor out = out_slice;
-  if (out.is_cpu() && out.scalar_type() == at::kFloat && a.size(1) > 0 && fp32_by_onednn()) {
+  if (by_onednn(out, a)) {
     out.copy_(onednn_product(a, b, bias));
   } else if (bias.has_value()) {
     at::addmm_out(out, *bias, a, b);
   } else {
     at::mm_out(out, a, b);
+  }
+}
+
+void product_onto(const at::Tensor& out_slice, const at::Tensor& a, const at::Tensor& b) {
+  at::Tensor out = out_slice;
+  if (by_onednn(out, a)) {
+    out.add_(onednn_product(a, b, std::nullopt));
+  } else {
+    at::addmm_out(out, out, a, b);
   }
 }
 

@@ -11,6 +11,9 @@ namespace ummrm {
 void product_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias = std::nullopt);
 
+// out += a @ b, likewise.
+void product_onto(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+
 // a @ b (+ bias) in fp32 by oneDNN, whatever the rule: for its test, also where the rule does not choose it.
 at::Tensor onednn_product(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias);
 

@@ -13,6 +13,7 @@
 #include "gemm.h"
 #include "ummrm/cpu_info.h"
 #include "ummrm/expert_gemm_tiles.h"
+#include "ummrm/expert_glu.h"
 
 namespace {
 
@@ -58,6 +59,10 @@ TORCH_LIBRARY(ummrm, m) {
          "Tensor expert_offsets, int num_tokens, int num_shared_experts, bool need_shared, bool need_routed, "
          "ScalarType? out_dtype=None) -> (Tensor, Tensor)");
   define(m,
+         "expert_gemm_wgrad_add(Tensor grad_shared_rows, Tensor grad_routed_rows, Tensor shared_rows, "
+         "Tensor routed_rows, Tensor expert_offsets, int num_tokens, int num_shared_experts, Tensor(a!)? shared_sum, "
+         "Tensor(b!)? routed_sum) -> ()");
+  define(m,
          "expert_bias_grad(Tensor shared_rows, Tensor routed_rows, Tensor? row_weights, Tensor expert_offsets, "
          "int num_tokens, int num_shared_experts, bool need_shared, bool need_routed) -> (Tensor, Tensor)");
   // activation
@@ -65,6 +70,15 @@ TORCH_LIBRARY(ummrm, m) {
   define(m,
          "activation_backward(Tensor grad, Tensor pre_activation, Tensor? row_weights, str kind, bool glu) -> "
          "(Tensor grad_pre_activation, Tensor weighted_activation, Tensor row_dots)");
+  // expert_glu
+  define(m,
+         "expert_glu(Tensor shared_rows, Tensor routed_rows, Tensor shared_proj, Tensor routed_proj, "
+         "Tensor expert_offsets, int num_tokens, Tensor? shared_bias, Tensor? routed_bias, str activation) -> "
+         "(Tensor pre_activation, Tensor activated)");
+  define(m,
+         "expert_glu_backward(Tensor shared_rows, Tensor routed_rows, Tensor shared_proj, "
+         "Tensor routed_proj, Tensor expert_offsets, int num_tokens, Tensor pre_activation, Tensor row_weights, "
+         "str activation) -> (Tensor grad_pre_activation, Tensor weighted_activation, Tensor row_dots)");
   // merge_experts
   define(m, "merge_experts(Tensor[] shared, Tensor[] routed, Tensor coefficients) -> Tensor[]");
   define(m, "merge_experts_dots(Tensor[] grads, Tensor[] shared, Tensor[] routed) -> Tensor");
@@ -77,9 +91,13 @@ TORCH_LIBRARY(ummrm, m) {
   define(m, "moe_ffn_forward(" + moe +
                 ", str activation, bool glu) -> (Tensor out, Tensor pre_activation, "
                 "Tensor slot_to_sorted, Tensor sorted_to_slot, Tensor expert_offsets)");
-  define(m, "moe_ffn_backward(Tensor grad_out, " + moe +
-                ", Tensor pre_activation, Tensor slot_to_sorted, "
-                "Tensor sorted_to_slot, Tensor expert_offsets, str activation, bool glu, bool[11] need) -> Tensor[]");
+  const std::string moe_backward = "Tensor grad_out, " + moe +
+                                   ", Tensor pre_activation, Tensor slot_to_sorted, Tensor sorted_to_slot, "
+                                   "Tensor expert_offsets, str activation, bool glu, bool[11] need";
+  define(m, "moe_ffn_backward(" + moe_backward + ") -> Tensor[]");
+  define(m, "moe_ffn_backward_add(" + moe_backward +
+                ", Tensor(a!)? shared_up_sum, Tensor(b!)? routed_up_sum, Tensor(c!)? shared_down_sum, "
+                "Tensor(d!)? routed_down_sum) -> Tensor[]");
   // merged_ffn
   define(m, "merge_ffn(Tensor coefficients, " + experts + ", bool glu) -> Tensor[]");
   const std::string merged = "Tensor x, Tensor coefficients, " + experts;
@@ -131,6 +149,15 @@ py::list tile_table() {
   return rows;
 }
 
+void use_fusions(const std::string& choice) {
+  using ummrm::cuda::Fusions;
+  TORCH_CHECK_VALUE(choice == "measured" || choice == "all" || choice == "none",
+                    "`choice` must be 'measured', 'all' or 'none', got '", choice, "'.");
+  if constexpr (ummrm::kHasCuda) {
+    ummrm::cuda::use_fusions(choice == "all" ? Fusions::all : choice == "none" ? Fusions::none : Fusions::measured);
+  }
+}
+
 // As pybind11 hands over an argument of type T.
 template <class T>
 struct Handed {
@@ -161,7 +188,10 @@ void define_checks(py::module_ m) {
   define_check(m, "unpermute_backward", &checks::unpermute_backward);
   define_check(m, "expert_gemm", &checks::expert_gemm);
   define_check(m, "expert_gemm_wgrad", &checks::expert_gemm_wgrad);
+  define_check(m, "expert_gemm_wgrad_add", &checks::expert_gemm_wgrad_add);
   define_check(m, "expert_bias_grad", &checks::expert_bias_grad);
+  define_check(m, "expert_glu", &checks::expert_glu);
+  define_check(m, "expert_glu_backward", &checks::expert_glu_backward);
   define_check(m, "activation", &checks::activation);
   define_check(m, "activation_backward", &checks::activation_backward);
   define_check(m, "merge_experts", &checks::merge_experts);
@@ -170,6 +200,7 @@ void define_checks(py::module_ m) {
   define_check(m, "moe_ffn", &checks::moe_ffn);
   define_check(m, "moe_ffn_forward", &checks::moe_ffn);
   define_check(m, "moe_ffn_backward", &checks::moe_ffn_backward);
+  define_check(m, "moe_ffn_backward_add", &checks::moe_ffn_backward_add);
   define_check(m, "merge_ffn", &checks::merge_ffn);
   define_check(m, "merged_ffn", &checks::merged_ffn);
   define_check(m, "merged_ffn_forward", &checks::merged_ffn);
@@ -183,6 +214,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this was built with, and the CPU kernels chosen on this machine.");
   m.def("check", &ummrm::check_indices_on_devices, py::arg("enabled"),
         "Whether index values are checked on devices where reading them waits for the device. CPU tensors always are.");
+  m.def("use_fusions", &use_fusions, py::arg("choice"),
+        "Which fused CUDA kernels run: 'measured' (what the tile table says), 'all' that there are, or 'none'.");
   m.def("tile_table", &tile_table, "Tiles of the grouped expert GEMM on CUDA: rows, columns and depth, and where.");
   m.def("activation_names", &ummrm::activation_names, "The activations that the kernels know.");
   m.def("onednn_product", &ummrm::onednn_product, py::call_guard<py::gil_scoped_release>(),

@@ -1,11 +1,12 @@
-// The composed MoE FFN: moe_ffn, moe_ffn_forward, moe_ffn_backward. Made of the other operators through the dispatcher,
-// so it follows whatever backend serves the device. Forward keeps the pre-activations and the routing maps; gathered
-// inputs, activations and expert outputs are made again in backward, where they are needed at all.
+// The composed MoE FFN: moe_ffn, moe_ffn_forward, moe_ffn_backward and its _add. Made of the other operators through
+// the dispatcher, so it follows whatever backend serves the device. Forward keeps the pre-activations and the routing
+// maps; gathered inputs, activations and expert outputs are made again in backward, where they are needed at all.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "check.h"
 #include "checks.h"
+#include "expert_glu.h"
 
 namespace ummrm {
 namespace {
@@ -26,12 +27,12 @@ void check_parameter(const Checker& check, const char* name, const Tensor& tenso
 // Of arguments that have been checked.
 Sizes sizes_of(const Tensor& x, const Tensor& expert_indices, const Experts& p, bool glu) {
   const int64_t pre_width = p.routed_up.size(1);
-  return {x.size(0), x.size(1), expert_indices.size(1), p.shared_up.size(0), p.routed_up.size(0), pre_width,
-          glu ? pre_width / 2 : pre_width};
+  return {x.size(0),           x.size(1), expert_indices.size(1),         p.shared_up.size(0),
+          p.routed_up.size(0), pre_width, glu ? pre_width / 2 : pre_width};
 }
 
 void check_arguments(const Checker& check, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
-                      const Tensor& expert_indices, const Experts& p, string_view activation, bool glu) {
+                     const Tensor& expert_indices, const Experts& p, string_view activation, bool glu) {
   check.shape("x", x, {-1, -1}, "[T, H]", "flatten batch and sequence into tokens first");
   check.floating("x", x);
   check.activation(activation);
@@ -110,14 +111,15 @@ void checks::moe_ffn(const Tensor& x, const Tensor& shared_weight, const Tensor&
   sort_slots(expert_indices, routed_up.size(0));
 }
 
-void checks::moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
-                              const Tensor& routed_weights, const Tensor& expert_indices, const Tensor& shared_up,
-                              const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
-                              const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
-                              const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
-                              const Tensor& pre_activation, const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
-                              const Tensor& expert_offsets, string_view activation, bool glu, std::array<bool, 11>) {
-  const Checker check{"moe_ffn_backward"};
+namespace {
+
+void check_backward(const Checker& check, const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                    const Tensor& routed_weights, const Tensor& expert_indices, const Tensor& shared_up,
+                    const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+                    const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+                    const Tensor& pre_activation, const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
+                    const Tensor& expert_offsets, string_view activation, bool glu) {
   const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
                   shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
   check_arguments(check, x, shared_weight, routed_weights, expert_indices, p, activation, glu);
@@ -141,6 +143,46 @@ void checks::moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Ten
   check.values("sorted_to_slot", sorted_to_slot, 0, slots, "take it from ummrm.ops.sort_slots");
 }
 
+}  // namespace
+
+void checks::moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                              const Tensor& routed_weights, const Tensor& expert_indices, const Tensor& shared_up,
+                              const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+                              const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                              const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+                              const Tensor& pre_activation, const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
+                              const Tensor& expert_offsets, string_view activation, bool glu, std::array<bool, 11>) {
+  check_backward(Checker{"moe_ffn_backward"}, grad_out, x, shared_weight, routed_weights, expert_indices, shared_up,
+                 routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
+                 routed_down_bias, pre_activation, slot_to_sorted, sorted_to_slot, expert_offsets, activation, glu);
+}
+
+void checks::moe_ffn_backward_add(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                                  const Tensor& routed_weights, const Tensor& expert_indices, const Tensor& shared_up,
+                                  const Tensor& routed_up, const Tensor& shared_down, const Tensor& routed_down,
+                                  const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+                                  const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias,
+                                  const Tensor& pre_activation, const Tensor& slot_to_sorted,
+                                  const Tensor& sorted_to_slot, const Tensor& expert_offsets, string_view activation,
+                                  bool glu, std::array<bool, 11>, const OptionalTensor& shared_up_sum,
+                                  const OptionalTensor& routed_up_sum, const OptionalTensor& shared_down_sum,
+                                  const OptionalTensor& routed_down_sum) {
+  const Checker check{"moe_ffn_backward_add"};
+  check_backward(check, grad_out, x, shared_weight, routed_weights, expert_indices, shared_up, routed_up, shared_down,
+                 routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias, pre_activation,
+                 slot_to_sorted, sorted_to_slot, expert_offsets, activation, glu);
+  const auto check_sum = [&](const char* name, const OptionalTensor& sum, const Tensor& projection) {
+    if (!sum.has_value()) return;
+    check.device(name, *sum, x, "x");
+    check.result(name, sum->scalar_type(), x);
+    check.shape(name, *sum, projection.sizes(), "the projection's shape", "pass a buffer like the projection");
+  };
+  check_sum("shared_up_sum", shared_up_sum, shared_up);
+  check_sum("routed_up_sum", routed_up_sum, routed_up);
+  check_sum("shared_down_sum", shared_down_sum, shared_down);
+  check_sum("routed_down_sum", routed_down_sum, routed_down);
+}
+
 Tensor5 moe_ffn_forward(const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
                         const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up,
                         const Tensor& shared_down, const Tensor& routed_down, const OptionalTensor& shared_up_bias,
@@ -154,15 +196,24 @@ Tensor5 moe_ffn_forward(const Tensor& x, const Tensor& shared_weight, const Tens
   const NoAutocast no_autocast;  // dtypes are settled
   const auto [slot_to_sorted, sorted_to_slot, offsets] =
       UMMRM_DISPATCHED(sort_slots).call(expert_indices, n.num_experts);
-  Tensor pre_activation, rows;
+  Tensor pre_activation, act;
   {
     const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
-    pre_activation =
-        UMMRM_DISPATCHED(expert_gemm)
-            .call(x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, false);
+    if (glu && glu_is_fused(x, n.num_shared, n.num_experts, gathered.size(0), n.pre_width,
+                            Checker{"moe_ffn"}.activation(activation))) {
+      std::tie(pre_activation, act) =
+          UMMRM_DISPATCHED(expert_glu)
+              .call(x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, activation);
+    } else {
+      pre_activation =
+          UMMRM_DISPATCHED(expert_gemm)
+              .call(x, gathered, shared_up, routed_up, offsets, n.tokens, shared_up_bias, routed_up_bias, false);
+    }
   }
+  if (!act.defined()) act = UMMRM_DISPATCHED(ummrm::activation).call(pre_activation, activation, glu);
+  Tensor rows;
   {
-    const auto [shared, routed] = split(UMMRM_DISPATCHED(ummrm::activation).call(pre_activation, activation, glu), n);
+    const auto [shared, routed] = split(std::exchange(act, Tensor()), n);
     rows = UMMRM_DISPATCHED(expert_gemm)
                .call(shared, routed, shared_down, routed_down, offsets, n.tokens, shared_down_bias, routed_down_bias,
                      false);
@@ -182,19 +233,52 @@ Tensor moe_ffn(const Tensor& x, const Tensor& shared_weight, const Tensor& route
                                      routed_down_bias, activation, glu));
 }
 
-std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
-                                     const Tensor& routed_weights, const Tensor& expert_indices,
-                                     const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
-                                     const Tensor& routed_down, const OptionalTensor& shared_up_bias,
-                                     const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
-                                     const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
-                                     const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets,
-                                     string_view activation, bool glu, std::array<bool, 11> need) {
-  checks::moe_ffn_backward(grad_out, x, shared_weight, routed_weights, expert_indices, shared_up, routed_up,
-                           shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias,
-                           pre_activation, slot_to_sorted, sorted_to_slot, offsets, activation, glu, need);
-  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
-                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+namespace {
+
+// The sums that gradients of the projections are added to, where there are any.
+struct Sums {
+  OptionalTensor shared_up, routed_up, shared_down, routed_down;
+};
+
+// One kind of experts' gradient of a projection: whether it is needed, and added to what or given where.
+struct WeightGrad {
+  bool need;
+  OptionalTensor sum;
+  Tensor& grad;
+};
+
+void weight_grads(const WeightGrad& shared, const WeightGrad& routed, const Tensor& grad_shared_rows,
+                  const Tensor& grad_routed_rows, const Tensor& shared_rows, const Tensor& routed_rows,
+                  const Tensor& offsets, const Sizes& n) {
+  const auto adds = [](const WeightGrad& one) { return one.need && one.sum.has_value(); };
+  const auto call_add = [&](const OptionalTensor& shared_sum, const OptionalTensor& routed_sum) {
+    UMMRM_DISPATCHED(expert_gemm_wgrad_add)
+        .call(grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, offsets, n.tokens, n.num_shared, shared_sum,
+              routed_sum);
+  };
+  const bool give_shared = shared.need && !adds(shared), give_routed = routed.need && !adds(routed);
+  if (give_shared || give_routed) {
+    auto [shared_grad, routed_grad] = UMMRM_DISPATCHED(expert_gemm_wgrad)
+                                          .call(grad_shared_rows, grad_routed_rows, shared_rows, routed_rows, offsets,
+                                                n.tokens, n.num_shared, give_shared, give_routed, std::nullopt);
+    if (give_shared) shared.grad = shared_grad;
+    if (give_routed) routed.grad = routed_grad;
+  }
+  if (adds(shared) && adds(routed) && shared.sum->scalar_type() == routed.sum->scalar_type()) {
+    call_add(shared.sum, routed.sum);
+  } else {
+    if (adds(shared)) call_add(shared.sum, std::nullopt);
+    if (adds(routed)) call_add(std::nullopt, routed.sum);
+  }
+}
+
+std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                             const Tensor& routed_weights, const Tensor& expert_indices, const Experts& p,
+                             const Tensor& pre_activation, const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
+                             const Tensor& offsets, string_view activation, bool glu, std::array<bool, 11> need,
+                             const Sums& sums) {
+  const auto& [shared_up, routed_up, shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
+               routed_down_bias] = p;
   const Sizes n = sizes_of(x, expert_indices, p, glu);
   enum {
     kX,
@@ -224,7 +308,12 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
     const Tensor grad_rows = UMMRM_DISPATCHED(permute).call(grad_out, sorted_to_slot, offsets, n.top_k);
     if (hidden_side) {
       Tensor weighted, dots;
-      {
+      if (glu && glu_backward_is_fused(x, n.num_shared, n.num_experts, grad_rows.size(0), n.pre_width,
+                                       Checker{"moe_ffn_backward"}.activation(activation))) {
+        std::tie(grad_pre, weighted, dots) = UMMRM_DISPATCHED(expert_glu_backward)
+                                                 .call(grad_out, grad_rows, shared_down, routed_down, offsets, n.tokens,
+                                                       pre_activation, row_weights, activation);
+      } else {
         const Tensor grad_act = UMMRM_DISPATCHED(expert_gemm)
                                     .call(grad_out, grad_rows, shared_down, routed_down, offsets, n.tokens,
                                           std::nullopt, std::nullopt, true);
@@ -240,10 +329,9 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
       }
       if (need[kSharedDown] || need[kRoutedDown]) {
         const auto [shared, routed] = split(weighted, n);
-        std::tie(grads[kSharedDown], grads[kRoutedDown]) =
-            UMMRM_DISPATCHED(expert_gemm_wgrad)
-                .call(grad_out, grad_rows, shared, routed, offsets, n.tokens, n.num_shared, need[kSharedDown],
-                      need[kRoutedDown], std::nullopt);
+        weight_grads({need[kSharedDown], sums.shared_down, grads[kSharedDown]},
+                     {need[kRoutedDown], sums.routed_down, grads[kRoutedDown]}, grad_out, grad_rows, shared, routed,
+                     offsets, n);
       }
     }
     if (need[kSharedDownBias] || need[kRoutedDownBias]) {
@@ -258,14 +346,12 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
   const auto [grad_shared, grad_routed] = split(grad_pre, n);
   if (need[kRoutedUp]) {
     const Tensor gathered = UMMRM_DISPATCHED(permute).call(x, sorted_to_slot, offsets, n.top_k);
-    std::tie(grads[kSharedUp], grads[kRoutedUp]) = UMMRM_DISPATCHED(expert_gemm_wgrad)
-                                                       .call(grad_shared, grad_routed, x, gathered, offsets, n.tokens,
-                                                             n.num_shared, need[kSharedUp], true, std::nullopt);
+    weight_grads({need[kSharedUp], sums.shared_up, grads[kSharedUp]}, {true, sums.routed_up, grads[kRoutedUp]},
+                 grad_shared, grad_routed, x, gathered, offsets, n);
   } else if (need[kSharedUp]) {  // with no routed rows, so that nothing is gathered
-    grads[kSharedUp] =
-        std::get<0>(UMMRM_DISPATCHED(expert_gemm_wgrad)
-                        .call(grad_shared, grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0), at::zeros_like(offsets),
-                              n.tokens, n.num_shared, true, false, std::nullopt));
+    Tensor none;
+    weight_grads({true, sums.shared_up, grads[kSharedUp]}, {false, std::nullopt, none}, grad_shared,
+                 grad_routed.slice(0, 0, 0), x, x.slice(0, 0, 0), at::zeros_like(offsets), n);
   }
   if (need[kSharedUpBias] || need[kRoutedUpBias]) {
     std::tie(grads[kSharedUpBias], grads[kRoutedUpBias]) =
@@ -283,10 +369,49 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
   return grads;
 }
 
+}  // namespace
+
+std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight,
+                                     const Tensor& routed_weights, const Tensor& expert_indices,
+                                     const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+                                     const Tensor& routed_down, const OptionalTensor& shared_up_bias,
+                                     const OptionalTensor& routed_up_bias, const OptionalTensor& shared_down_bias,
+                                     const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+                                     const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets,
+                                     string_view activation, bool glu, std::array<bool, 11> need) {
+  checks::moe_ffn_backward(grad_out, x, shared_weight, routed_weights, expert_indices, shared_up, routed_up,
+                           shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias,
+                           pre_activation, slot_to_sorted, sorted_to_slot, offsets, activation, glu, need);
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  return backward(grad_out, x, shared_weight, routed_weights, expert_indices, p, pre_activation, slot_to_sorted,
+                  sorted_to_slot, offsets, activation, glu, need, {});
+}
+
+std::vector<Tensor> moe_ffn_backward_add(
+    const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+    const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+    const Tensor& routed_down, const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+    const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& offsets, string_view activation, bool glu,
+    std::array<bool, 11> need, const OptionalTensor& shared_up_sum, const OptionalTensor& routed_up_sum,
+    const OptionalTensor& shared_down_sum, const OptionalTensor& routed_down_sum) {
+  checks::moe_ffn_backward_add(grad_out, x, shared_weight, routed_weights, expert_indices, shared_up, routed_up,
+                               shared_down, routed_down, shared_up_bias, routed_up_bias, shared_down_bias,
+                               routed_down_bias, pre_activation, slot_to_sorted, sorted_to_slot, offsets, activation,
+                               glu, need, shared_up_sum, routed_up_sum, shared_down_sum, routed_down_sum);
+  const Experts p{shared_up,      routed_up,      shared_down,      routed_down,
+                  shared_up_bias, routed_up_bias, shared_down_bias, routed_down_bias};
+  return backward(grad_out, x, shared_weight, routed_weights, expert_indices, p, pre_activation, slot_to_sorted,
+                  sorted_to_slot, offsets, activation, glu, need,
+                  {shared_up_sum, routed_up_sum, shared_down_sum, routed_down_sum});
+}
+
 TORCH_LIBRARY_IMPL(ummrm, CompositeExplicitAutograd, m) {
   m.impl("moe_ffn", &moe_ffn);
   m.impl("moe_ffn_forward", &moe_ffn_forward);
   m.impl("moe_ffn_backward", &moe_ffn_backward);
+  m.impl("moe_ffn_backward_add", &moe_ffn_backward_add);
 }
 
 }  // namespace ummrm

@@ -46,6 +46,10 @@ Tensor2 expert_gemm_wgrad(const Tensor& grad_shared_rows, const Tensor& grad_rou
                           const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
                           int64_t num_shared_experts, bool need_shared, bool need_routed,
                           std::optional<at::ScalarType> out_dtype);
+void expert_gemm_wgrad_add(const Tensor& grad_shared_rows, const Tensor& grad_routed_rows, const Tensor& shared_rows,
+                           const Tensor& routed_rows, const Tensor& expert_offsets, int64_t num_tokens,
+                           int64_t num_shared_experts, const OptionalTensor& shared_sum,
+                           const OptionalTensor& routed_sum);
 Tensor2 expert_bias_grad(const Tensor& shared_rows, const Tensor& routed_rows, const OptionalTensor& row_weights,
                          const Tensor& expert_offsets, int64_t num_tokens, int64_t num_shared_experts, bool need_shared,
                          bool need_routed);
@@ -53,6 +57,13 @@ Tensor2 expert_bias_grad(const Tensor& shared_rows, const Tensor& routed_rows, c
 Tensor activation(const Tensor& pre_activation, string_view kind, bool glu);
 Tensor3 activation_backward(const Tensor& grad, const Tensor& pre_activation, const OptionalTensor& row_weights,
                             string_view kind, bool glu);
+
+Tensor2 expert_glu(const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& shared_proj,
+                   const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
+                   const OptionalTensor& shared_bias, const OptionalTensor& routed_bias, string_view kind);
+Tensor3 expert_glu_backward(const Tensor& shared_rows, const Tensor& routed_rows, const Tensor& shared_proj,
+                            const Tensor& routed_proj, const Tensor& expert_offsets, int64_t num_tokens,
+                            const Tensor& pre_activation, const Tensor& row_weights, string_view kind);
 
 std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Tensor& coefficients);
 Tensor merge_experts_dots(TensorList grads, TensorList shared, TensorList routed);
@@ -78,6 +89,15 @@ std::vector<Tensor> moe_ffn_backward(const Tensor& grad_out, const Tensor& x, co
                                      const Tensor& slot_to_sorted, const Tensor& sorted_to_slot,
                                      const Tensor& expert_offsets, string_view activation, bool glu,
                                      std::array<bool, 11> need);
+
+std::vector<Tensor> moe_ffn_backward_add(
+    const Tensor& grad_out, const Tensor& x, const Tensor& shared_weight, const Tensor& routed_weights,
+    const Tensor& expert_indices, const Tensor& shared_up, const Tensor& routed_up, const Tensor& shared_down,
+    const Tensor& routed_down, const OptionalTensor& shared_up_bias, const OptionalTensor& routed_up_bias,
+    const OptionalTensor& shared_down_bias, const OptionalTensor& routed_down_bias, const Tensor& pre_activation,
+    const Tensor& slot_to_sorted, const Tensor& sorted_to_slot, const Tensor& expert_offsets, string_view activation,
+    bool glu, std::array<bool, 11> need, const OptionalTensor& shared_up_sum, const OptionalTensor& routed_up_sum,
+    const OptionalTensor& shared_down_sum, const OptionalTensor& routed_down_sum);
 
 std::vector<Tensor> merge_ffn(const Tensor& coefficients, const Tensor& shared_up, const Tensor& routed_up,
                               const Tensor& shared_down, const Tensor& routed_down,

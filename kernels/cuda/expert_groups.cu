@@ -51,6 +51,8 @@ __device__ void write_tables(const ExpertGroups& g, const GroupTables& to) {
     to.b_stride[i] = g.b.row_stride;
     to.d_stride[i] = g.d.row_stride;
     to.bias_stride[i] = g.bias.row_stride;
+    to.first_row[i] = (group < g.num_shared ? group * g.tokens : g.num_shared * g.tokens) + first_row(g, group);
+    to.first_column[i] = band * (g.paired ? g.band / 2 : g.band);
   }
 }
 
@@ -67,8 +69,11 @@ __global__ void __launch_bounds__(kThreads, kResident) groups_kernel(ExpertGroup
   if (!g.rows_reduced) {
     const int64_t live = g.expert_offsets[g.num_experts];
     zero(g.d.routed + live * g.bytes, (g.slots - live) * g.bytes);
+    for (const GroupRows& rows : g.more)
+      if (rows.routed != nullptr) zero(rows.routed + live * rows.bytes, (g.slots - live) * rows.bytes);
     return;
   }
+  if (g.summed) return;
   for (int64_t group = 0; group < g.groups(); ++group)
     if (rows_of(g, group) == 0) zero(address(g, g.d, group, 0), g.bytes);
 }
@@ -150,6 +155,7 @@ ExpertGroups groups_of(const ExpertGemmWgrad& args, int64_t band) {
               true,
               args.width};
   groups.bytes = args.grad_width * args.width * out_size;
+  groups.summed = args.add;
   groups.d = {bytes_at(args.shared_grad),
               bytes_at(args.routed_grad),
               groups.bytes,
@@ -157,6 +163,37 @@ ExpertGroups groups_of(const ExpertGemmWgrad& args, int64_t band) {
               band * out_size,
               false,
               args.width};
+  groups.biased = args.add;
+  if (args.add) groups.bias = groups.d;
+  return groups;
+}
+
+// Bands of a pair are half as many columns of either half.
+ExpertGroups groups_of(const ExpertGlu& args, int64_t band, const void* zeros) {
+  ExpertGroups groups = groups_of(args.product, band, zeros);
+  groups.paired = true;
+  groups.b.band_step /= 2;
+  groups.d.band_step /= 2;
+  groups.bias.band_step /= 2;
+  const int64_t bytes = groups.bytes / 2;
+  groups.more[0] = {bytes_at(args.activation) + args.product.num_shared * args.product.tokens * bytes, bytes};
+  return groups;
+}
+
+ExpertGroups groups_of(const ExpertGluBackward& args, int64_t band) {
+  ExpertGemm product = args.product;
+  product.out = args.grad_pre_activation;
+  ExpertGroups groups = groups_of(product, band, nullptr);
+  const int64_t bytes = groups.bytes, size = element_bytes(product.dtype);
+  groups.bytes = 2 * bytes;
+  groups.d = {bytes_at(product.out),
+              bytes_at(product.out) + product.num_shared * product.tokens * groups.bytes,
+              product.tokens * groups.bytes,
+              groups.bytes,
+              band * size,
+              true,
+              2 * product.out_width};
+  groups.more[0] = {bytes_at(args.weighted_activation) + product.num_shared * product.tokens * bytes, bytes};
   return groups;
 }
 
@@ -171,6 +208,8 @@ GroupTables take_tables(Workspace& workspace, int64_t problems) {
   tables.b_stride = workspace.take<int64_t>(problems);
   tables.bias_stride = workspace.take<int64_t>(problems);
   tables.d_stride = workspace.take<int64_t>(problems);
+  tables.first_row = workspace.take<int64_t>(problems);
+  tables.first_column = workspace.take<int64_t>(problems);
   return tables;
 }
 

@@ -8,6 +8,7 @@
 
 #include "launch.cuh"
 #include "ummrm/expert_gemm.h"
+#include "ummrm/expert_glu.h"
 
 namespace ummrm::cuda {
 
@@ -28,6 +29,13 @@ struct GroupOperand {
   int64_t row_stride;                // in elements, what CUTLASS is told
 };
 
+// A combined row buffer's sorted rows. Null: none.
+struct GroupRows {
+  const char* routed;
+  int64_t bytes;  // of a row; a multiple of 16
+};
+inline constexpr int kMoreRows = 1;
+
 // A product a group: a x b into d, `columns` wide, cut into bands of `band` columns that are problems of their own. So
 // many tiles that run at once share what they read: a persistent schedule walks a problem's tiles along its columns,
 // and with thousands of them would stream the whole of b through the L2 cache for every few rows. (CUTLASS has a
@@ -42,6 +50,9 @@ struct ExpertGroups {
   GroupOperand a, b, d, bias;
   bool biased;    // else `bias` is null
   int64_t bytes;  // of d by row, else of one expert's; a multiple of 16
+  bool paired;    // a problem's columns are two halves of one width, as gate and up: bands count either half's
+  GroupRows more[kMoreRows];  // buffers by row beside d, whose rows of no group are zeroed as well
+  bool summed;                // d keeps what is there where a group has no rows
 
   __host__ __device__ int64_t groups() const { return num_shared + num_experts; }
   __host__ __device__ int64_t bands() const { return ceil_div(columns, band); }
@@ -56,11 +67,14 @@ struct GroupTables {
   const void** bias;
   void** d;
   int64_t *a_stride, *b_stride, *bias_stride, *d_stride;
+  int64_t *first_row, *first_column;  // of d: in the combined buffer, and of the band (of either half where paired)
 };
 
 // `zeros`, out_width elements, stands in for the bias that one kind of expert lacks while the other has one.
 ExpertGroups groups_of(const ExpertGemm& args, int64_t band, const void* zeros);
 ExpertGroups groups_of(const ExpertGemmWgrad& args, int64_t band);
+ExpertGroups groups_of(const ExpertGlu& args, int64_t band, const void* zeros);
+ExpertGroups groups_of(const ExpertGluBackward& args, int64_t band);
 
 // Cuts workspaces: pieces of 256 aligned bytes; from a null base it only counts.
 class Workspace {

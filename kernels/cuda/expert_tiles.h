@@ -57,6 +57,27 @@ inline constexpr MeasuredTile kMeasuredTiles[] = {
 #include "expert_tiles_measured.inc"
 };
 
+// What a product may do at its end, in registers: the gated activation after the up-projection, its backward after the
+// down-projection's input gradient (ummrm/expert_glu.h), weight gradients added to what is there. Each saves passes
+// over memory and lengthens a kernel whose tensor cores wait meanwhile, so none is taken before a GPU has shown it
+// faster: bench/tune.py prints both, and its row then goes here.
+enum class Fusion : int8_t { glu, glu_backward, weight_sum };
+
+struct TakenFusion {
+  int arch;
+  Fusion fusion;
+};
+
+inline constexpr TakenFusion kTakenFusions[] = {
+    {},  // matches no architecture
+};
+
+constexpr bool fusion_taken(int arch, Fusion fusion) {
+  for (const TakenFusion& row : kTakenFusions)
+    if (row.arch == arch && row.fusion == fusion) return true;
+  return false;
+}
+
 constexpr int64_t kBandColumns = 2048;      // 8 tiles of 256: with their 16 of 128 rows a square of what 132 tiles read
 constexpr int64_t kBandedBytes = 16 << 20;  // of b; less stays in the L2 cache, however tiles walk
 

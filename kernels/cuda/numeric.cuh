@@ -80,6 +80,16 @@ __device__ inline void unpack_all(const uint4& words, float (&to)[kVector<T>]) {
   unpack<T>(words.w, to + 3 * kPerWord<T>);
 }
 
+template <class T>
+__device__ inline uint4 pack_all(const float (&from)[kVector<T>]) {
+  uint4 words;
+  words.x = pack<T>(from);
+  words.y = pack<T>(from + kPerWord<T>);
+  words.z = pack<T>(from + 2 * kPerWord<T>);
+  words.w = pack<T>(from + 3 * kPerWord<T>);
+  return words;
+}
+
 // N elements from `at`: one, or kVector<T> with `at` aligned to 16 bytes.
 template <int N, class T>
 __device__ inline void load(const T* at, float (&to)[N]) {
@@ -105,12 +115,7 @@ __device__ inline void store(const float (&from)[N], T* at) {
     const unsigned word = pack<T>(pair);
     std::memcpy(at, &word, sizeof(T));  // little-endian: the low half is the element
   } else {
-    uint4 words;
-    words.x = pack<T>(from);
-    words.y = pack<T>(from + kPerWord<T>);
-    words.z = pack<T>(from + 2 * kPerWord<T>);
-    words.w = pack<T>(from + 3 * kPerWord<T>);
-    *reinterpret_cast<uint4*>(at) = words;
+    *reinterpret_cast<uint4*>(at) = pack_all<T>(from);
   }
 }
 

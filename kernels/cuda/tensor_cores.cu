@@ -3,6 +3,8 @@
 #include "tensor_cores.h"
 
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "expert_tiles.h"
 #include "grouped_product.h"
@@ -20,14 +22,38 @@ struct Architecture {
   GroupedInstance (*weight_grad)(int, DType);
   GroupedInstance (*weight_grad_f32)(int, DType);
   bool (*tf32)();  // whether the device has its instances for fp32 operands, rounded to TF32; null: there are none
+  GroupedInstance (*weight_sum)(int, DType);
+  GroupedInstance (*weight_sum_f32)(int, DType);
+  bool sums_all;  // of every type that weight gradients have, else of bf16 alone
+  GroupedGlu (*glu)(int);
+  GroupedGluBackward (*glu_backward)(int);
 };
 
 #ifdef UMMRM_SM80
-constexpr Architecture kSm80 = {
-    80, sm80::forward, sm80::input_grad, sm80::weight_grad, sm80::weight_grad_f32, sm80::has_image};
+constexpr Architecture kSm80 = {80,
+                                sm80::forward,
+                                sm80::input_grad,
+                                sm80::weight_grad,
+                                sm80::weight_grad_f32,
+                                sm80::has_image,
+                                sm80::weight_grad,
+                                sm80::weight_grad_f32,
+                                true,  // these add what they read as a bias is read
+                                sm80::glu,
+                                sm80::glu_backward};
 #endif
 #ifdef UMMRM_SM90
-constexpr Architecture kSm90 = {90, sm90::forward, sm90::input_grad, sm90::weight_grad, sm90::weight_grad_f32, nullptr};
+constexpr Architecture kSm90 = {90,
+                                sm90::forward,
+                                sm90::input_grad,
+                                sm90::weight_grad,
+                                sm90::weight_grad_f32,
+                                nullptr,
+                                sm90::weight_sum,
+                                sm90::weight_sum_f32,
+                                false,
+                                sm90::glu,
+                                sm90::glu_backward};
 #endif
 
 // Of the current device; 0 where there is none.
@@ -67,10 +93,22 @@ bool suits(const Architecture& arch, const ExpertGemm& args) {
 }
 
 bool suits(const Architecture& arch, const ExpertGemmWgrad& args) {
-  return has_type(arch, args) && (args.grad_dtype == args.dtype || args.grad_dtype == DType::f32) &&
+  return has_type(arch, args) && (!args.add || args.dtype == DType::bf16 || arch.sums_all) &&
+         (args.grad_dtype == args.dtype || args.grad_dtype == DType::f32) &&
          sizes_fit(args.tokens, args.num_shared, args.num_experts, args.slots, args.width, args.grad_width) &&
          all_aligned(args.shared_rows, args.routed_rows, args.grad_shared_rows, args.grad_routed_rows, args.shared_grad,
                      args.routed_grad);
+}
+
+// What the fused instances serve: see grouped_product.h.
+bool suits(const Architecture& arch, const ExpertGlu& args) {
+  return suits(arch, args.product) && args.product.dtype == DType::bf16 && args.kind == kFusedKind &&
+         !args.product.transpose && args.product.out_width % 16 == 0 && aligned16(args.activation);
+}
+
+bool suits(const Architecture& arch, const ExpertGluBackward& args) {
+  return suits(arch, args.product) && args.product.dtype == DType::bf16 && args.kind == kFusedKind &&
+         args.product.transpose && all_aligned(args.pre_activation, args.grad_pre_activation, args.weighted_activation);
 }
 
 int64_t mean_rows(int64_t tokens, int64_t num_shared, int64_t num_experts, int64_t slots) {
@@ -92,12 +130,33 @@ TileChoice tile_of(const Architecture& arch, int sms, const ExpertGemmWgrad& arg
        mean_rows(args.tokens, args.num_shared, args.num_experts, args.slots), args.width, args.grad_width});
 }
 
+template <class Args>
+TileChoice tile_of(const Architecture& arch, int sms, const Args& args) {
+  return tile_of(arch, sms, args.product);
+}
+
 GroupedInstance instance_of(const Architecture& arch, int tile, const ExpertGemm& args) {
   return (args.transpose ? arch.input_grad : arch.forward)(tile, args.dtype);
 }
 
 GroupedInstance instance_of(const Architecture& arch, int tile, const ExpertGemmWgrad& args) {
-  return (args.grad_dtype == args.dtype ? arch.weight_grad : arch.weight_grad_f32)(tile, args.dtype);
+  const auto same = args.add ? arch.weight_sum : arch.weight_grad;
+  return (args.grad_dtype == args.dtype ? same
+          : args.add                    ? arch.weight_sum_f32
+                                        : arch.weight_grad_f32)(tile, args.dtype);
+}
+
+GroupedGlu instance_of(const Architecture& arch, int tile, const ExpertGlu&) { return arch.glu(tile); }
+
+GroupedGluBackward instance_of(const Architecture& arch, int tile, const ExpertGluBackward&) {
+  return arch.glu_backward(tile);
+}
+
+int spare_of(const ExpertGemm& args) { return args.spare_multiprocessors; }
+int spare_of(const ExpertGemmWgrad& args) { return args.spare_multiprocessors; }
+template <class Args>
+int spare_of(const Args& args) {
+  return args.product.spare_multiprocessors;
 }
 
 // A row of zeros, for the kind of expert without a bias where the other has one. Bytes; 0: not needed.
@@ -107,30 +166,55 @@ int64_t zero_row(const ExpertGemm& args) {
 }
 
 int64_t zero_row(const ExpertGemmWgrad&) { return 0; }
+template <class Args>
+int64_t zero_row(const Args& args) {
+  return zero_row(args.product);
+}
 
 ExpertGroups groups_of(const ExpertGemmWgrad& args, int64_t band, const void*) { return groups_of(args, band); }
+ExpertGroups groups_of(const ExpertGluBackward& args, int64_t band, const void*) { return groups_of(args, band); }
+
+// Bands are cut between what an ending takes as one: eight columns of either half, and a part of a row's dots.
+template <class Args, class Instance>
+int64_t whole_band(const Args&, const Instance&, int64_t band) {
+  return band;
+}
+int64_t whole_band(const ExpertGlu& args, const GroupedGlu&, int64_t band) {
+  return band % 16 == 0 ? band : args.product.out_width;
+}
+int64_t whole_band(const ExpertGluBackward& args, const GroupedGluBackward& instance, int64_t band) {
+  return band % instance.part_columns == 0 ? band : args.product.out_width;
+}
 
 // The pieces of a call, in a workspace or, from a null one, to be counted.
 template <class Args>
 struct Call {
-  GroupedInstance instance;
+  static constexpr bool kDots = std::is_same_v<Args, ExpertGluBackward>;
+  const Args& args;
+  decltype(instance_of(std::declval<const Architecture&>(), 0, std::declval<const Args&>())) instance;
   ExpertGroups groups;
   GroupedProduct product;
   int64_t zero_bytes, bytes;
   void* zeros;
+  float* partial_dots = nullptr;
+  int64_t parts = 0;
 
-  Call(const Architecture& arch, int sms, const TileChoice& choice, const Args& args, void* base) {
+  Call(const Architecture& arch, int sms, const TileChoice& choice, const Args& given, void* base) : args(given) {
     Workspace workspace(base);
     instance = instance_of(arch, choice.tile, args);
     zero_bytes = zero_row(args);
     zeros = workspace.take<char>(zero_bytes);
-    groups = groups_of(args, choice.band, zeros);
+    groups = groups_of(args, whole_band(args, instance, choice.band), zeros);
     product.tables = take_tables(workspace, groups.problems());
     product.problems = static_cast<int>(groups.problems());
     product.biased = groups.biased;
-    const int left = sms - args.spare_multiprocessors;
+    const int left = sms - spare_of(args);
     product.sms = left < 1 ? 1 : left < sms ? left : sms;
     product.scratch = workspace.take<char>(instance.scratch_bytes(sms));
+    if constexpr (kDots) {
+      parts = ceil_div(args.product.out_width, instance.part_columns);
+      partial_dots = workspace.take<float>((groups.num_shared * groups.tokens + groups.slots) * parts);
+    }
     bytes = workspace.bytes();
   }
 
@@ -138,8 +222,15 @@ struct Call {
     int status = cudaSuccess;
     if (zero_bytes > 0) status = cudaMemsetAsync(zeros, 0, static_cast<size_t>(zero_bytes), stream);
     if (status == cudaSuccess) status = expert_groups(groups, product.tables, stream);
-    if (status == cudaSuccess && product.problems > 0) status = instance.run(product, stream);
-    return status;
+    if (status != cudaSuccess || product.problems == 0) return status;
+    if constexpr (kDots) {
+      status = instance.run(product, args, partial_dots, parts, stream);
+      return status == cudaSuccess ? sum_dots(args, partial_dots, parts, stream) : status;
+    } else if constexpr (std::is_same_v<decltype(instance), GroupedInstance>) {
+      return instance.run(product, stream);
+    } else {
+      return instance.run(product, args, stream);
+    }
   }
 };
 
@@ -177,6 +268,8 @@ int run(const Architecture& arch, int sms, const Args& args, const TileChoice& c
 namespace sm80 {
 UMMRM_TENSOR_CORES(kSm80, ExpertGemm, expert_gemm)
 UMMRM_TENSOR_CORES(kSm80, ExpertGemmWgrad, expert_gemm_wgrad)
+UMMRM_TENSOR_CORES(kSm80, ExpertGlu, expert_glu)
+UMMRM_TENSOR_CORES(kSm80, ExpertGluBackward, expert_glu_backward)
 }  // namespace sm80
 #endif
 
@@ -184,6 +277,8 @@ UMMRM_TENSOR_CORES(kSm80, ExpertGemmWgrad, expert_gemm_wgrad)
 namespace sm90 {
 UMMRM_TENSOR_CORES(kSm90, ExpertGemm, expert_gemm)
 UMMRM_TENSOR_CORES(kSm90, ExpertGemmWgrad, expert_gemm_wgrad)
+UMMRM_TENSOR_CORES(kSm90, ExpertGlu, expert_glu)
+UMMRM_TENSOR_CORES(kSm90, ExpertGluBackward, expert_glu_backward)
 }  // namespace sm90
 #endif
 

@@ -24,7 +24,7 @@ static int loops(DType type, DType out, int tile, const GroupedProduct& product)
     const GroupShape s = tables.shapes[p];
     for (int64_t i = 0; i < s.m; ++i) {
       for (int64_t j = 0; j < s.n; ++j) {
-        double sum = product.biased ? at(type, tables.bias[p], i * tables.bias_stride[p] + j) : 0;
+        double sum = product.biased ? at(out, tables.bias[p], i * tables.bias_stride[p] + j) : 0;
         for (int64_t k = 0; k < s.k; ++k) {
           const double left =
               at(type, tables.a[p], rows_reduced ? k * tables.a_stride[p] + i : i * tables.a_stride[p] + k);
@@ -60,6 +60,9 @@ UMMRM_INSTANCES(forward, false, true, false)
 UMMRM_INSTANCES(input_grad, false, false, false)
 UMMRM_INSTANCES(weight_grad, true, false, false)
 UMMRM_INSTANCES(weight_grad_f32, true, false, true)
+GroupedGlu ummrm::cuda::sm80::glu(int) { return {}; }  // test_expert_glu.cpp's
+GroupedGluBackward ummrm::cuda::sm80::glu_backward(int) { return {}; }
+int ummrm::cuda::sum_dots(const ExpertGluBackward&, const float*, int64_t, Stream) { return cudaErrorInvalidValue; }
 
 static bool image = true;
 bool ummrm::cuda::sm80::has_image() { return image; }
@@ -169,11 +172,16 @@ static void forward(DType dtype, bool bias_shared, bool bias_routed, const TileC
   }
 }
 
-static void gradients(DType dtype, DType grad_dtype) {
+static void gradients(DType dtype, DType grad_dtype, bool add) {
   const Problem in(dtype);
   const int64_t size = in.in * in.out;
-  Placed shared(grad_dtype, in.num_shared * size, true), routed(grad_dtype, in.num_experts * size, true);
-  const ExpertGemmWgrad args = in.wgrad(grad_dtype, shared.data(), routed.data());
+  Random random(8);
+  const Array shared_before = random.array(grad_dtype, in.num_shared * size);
+  const Array routed_before = random.array(grad_dtype, in.num_experts * size);
+  const Array nothing_shared(grad_dtype, in.num_shared * size), nothing_routed(grad_dtype, in.num_experts * size);
+  Placed shared(add ? shared_before : nothing_shared, true), routed(add ? routed_before : nothing_routed, true);
+  ExpertGemmWgrad args = in.wgrad(grad_dtype, shared.data(), routed.data());
+  args.add = add;
   CHECK(sm80::serves(args), "such sizes are served");
   const Exact memory(sm80::workspace(args));
   check_launch(sm80::expert_gemm_wgrad(args, memory.data, nullptr), "expert_gemm_wgrad");
@@ -183,7 +191,7 @@ static void gradients(DType dtype, DType grad_dtype) {
     const int64_t expert = is_shared ? group : group - in.num_shared;
     const int64_t first = is_shared ? 0 : in.offsets[expert], last = is_shared ? in.tokens : in.offsets[expert + 1];
     for (int64_t i = 0; i < size; ++i) {
-      double want = 0;
+      double want = add ? (is_shared ? shared_before : routed_before)[expert * size + i] : 0;
       for (int64_t row = first; row < last; ++row) {
         want += is_shared ? in.grads_shared[(expert * in.tokens + row) * in.out + i / in.in] *
                                 in.shared[row * in.in + i % in.in]
@@ -273,8 +281,10 @@ int main() {
         for (const TileChoice& choice : choices) forward(dtype, shared, routed, &choice);
       }
     }
-    gradients(dtype, dtype);
-    gradients(dtype, DType::f32);
+    for (const bool add : {false, true}) {
+      gradients(dtype, dtype, add);
+      gradients(dtype, DType::f32, add);
+    }
   }
   spare_multiprocessors();
   zero_row_has_room();

@@ -25,6 +25,7 @@ def good_arguments():
     x, slots, rows, out = floats(T, H), floats(T * K, H), floats(S * T + T * K, H), floats(T, H)
     proj = floats(S, 5, H), floats(E, 5, H)
     wide = floats(T, 5), floats(T * K, 5)
+    down, weights = (floats(S, H, 3), floats(E, H, 3)), torch.rand(S * T + T * K)
     lists = [floats(S, 3), floats(S, 2, 2)], [floats(E, 3), floats(E, 2, 2)]
     moe = tuple(moe_inputs(T, H, INTERMEDIATE, E, K, S, kind="some_dead", requires_grad=False).values())
     merged = in_order(merged_inputs(T, H, INTERMEDIATE, E, S, requires_grad=False))[:-2]
@@ -39,14 +40,18 @@ def good_arguments():
         "unpermute_backward": (out, rows, to_sorted, offsets, shared, routed, S, K),
         "expert_gemm": (x, slots, *proj, offsets, T, floats(S, 5), floats(E, 5), False),
         "expert_gemm_wgrad": (*wide, x, slots, offsets, T, S, True, True, None),
+        "expert_gemm_wgrad_add": (*wide, x, slots, offsets, T, S, *proj),
         "expert_bias_grad": (x, slots, torch.rand(S * T + T * K), offsets, T, S, True, True),
         "activation": (floats(T, 8), *kind),
         "activation_backward": (floats(T, 4), floats(T, 8), torch.rand(T), *kind),
+        "expert_glu": (x, slots, floats(S, 6, H), floats(E, 6, H), offsets, T, floats(S, 6), floats(E, 6), "silu"),
+        "expert_glu_backward": (x, slots, *down, offsets, T, floats(S * T + T * K, 2 * 3), weights, "silu"),
         "merge_experts": (*lists, torch.rand(2, S + E)),
         "merge_experts_dots": ([floats(3), floats(2, 2)], *lists),
         "moe_ffn": (*moe, *kind),
         "moe_ffn_forward": (*moe, *kind),
         "moe_ffn_backward": (out, *moe, *saved, *kind, [True] * 11),
+        "moe_ffn_backward_add": (out, *moe, *saved, *kind, [True] * 11, *(p.clone() for p in moe[4:8])),
         "merge_ffn": (*merged[1:], True),
         "merged_ffn": (*merged, *kind),
         "merged_ffn_forward": (*merged, *kind),

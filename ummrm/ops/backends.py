@@ -49,9 +49,12 @@ _REFERENCE_KERNELS = {
             "unpermute_backward",
             "expert_gemm",
             "expert_gemm_wgrad",
+            "expert_gemm_wgrad_add",
             "expert_bias_grad",
             "activation",
             "activation_backward",
+            "expert_glu",
+            "expert_glu_backward",
             "merge_experts",
             "merge_experts_dots",
             "merge_experts_grads",
@@ -109,7 +112,8 @@ def _triton_obstacle() -> str | None:
     return None
 
 
-_COMPOSED = ("moe_ffn", "moe_ffn_forward", "moe_ffn_backward")  # Triton's own composition, with kernels fused
+# Triton's own composition, with kernels fused
+_COMPOSED = ("moe_ffn", "moe_ffn_forward", "moe_ffn_backward", "moe_ffn_backward_add")
 _TRITON_KERNELS = {op: _triton_kernel(op) for op in (*_REFERENCE_KERNELS, *_COMPOSED)}
 
 

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .fakes import fake
+from .fakes import check_result, fake
 from .reference import accumulator
 from .symbolic_checks import Checker, Size
 
@@ -114,9 +114,12 @@ def _check_saved(check: Checker, forward: str, grad_out, x, pre_activation, rows
 
 
 @fake
-def _moe_ffn_backward(grad_out, x, shared_weight, routed_weights, indices, *rest):
+def _moe_ffn_backward(*arguments):
+    return _backward(Checker("moe_ffn_backward"), *arguments)
+
+
+def _backward(check: Checker, grad_out, x, shared_weight, routed_weights, indices, *rest) -> list[Tensor]:
     *experts, pre_activation, slot_to_sorted, sorted_to_slot, offsets, activation, glu, need = rest
-    check = Checker("moe_ffn_backward")
     sizes = _check_moe(check, x, shared_weight, routed_weights, indices, *experts, activation, glu)
     (num_shared, num_experts, width), slots = sizes, x.shape[0] * indices.shape[1]
     rows = num_shared * x.shape[0] + slots
@@ -125,6 +128,21 @@ def _moe_ffn_backward(grad_out, x, shared_weight, routed_weights, indices, *rest
     check.index("sorted_to_slot", sorted_to_slot, slots, "[T*K]", x, "x")
     check.index("expert_offsets", offsets, num_experts + 1, "[E + 1]", x, "x")
     return _grads([x, shared_weight, routed_weights, *experts], need)
+
+
+@fake
+def _moe_ffn_backward_add(*arguments_and_sums):
+    arguments, sums = arguments_and_sums[:-4], arguments_and_sums[-4:]
+    check, x, need = Checker("moe_ffn_backward_add"), arguments[1], list(arguments[-1])
+    grads = _backward(check, *arguments)
+    for i, (parameter, name, total) in enumerate(zip(arguments[5:9], _PARAMETERS, sums, strict=True)):
+        if total is not None:
+            check.device(f"{name}_sum", total, x, "x")
+            check_result(check, f"{name}_sum", total.dtype, x)
+            words, remedy = "the projection's shape", "pass a buffer like the projection"
+            check.shape(f"{name}_sum", total, parameter.shape, words, remedy)
+            grads[3 + i] = grads[3 + i].new_empty(0) if need[3 + i] else grads[3 + i]
+    return grads
 
 
 def _check_merged(check: Checker, coefficients, experts, glu: bool, hidden, like, like_name: str) -> Size:

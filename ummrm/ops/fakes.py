@@ -161,10 +161,22 @@ def _slots_of(routed: Tensor) -> Size | None:
 
 
 @fake
-def _expert_gemm(
-    shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb=None, rb=None, transpose=False
-):
-    check = Checker("expert_gemm")
+def _expert_gemm(*arguments):
+    return _product(Checker("expert_gemm"), *arguments)
+
+
+def _product(
+    check: Checker,
+    shared_rows,
+    routed_rows,
+    shared_proj,
+    routed_proj,
+    offsets,
+    num_tokens,
+    sb=None,
+    rb=None,
+    transpose=False,
+) -> Tensor:
     check.shape("shared_proj", shared_proj, (None,) * 3, "[S, N, D]", "stack the experts' projections")
     num_shared, n, d = shared_proj.shape
     width, out_width = (n, d) if transpose else (d, n)
@@ -188,11 +200,8 @@ def _expert_gemm(
     return routed_rows.new_empty(num_shared * num_tokens + routed_rows.shape[0], out_width)
 
 
-@fake
-def _expert_gemm_wgrad(
-    grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared, need_shared, need_routed, out_dtype=None
-):
-    check, slots = Checker("expert_gemm_wgrad"), _slots_of(rows_r)
+def _check_wgrad(check: Checker, grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared) -> None:
+    slots = _slots_of(rows_r)
     check.count("num_tokens", num_tokens, 0)
     check.count("num_shared_experts", num_shared, 0)
     _check_rows(check, "", rows_s, rows_r, num_tokens, num_shared, slots)
@@ -200,14 +209,48 @@ def _expert_gemm_wgrad(
     check.dtype("grad_routed_rows", grad_r, rows_r.dtype, "rows and their gradients share a dtype")
     check.device("grad_routed_rows", grad_r, rows_r, "routed_rows")
     check.offsets(offsets, rows_r, "routed_rows")
-    own, wide = rows_r.dtype, accumulator(rows_r)
-    expected, asked = " or ".join(dict.fromkeys((name_of(own), name_of(wide)))), name_of(out_dtype or own)
-    check.type(out_dtype in (None, own, wide), "out_dtype", expected, asked, "leave it out for the inputs' own")
+
+
+def check_result(check: Checker, name: str, asked: torch.dtype | None, like: Tensor) -> None:
+    """That a result's dtype is that of `like` or of its sums."""
+    own, wide = like.dtype, accumulator(like)
+    expected = " or ".join(dict.fromkeys((name_of(own), name_of(wide))))
+    check.type(asked in (None, own, wide), name, expected, name_of(asked or own), "leave it out for the inputs' own")
+
+
+@fake
+def _expert_gemm_wgrad(
+    grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared, need_shared, need_routed, out_dtype=None
+):
+    check = Checker("expert_gemm_wgrad")
+    _check_wgrad(check, grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared)
+    check_result(check, "out_dtype", out_dtype, rows_r)
     n, d = grad_r.shape[1], rows_r.shape[1]
     return (
         rows_r.new_empty((num_shared, n, d) if need_shared else 0, dtype=out_dtype),
         rows_r.new_empty((offsets.shape[0] - 1, n, d) if need_routed else 0, dtype=out_dtype),
     )
+
+
+@fake
+def _expert_gemm_wgrad_add(
+    grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared, shared_sum, routed_sum
+) -> None:
+    check = Checker("expert_gemm_wgrad_add")
+    _check_wgrad(check, grad_s, grad_r, rows_s, rows_r, offsets, num_tokens, num_shared)
+    for name, total, experts, letter in (
+        ("shared_sum", shared_sum, num_shared, "S"),
+        ("routed_sum", routed_sum, offsets.shape[0] - 1, "E"),
+    ):
+        if total is not None:
+            check.device(name, total, rows_r, "routed_rows")
+            check_result(check, name, total.dtype, rows_r)
+            shape, remedy = (experts, grad_r.shape[1], rows_r.shape[1]), "pass a buffer of the projection's shape"
+            check.shape(name, total, shape, f"[{letter}, grad_width, width]", remedy)
+            strides = f"strides {list(total.stride())}"
+            check.value(total.is_contiguous(), name, "be contiguous", strides, "pass a contiguous buffer")
+    if shared_sum is not None and routed_sum is not None:
+        check.dtype("routed_sum", routed_sum, shared_sum.dtype, "give both sums one dtype, or call once for each")
 
 
 @fake
@@ -321,3 +364,26 @@ def _merge_experts_grads(grad, coefficients, num_shared, need_shared, need_route
     check.value(0 <= num_shared <= experts, "num_shared", expectation, num_shared, remedy)
     sizes = (num_shared, need_shared), (experts - num_shared, need_routed)
     return tuple(grad.new_empty((count, *grad.shape) if need else (0,)) for count, need in sizes)
+
+
+@fake
+def _expert_glu(rows_s, rows_r, shared_proj, routed_proj, offsets, num_tokens, sb, rb, activation):
+    check = Checker("expert_glu")
+    check.activation("activation", activation)
+    pre = _product(check, rows_s, rows_r, shared_proj, routed_proj, offsets, num_tokens, sb, rb)
+    width, expected = shared_proj.shape[1], "have an even number of rows (gate | up)"
+    check.value(width % 2 == 0, "shared_proj", expected, width, "concatenate gate and up")
+    return pre, pre.new_empty(pre.shape[0], width // 2)
+
+
+@fake
+def _expert_glu_backward(rows_s, rows_r, shared_proj, routed_proj, offsets, num_tokens, pre, weights, activation):
+    check = Checker("expert_glu_backward")
+    check.activation("activation", activation)
+    act = _product(check, rows_s, rows_r, shared_proj, routed_proj, offsets, num_tokens, None, None, True)
+    (rows, width), remedies = act.shape, ("pass what expert_glu returned",) * 2
+    words = "[S*T + T*K, 2*I]"
+    check.beside("pre_activation", pre, rows_r, "routed_rows", (rows, 2 * width), words, rows_r.dtype, remedies)
+    shape, words, remedy = (rows,), "[S*T + T*K]", "give one weight a row"
+    check.row_weights("row_weights", weights, rows_r, "routed_rows", shape, words, remedy)
+    return pre.new_empty(pre.shape), act, weights.new_empty(rows)

@@ -46,6 +46,7 @@ from .. import _C  # noqa: E402  (only after the check)
 
 build_info, tile_table = _C.build_info, _C.tile_table
 activation_names, onednn_product = _C.activation_names, _C.onednn_product
+use_fusions = _C.use_fusions  # for tests and measurement: "all" of the fused CUDA kernels, "none", or "measured"
 checks = _C.checks  # each operator's argument checks alone, for backends that are not compiled
 
 

@@ -267,6 +267,24 @@ def expert_gemm_wgrad(
     return _stack_needed(products, num_shared_experts, need_shared, need_routed, empty)
 
 
+def expert_gemm_wgrad_add(
+    grad_shared_rows: Tensor,
+    grad_routed_rows: Tensor,
+    shared_rows: Tensor,
+    routed_rows: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    num_shared_experts: int,
+    shared_sum: Tensor | None,
+    routed_sum: Tensor | None,
+) -> None:
+    rows = grad_shared_rows, grad_routed_rows, shared_rows, routed_rows
+    for i, total in enumerate((shared_sum, routed_sum)):
+        if total is not None:
+            needs = i == 0, i == 1, total.dtype
+            total.add_(expert_gemm_wgrad(*rows, expert_offsets, num_tokens, num_shared_experts, *needs)[i])
+
+
 def expert_bias_grad(
     shared_rows: Tensor,
     routed_rows: Tensor,
@@ -337,6 +355,37 @@ def activation_backward(
     if row_weights is None:
         return grad_z.to(dtype), grad.new_empty(0), g.new_empty(0)
     return grad_z.to(dtype), (row_weights.unsqueeze(-1) * out).to(dtype), (g * out).sum(-1)
+
+
+def expert_glu(
+    shared_rows: Tensor,
+    routed_rows: Tensor,
+    shared_proj: Tensor,
+    routed_proj: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    shared_bias: Tensor | None,
+    routed_bias: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    rows = shared_rows, routed_rows, shared_proj, routed_proj, expert_offsets, num_tokens
+    pre_activation = expert_gemm(*rows, shared_bias, routed_bias)
+    return pre_activation, activation(pre_activation, kind)
+
+
+def expert_glu_backward(
+    grad_shared_rows: Tensor,
+    grad_routed_rows: Tensor,
+    shared_proj: Tensor,
+    routed_proj: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    pre_activation: Tensor,
+    row_weights: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = grad_shared_rows, grad_routed_rows, shared_proj, routed_proj, expert_offsets, num_tokens
+    return activation_backward(expert_gemm(*rows, transpose=True), pre_activation, row_weights, kind, True)
 
 
 def merge_experts(shared: list[Tensor], routed: list[Tensor], coefficients: Tensor) -> list[Tensor]:

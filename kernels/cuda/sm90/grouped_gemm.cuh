@@ -49,6 +49,34 @@ using AddRow = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90Compute<cutlass::plus, float, float, cutlass::FloatRoundStyle::round_to_nearest>,
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Element*, float>, cutlass::epilogue::fusion::Sm90AccFetch>;
 
+// A driver that refuses to encode a map leaves it as it was; CUTLASS prints so and goes on.
+inline bool encoded(const cute::TmaDescriptor& map) {
+  constexpr cute::TmaDescriptor kNone{};
+  return std::memcmp(&map, &kNone, sizeof(map)) != 0;
+}
+
+// Makes the kernel ready on the current device, once, and launches it.
+template <class Kernel>
+int launch_kernel(const typename Kernel::Params& params, Stream stream) {
+  static PerDevice prepared;
+  cudaError_t status = cudaSuccess;
+  prepared.get(
+      [](int, int* done) {
+        *done = 1;
+        return cudaFuncSetAttribute(&cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Kernel::SharedStorageSize);
+      },
+      status);
+  if (status != cudaSuccess) return status;
+  using Cluster = typename Kernel::ClusterShape;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
+  const cudaLaunchConfig_t config = {
+      Kernel::get_grid_shape(params), Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, &cluster, 1};
+  return cudaLaunchKernelEx(&config, &cutlass::device_kernel<Kernel>, params);
+}
+
 template <int tile, class Element, class LayoutA, class LayoutB, class Out, bool kBiased>
 struct Instance {
   static constexpr TileShape kShape = kSm90Tiles[tile];
@@ -110,21 +138,15 @@ struct Instance {
 
   using Params = typename Kernel::Params;
 
-  // A driver that refuses to encode a map leaves it as it was; CUTLASS prints so and goes on.
-  static bool encoded(const cute::TmaDescriptor& map) {
-    constexpr cute::TmaDescriptor kNone{};
-    return std::memcmp(&map, &kNone, sizeof(map)) != 0;
-  }
-
   // The maps are encoded for the first call; blocks replace their addresses and sizes, so they serve all calls.
   static Params params_of(const typename Gemm::Arguments& args, void* scratch) {
     static const Params first = Kernel::to_underlying_arguments(args, scratch);
     Params params = first;
     params.problem_shape = args.problem_shape;
     params.hw_info.sm_count = args.hw_info.sm_count;
-    params.mainloop.ptr_A = args.mainloop.ptr_A;
+    params.mainloop.ptr_A = reinterpret_cast<decltype(params.mainloop.ptr_A)>(args.mainloop.ptr_A);
     params.mainloop.dA = args.mainloop.dA;
-    params.mainloop.ptr_B = args.mainloop.ptr_B;
+    params.mainloop.ptr_B = reinterpret_cast<decltype(params.mainloop.ptr_B)>(args.mainloop.ptr_B);
     params.mainloop.dB = args.mainloop.dB;
     params.epilogue.ptr_D = args.epilogue.ptr_D;
     params.epilogue.dD = args.epilogue.dD;
@@ -142,23 +164,7 @@ struct Instance {
     return params;
   }
 
-  // Makes the kernel ready to be launched on the current device.
-  static cudaError_t prepare() {
-    static PerDevice prepared;
-    cudaError_t status = cudaSuccess;
-    prepared.get(
-        [](int, int* done) {
-          *done = 1;
-          return cudaFuncSetAttribute(&cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      Kernel::SharedStorageSize);
-        },
-        status);
-    return status;
-  }
-
   static int run(const GroupedProduct& product, Stream stream) {
-    const cudaError_t status = prepare();
-    if (status != cudaSuccess) return status;
     const auto args = arguments(product);
     if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
     const Params params = params_of(args, product.scratch);
@@ -166,12 +172,7 @@ struct Instance {
         !encoded(*params.mainloop.tma_load_b.get_tma_descriptor()) ||
         !encoded(*params.epilogue.tma_store_d.get_tma_descriptor()))
       return cudaErrorNotSupported;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kShape.cluster_m, kShape.cluster_n, 1};
-    const cudaLaunchConfig_t config = {
-        Kernel::get_grid_shape(params), Kernel::get_block_shape(), Kernel::SharedStorageSize, stream, &cluster, 1};
-    return cudaLaunchKernelEx(&config, &cutlass::device_kernel<Kernel>, params);
+    return launch_kernel<Kernel>(params, stream);
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }

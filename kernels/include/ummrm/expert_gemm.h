@@ -51,7 +51,8 @@ struct ExpertGemm {
   bool allow_tf32 = false;        // fp32 operands may be rounded to TF32's 10 bits of fraction
 };
 
-// grad_proj = grad_rows^T @ rows of each group; zero for a group without rows.
+// grad_proj = grad_rows^T @ rows of each group; zero for a group without rows. With `add` the sum with what is there,
+// rounded once.
 struct ExpertGemmWgrad {
   DType dtype;       // of rows and their gradients: f32, bf16 or f16
   DType grad_dtype;  // of the results: dtype or f32
@@ -68,6 +69,7 @@ struct ExpertGemmWgrad {
   void* routed_grad;              // out, [E, grad_width, width], or null: not needed
   int spare_multiprocessors = 0;  // as above
   bool allow_tf32 = false;
+  bool add = false;  // results are added to what is there; a group without rows leaves it
 };
 
 // Column sums of every group's rows, times row_weights: the gradient of biases.
@@ -88,6 +90,8 @@ int64_t expert_gemm_workspace(const ExpertGemm& args);
 int expert_gemm(const ExpertGemm& args, void* workspace, Stream stream);
 int64_t expert_gemm_wgrad_workspace(const ExpertGemmWgrad& args);
 int expert_gemm_wgrad(const ExpertGemmWgrad& args, void* workspace, Stream stream);
+// Whether `add` may be set, on the current device: there is a kernel for it, and it is taken (use_fusions).
+bool expert_gemm_wgrad_adds(const ExpertGemmWgrad& args);
 int64_t expert_bias_grad_workspace(const ExpertBiasGrad& args);
 int expert_bias_grad(const ExpertBiasGrad& args, void* workspace, Stream stream);
 

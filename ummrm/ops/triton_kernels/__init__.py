@@ -6,10 +6,11 @@ arguments of the operators' schemas, allocate and launch. Nothing here knows the
 
 from .activation import activation, activation_backward
 from .bias_grad import expert_bias_grad
-from .expert_gemm import expert_gemm, expert_gemm_wgrad
+from .expert_gemm import expert_gemm, expert_gemm_wgrad, expert_gemm_wgrad_add
+from .expert_glu import expert_glu, expert_glu_backward
 from .launch import INTERPRETED
 from .merge_experts import merge_experts, merge_experts_dots, merge_experts_grads
-from .moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
+from .moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_backward_add, moe_ffn_forward
 from .permute import permute, unpermute, unpermute_backward
 from .routing import route, route_backward, sort_slots
 
@@ -24,15 +25,19 @@ KERNELS = {
         unpermute_backward,
         expert_gemm,
         expert_gemm_wgrad,
+        expert_gemm_wgrad_add,
         expert_bias_grad,
         activation,
         activation_backward,
+        expert_glu,
+        expert_glu_backward,
         merge_experts,
         merge_experts_dots,
         merge_experts_grads,
         moe_ffn,
         moe_ffn_forward,
         moe_ffn_backward,
+        moe_ffn_backward_add,
     )
 }
 

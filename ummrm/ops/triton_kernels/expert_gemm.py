@@ -360,3 +360,11 @@ def expert_gemm_wgrad(
     rows = Rows(shared_rows.contiguous(), routed_rows.contiguous())
     needs = num_tokens, num_shared_experts, need_shared, need_routed
     return weight_grad(grads, rows, expert_offsets.contiguous(), *needs, out_dtype)
+
+
+def expert_gemm_wgrad_add(*arguments) -> None:
+    """A product, then a sum: the gradient is written and read once more."""
+    *rows, shared_sum, routed_sum = arguments
+    for i, total in enumerate((shared_sum, routed_sum)):
+        if total is not None:
+            total.add_(expert_gemm_wgrad(*rows, i == 0, i == 1, total.dtype)[i])

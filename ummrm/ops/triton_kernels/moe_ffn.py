@@ -204,6 +204,17 @@ def moe_ffn_backward(*arguments) -> list[Tensor]:
     return run_backward(*arguments)
 
 
+def moe_ffn_backward_add(*arguments) -> list[Tensor]:
+    """Gradients of the projections in x's dtype, then added: they are written and read once more."""
+    *arguments, shared_up, routed_up, shared_down, routed_down = arguments
+    grads, need = run_backward(*arguments), arguments[-1]
+    for i, total in zip((3, 4, 5, 6), (shared_up, routed_up, shared_down, routed_down), strict=True):
+        if total is not None and need[i]:
+            total.add_(grads[i])
+            grads[i] = total.new_empty(0)
+    return grads
+
+
 def _gate_grads(dots, grad_out, slot_to_sorted, expert_indices, p: Experts, need_shared: bool, need_routed: bool):
     """Gradients of (shared_weight, routed_weights), None where not needed."""
     (tokens, top_k), width = expert_indices.shape, grad_out.shape[1]
