@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from . import backends  # noqa: F401  (registers the operators)
+from .grad_sums import accumulate_in_place
 from .grouped import grouped_ffn, grouped_linear
 from .reference import RouteOutput
 
 __all__ = [
     "RouteOutput",
+    "accumulate_in_place",
     "activation",
     "expert_gemm",
     "grouped_ffn",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import composed_reference, reference
+from . import composed_reference, grad_sums, reference
 from .fakes import FAKES
 from .reference import accumulator
 
@@ -157,6 +157,7 @@ class _ExpertGemm(Function):
     @staticmethod
     def forward(ctx: Any, shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose):
         ctx.save_for_backward(shared_rows, routed_rows, shared_proj, routed_proj, offsets, sb, rb)
+        ctx.leaves = grad_sums.leaves_of(shared_proj, routed_proj)
         ctx.settings = num_tokens, transpose
         args = (shared_rows, routed_rows, shared_proj, routed_proj, offsets, num_tokens, sb, rb, transpose)
         return _below(ops.expert_gemm, *args)
@@ -177,7 +178,13 @@ class _ExpertGemm(Function):
         if need[2] or need[3]:
             inputs = (shared_rows, routed_rows)
             pair = (*inputs, *grads) if transpose else (*grads, *inputs)
-            out[2:4] = ops.expert_gemm_wgrad(*pair, offsets, num_tokens, num_shared, need[2], need[3])
+            sizes, totals = (offsets, num_tokens, num_shared), grad_sums.totals_of(ctx.leaves, need[2:4])
+            for i, total in enumerate(totals):
+                if total is not None:
+                    ops.expert_gemm_wgrad_add(*pair, *sizes, *(total if i == j else None for j in range(2)))
+            left = [n and total is None for n, total in zip(need[2:4], totals, strict=True)]
+            if any(left):
+                out[2:4] = _needed(ops.expert_gemm_wgrad(*pair, *sizes, *left), left)
         if need[6] or need[7]:
             out[6:8] = ops.expert_bias_grad(*grads, None, offsets, num_tokens, num_shared, need[6], need[7])
         return (*_needed(out, need),)
@@ -226,13 +233,19 @@ class _MoeFfn(Function):
         *tensors, activation, glu = args
         out, *saved = _below(ops.moe_ffn_forward, *args)
         ctx.save_for_backward(*tensors, *saved)
+        ctx.leaves = grad_sums.leaves_of(*tensors[4:8])
         ctx.settings = activation, glu
         return out
 
     @_backward_of(lambda saved, settings: (composed_reference.moe_ffn, (*saved[:12], *settings)))
     def backward(ctx: Any, grad):
         need = [n for i, n in enumerate(ctx.needs_input_grad[:12]) if i != 3]  # expert_indices has no gradient
-        grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, need), need)
+        totals, args = grad_sums.totals_of(ctx.leaves, need[3:7]), (*ctx.saved_tensors, *ctx.settings, need)
+        if all(total is None for total in totals):
+            grads = _needed(ops.moe_ffn_backward(grad.contiguous(), *args), need)
+        else:
+            left = [*need[:3], *(n and t is None for n, t in zip(need[3:7], totals, strict=True)), *need[7:]]
+            grads = _needed(ops.moe_ffn_backward_add(grad.contiguous(), *args, *totals), left)
         return *grads[:3], None, *grads[3:], None, None
 
 
