@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ummrm.ops import backends
+from ummrm.ops import backends, library
 
 from . import workload
 from .harness import Contest, about
@@ -17,6 +17,7 @@ from .timing import Deadline
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device type to run on; ummrm needs kernels for it")
     parser.addoption("--backend", default=None, help="what serves ummrm's operators; by default what users get")
+    parser.addoption("--fusions", default="measured", help="fused CUDA kernels: all, none, or what the tile table says")
     parser.addoption("--threads", type=int, default=None, help="CPU threads; by default torch's own choice")
     parser.addoption("--record", type=Path, default=None, help="file to write what is measured to, line by line")
     parser.addoption("--deadline", type=float, default=None, help="seconds after which nothing new is begun")
@@ -25,6 +26,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--backend") is not None:
         backends.use_backend(config.getoption("--backend"))
+    library.use_fusions(config.getoption("--fusions"))
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
     config.ummrm_deadline = Deadline(config.getoption("--deadline"), time.monotonic)

@@ -25,7 +25,7 @@ from .record import OURS, RESULTS, read_record
 HERE = Path(__file__).parent
 
 
-def run(device, threads=None, expression="", deadline=None, record=None, backend=None):
+def run(device, threads=None, expression="", deadline=None, record=None, backend=None, fusions=None):
     """The record of one run of the suites, and pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(record or Path(folder) / "record.jsonl").resolve()
@@ -35,6 +35,7 @@ def run(device, threads=None, expression="", deadline=None, record=None, backend
         arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what ummrm has imported
         arguments += [f"--device={device}", f"--record={output}"]
         arguments += [] if backend is None else [f"--backend={backend}"]
+        arguments += [] if fusions is None else [f"--fusions={fusions}"]
         arguments += [] if threads is None else [f"--threads={threads}"]
         arguments += [] if deadline is None else [f"--deadline={deadline}"]
         code = pytest.main(arguments + (["-k", expression] if expression else []))
@@ -108,6 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", help="what serves ummrm's operators, as ummrm.use_backend takes it")
+    parser.add_argument("--fusions", help="fused CUDA kernels: all, none, or measured, what the tile table says")
     parser.add_argument("--threads", type=int, help="CPU threads; fewer than cores where other work shares the machine")
     parser.add_argument("-k", dest="expression", default="", help="only suites that match, as in pytest")
     parser.add_argument("--deadline", type=float, help="seconds after which no further contender is begun")
@@ -116,7 +118,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = options.record or Path(folder) / "record.jsonl"
         limits = options.threads, options.expression, options.deadline, path
-        record, code = run(options.device, *limits, options.backend)
+        record, code = run(options.device, *limits, options.backend, options.fusions)
         print(text(record))
         if not options.expression and options.record is None and code == 0:
             write(record, replay.read_rounds(path), options)
