@@ -19,6 +19,8 @@ void complete(Launch& launch, NamedBarrier& barrier) {
   barrier.arrived = 0;
   barrier.expected = 0;
   barrier.first = nullptr;
+  barrier.released = std::move(barrier.arriving);
+  barrier.arriving.clear();
   ++barrier.generation;
   ++launch.events;
 }
@@ -42,7 +44,7 @@ Outcome arrive_at_block(const Step& step) {
   if (barrier.arrived == 0) barrier.first = &step.in;
   barrier.expected = all ? 0 : count;
   barrier.arrived += kLanes;
-  shadow::publish(step.warp);
+  shadow::publish(step.warp, barrier.arriving);
   if (step.in.a == 0) {  // sync, not arrive
     step.warp.barrier = static_cast<int>(number);
     step.warp.barrier_generation = barrier.generation;
@@ -58,11 +60,13 @@ Outcome nothing(const Step&) { return Outcome::done; }  // the lanes of the mask
 Outcome arrive_at_cluster(const Step& step) {
   Cluster& cluster = *step.warp.block->cluster;
   step.warp.cluster_generation = cluster.generation;
-  shadow::publish(step.warp);
+  shadow::publish(step.warp, cluster.arriving);
   unsigned warps = 0;
   for (const Block& block : cluster.blocks) warps += lanes_alive(block) / kLanes;
   if (++cluster.arrived >= warps) {
     cluster.arrived = 0;
+    cluster.released = std::move(cluster.arriving);
+    cluster.arriving.clear();
     ++cluster.generation;
   }
   ++step.launch.events;
@@ -70,7 +74,10 @@ Outcome arrive_at_cluster(const Step& step) {
 }
 
 Outcome wait_for_cluster(const Step& step) {
-  return step.warp.block->cluster->generation == step.warp.cluster_generation ? Outcome::waits : Outcome::done;
+  const uint64_t generation = step.warp.block->cluster->generation;
+  if (generation == step.warp.cluster_generation) return Outcome::waits;
+  merge(step.warp.seen, step.warp.block->cluster->released);
+  return Outcome::done;
 }
 
 // ---- mbarrier

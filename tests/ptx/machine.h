@@ -3,6 +3,7 @@
 // smaller values with zeros above.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <deque>
@@ -81,6 +82,13 @@ struct TensorLoad {
   std::vector<Block*> barriers;  // one a target
 };
 
+// What happened before: for each warp of a cluster, up to which of its arrivals at barriers (a vector clock).
+using Clock = std::vector<uint32_t>;
+inline void merge(Clock& into, const Clock& other) {
+  if (into.size() < other.size()) into.resize(other.size());
+  for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
 struct Warp {
   Block* block;
   int id;  // in its block
@@ -95,6 +103,8 @@ struct Warp {
 
   int barrier = -1;  // of the block, that it waits for
   uint64_t barrier_generation = 0, cluster_generation = 0;
+  size_t number = 0;  // in its cluster
+  Clock seen;
 
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
@@ -113,10 +123,17 @@ struct Warp {
   uint64_t* reg(int number) { return registers.data() + static_cast<size_t>(number) * kLanes; }
 };
 
+struct Published {  // a granule of shared memory that an arrival of its writer follows
+  uint32_t granule;
+  size_t writer;
+  uint32_t arrival;
+};
+
 struct NamedBarrier {
   unsigned arrived = 0, expected = 0;  // lanes; expected 0: all
   uint64_t generation = 0;
   const Instruction* first = nullptr;
+  Clock arriving, released;
 };
 
 struct Block {
@@ -128,7 +145,7 @@ struct Block {
   std::vector<unsigned char> shared;
   std::vector<unsigned char> written;    // a byte each: whether anything has
   std::vector<uint16_t> unfenced;        // 16 bytes each: shadow.h
-  std::vector<uint32_t> published;       // of these, what a barrier has shown to the block
+  std::vector<Published> published;      // of these, what a barrier has shown to others
   std::map<uint32_t, int> new_barriers;  // in shared memory: who made one without a fence yet
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
@@ -139,6 +156,7 @@ struct Cluster {
   std::vector<Block> blocks;
   unsigned arrived = 0;
   uint64_t generation = 0;
+  Clock arriving, released;
   std::deque<TensorLoad> loads;  // under way
 };
 

@@ -82,6 +82,8 @@ class Scheduler {
     const auto registers = static_cast<size_t>(launch_.kernel.registers);
     warp.block = &block;
     warp.id = id;
+    warp.number = static_cast<size_t>(block.rank) * block.warps.size() + static_cast<size_t>(id);
+    warp.seen.assign(launch_.cluster.size() * block.warps.size(), 0);
     warp.registers.assign(registers * kLanes, kGarbage);
     if (launch_.kernel.has_products) {
       warp.touched_at.assign(registers, 0);
@@ -225,8 +227,10 @@ class Scheduler {
     for (int n = 0; n < most; ++n) {
       if (warp.alive == 0) return Turn::ended;
       if (warp.barrier >= 0) {
-        if (warp.block->barriers[static_cast<size_t>(warp.barrier)].generation == warp.barrier_generation)
-          return Turn::waits;
+        const auto number = static_cast<size_t>(warp.barrier);
+        const uint64_t generation = warp.block->barriers[number].generation;
+        if (generation == warp.barrier_generation) return Turn::waits;
+        merge(warp.seen, warp.block->barriers[number].released);
         warp.barrier = -1;
       }
       if (!together) {

@@ -26,7 +26,11 @@ void wrote(Warp& warp, const Place& place, int bytes) {
   for (uint32_t granule = place.offset / kGranule; granule <= last; ++granule) {
     if (block.unfenced[granule] == mark) continue;
     block.unfenced[granule] = mark;
-    (mark == kPublished ? block.published : warp.wrote).push_back(granule);
+    if (mark == kPublished) {
+      block.published.push_back({granule, warp.number, warp.seen[warp.number] + 1});
+    } else {
+      warp.wrote.push_back(granule);
+    }
   }
 }
 
@@ -78,21 +82,24 @@ void fence_async(Warp& warp) {
   for (const uint32_t granule : warp.wrote) {
     if (block.unfenced[granule] == mark_of(warp)) block.unfenced[granule] = kFenced;
   }
-  for (const uint32_t granule : block.published) {
-    if (block.unfenced[granule] == kPublished) block.unfenced[granule] = kFenced;
-  }
   warp.wrote.clear();
-  block.published.clear();
+  std::erase_if(block.published, [&](const Published& entry) {
+    if (warp.seen[entry.writer] < entry.arrival) return false;
+    if (block.unfenced[entry.granule] == kPublished) block.unfenced[entry.granule] = kFenced;
+    return true;
+  });
 }
 
-void publish(Warp& warp) {
+void publish(Warp& warp, Clock& barrier) {
   Block& block = *warp.block;
+  const uint32_t arrival = ++warp.seen[warp.number];
   for (const uint32_t granule : warp.wrote) {
     if (block.unfenced[granule] != mark_of(warp)) continue;
     block.unfenced[granule] = kPublished;
-    block.published.push_back(granule);
+    block.published.push_back({granule, warp.number, arrival});
   }
   warp.wrote.clear();
+  merge(barrier, warp.seen);
 }
 
 void barrier_made(Warp& warp, const Place& place) { place.block->new_barriers[place.offset] = warp.id; }

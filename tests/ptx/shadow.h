@@ -26,7 +26,8 @@ void check_written(const Step& step, const Place& place, int bytes);  // of devi
 // As bytes are read late, when the instruction is long past, so that `who` and not a step says where.
 std::string fault_of_async_read(const Block& block, uint32_t offset, int bytes);
 void fence_async(Warp& warp);
-void publish(Warp& warp);  // at a barrier: another warp's fence then covers what this one wrote
+// At a barrier: the fence of a warp that waits for it then covers what this one wrote, and what this one has seen.
+void publish(Warp& warp, Clock& barrier);
 
 // ---- barriers in shared memory (fence.mbarrier_init)
 void barrier_made(Warp& warp, const Place& place);

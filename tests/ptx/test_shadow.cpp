@@ -97,6 +97,30 @@ void tensor_stores() {
   CHECK_FAILS(store("fence.proxy.async.global;", ""), "is read without fence.proxy.async");
 }
 
+// A fence covers what its warp wrote or saw at a barrier that it waited for, not what passed it by.
+void the_fence_of_another() {
+  Device<uint32_t> out(128);
+  ptx::TensorMap map{};
+  map.mark = ptx::TensorMap::kMark, map.element_bytes = 4, map.rank = 1;
+  map.address = reinterpret_cast<uint64_t>(out.data()), map.size[0] = 128, map.box[0] = 128;
+  Device<unsigned char> memory(128);
+  std::memcpy(memory.data(), &map, sizeof map);
+  const auto fault = [&](const std::string& third) {
+    const std::string text =
+        kernel(R"(.shared .align 128 .b8 tile[512]; mov.u32 %r1, tile; setp.lt.u32 %p2, %r0, 64; @!%p2 bra THIRD;
+      mad.lo.u32 %r2, %r0, 8, %r1; st.shared.v2.u32 [%r2], {%r0, %r0}; bar.sync 1, 64; bar.sync 2, 96; bar.sync 3, 96; setp.eq.u32 %p1, %r0, 0; @!%p1 ret;
+      cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%d0, {0}], [%r1]; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; ret;
+      THIRD: )" + third,
+               1);
+    return run_in_all_orders([&] { return run(text, {memory.data()}, {.block = {96}}); });
+  };
+  CHECK_PASSES(fault("bar.sync 2, 96; fence.proxy.async.shared::cta; bar.sync 3, 96;"));
+  CHECK_FAILS(fault("fence.proxy.async.shared::cta; bar.sync 2, 96; bar.sync 3, 96;"),
+              "is read without fence.proxy.async");
+  CHECK_FAILS(fault("bar.arrive 2, 96; fence.proxy.async.shared::cta; bar.sync 3, 96;"),
+              "is read without fence.proxy.async");
+}
+
 void new_barriers() {
   Device<uint32_t> out(4);
   const auto fault = [&](const std::string& fence) {
@@ -128,6 +152,7 @@ void memory_that_nothing_has_written() {
 int main() {
   products();
   tensor_stores();
+  the_fence_of_another();
   new_barriers();
   memory_that_nothing_has_written();
   return testing::finish();

@@ -154,7 +154,8 @@ static void memory() {
   CHECK_FAILS(fault("mov.u32 %r1, dynamic; st.shared.u32 [%r1+60], 1; ld.shared.u32 %r2, [%r1+56];"),
               "nothing has written it");
   CHECK_FAILS(fault("mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];"), "shared memory out of bounds");
-  CHECK_FAILS(fault(".shared .align 4 .b8 words[100]; mov.u32 %r1, words; st.shared.u32 [%r1+96], 1; st.shared.u32 [%r1+100], 1;"),
+  CHECK_FAILS(fault(".shared .align 4 .b8 words[100]; mov.u32 %r1, words; st.shared.u32 [%r1+96], 1; st.shared.u32 "
+                    "[%r1+100], 1;"),
               "shared memory out of bounds, 4 bytes at");
   // A generic address of shared memory, there and back.
   CHECK_PASSES(
