@@ -39,11 +39,13 @@ struct Way {
   int multiprocessors;
 };
 // The first ones notice most; the later ones are for what they let pass.
-constexpr Way kWays[] = {{2, Order::late, 0, 2},    {2, Order::late, 3, 2},    {2, Order::random, 4, 2},
-                         {1, Order::late, 5, 4},    {5, Order::late, 6, 2},    {5, Order::random, 7, 4},
-                         {2, Order::at_once, 8, 2}, {2, Order::late, 9, 2},    {2, Order::late, 10, 2},
-                         {5, Order::late, 11, 2},   {2, Order::random, 12, 2}, {2, Order::late, 13, 2},
-                         {5, Order::late, 14, 2},   {2, Order::at_once, 15, 2}};
+// The seed says who is slow (scheduler.cpp): here each group of warps, each block of a cluster, and each warp that
+// copies.
+constexpr Way kWays[] = {{2, Order::late, 0, 2},    {2, Order::late, 3, 2},   {2, Order::late, 7, 2},
+                         {2, Order::late, 1, 2},    {2, Order::late, 5, 2},   {2, Order::late, 2, 2},
+                         {2, Order::late, 6, 2},    {2, Order::late, 10, 2},  {2, Order::late, 14, 2},
+                         {5, Order::late, 11, 2},   {5, Order::random, 3, 2}, {5, Order::random, 1, 2},
+                         {2, Order::at_once, 7, 2}, {1, Order::late, 3, 4}};
 
 // What is wrong with the product; "hang" for a loop without an end or a deadlock.
 std::string verdict(int arch, int tile, Product product, const Way& way) {

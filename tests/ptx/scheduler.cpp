@@ -33,7 +33,8 @@ enum class Turn { ended, waits, more };
 class Scheduler {
  public:
   explicit Scheduler(Launch& launch) : launch_(launch) {
-    if (options.shuffle) slow_kind_ = static_cast<Slow>(launch_.random() % 4), slow_ = launch_.random();
+    // By the seed itself, so that a few seeds in a row have had each of them.
+    if (options.shuffle) slow_kind_ = static_cast<Slow>(options.seed % 4), slow_ = options.seed / 4;
   }
 
   void run() {
@@ -297,7 +298,7 @@ class Scheduler {
 
   Launch& launch_;
   Slow slow_kind_ = Slow::none;
-  uint64_t slow_ = 0;
+  unsigned slow_ = 0;
   std::vector<std::unique_ptr<Cluster>> running_;
   std::vector<Warp*> turns_;
   const uint64_t at_start_ = counts.instructions;
