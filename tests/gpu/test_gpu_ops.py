@@ -6,7 +6,7 @@ The reference runs on the CPU in the same dtype as well: that is the plain torch
 import pytest
 import torch
 from on_device import by_columns, interleaved, on
-from op_cases import EVEN, NAMES, ODD, case
+from op_cases import EVEN, NAMES, ODD, case, plain_of
 from op_inputs import expert_indices, floats, gate_dtype, gate_weights, moe_inputs
 from test_expert_gemm import gemm_inputs
 from test_merge_experts import merge_inputs
@@ -344,11 +344,6 @@ def test_merged_ffn(device, dtype, glu, biases, sizes):
 def test_merged_ffn_of_wider_parameters(device, narrow):
     arguments = merged_inputs(20, 16, 24, 3, 1, dtype=narrow, wide=torch.float32)
     compare(on(device, ops.merged_ffn), composed_reference.merged_ffn, arguments, narrow, roundings=4)
-
-
-def plain_of(name):
-    stem = name.split()[0]
-    return getattr(composed_reference if stem.endswith("ffn") else reference, stem)
 
 
 @pytest.mark.parametrize("layout", [interleaved, by_columns])

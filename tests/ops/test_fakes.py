@@ -48,6 +48,7 @@ def good_arguments():
         "expert_glu_backward": (x, slots, *down, offsets, T, floats(S * T + T * K, 2 * 3), weights, "silu"),
         "merge_experts": (*lists, torch.rand(2, S + E)),
         "merge_experts_dots": ([floats(3), floats(2, 2)], *lists),
+        "merge_experts_grads": (floats(4, 3), torch.rand(2, S + E), S, True, True),
         "moe_ffn": (*moe, *kind),
         "moe_ffn_forward": (*moe, *kind),
         "moe_ffn_backward": (out, *moe, *saved, *kind, [True] * 11),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import NAMES, case
+from op_cases import NAMES, case, plain_of
 from tolerances import DTYPES, compare
 
 from ummrm.ops import reference
@@ -120,8 +120,7 @@ def arguments_of(example):
 
 def check(example):
     op, arguments = arguments_of(example)
-    plain = getattr(reference, example.name.removesuffix(" transposed"))
-    compare(op, plain, arguments, floor_dtype=example.dtype, roundings=4)
+    compare(op, plain_of(example.name), arguments, floor_dtype=example.dtype, roundings=4)
 
 
 @pytest.mark.usefixtures("poisoned")

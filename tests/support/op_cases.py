@@ -7,7 +7,7 @@ from test_merge_experts import merge_inputs
 from test_merged_ffn import merged_inputs, without_x
 
 from ummrm import ops
-from ummrm.ops import reference
+from ummrm.ops import composed_reference, reference
 
 # T, H, I, E, K, S: sizes that divide nothing, sizes that vectors and matrix units take, and more than one block of each
 ODD = (37, 21, 13, 5, 3, 2)
@@ -28,6 +28,12 @@ NAMES = (
     "merge_ffn",
     "merged_ffn",
 )
+
+
+def plain_of(name):
+    """What an operator of NAMES computes, in plain torch."""
+    stem = name.removesuffix(" transposed")
+    return getattr(composed_reference if stem.endswith("ffn") else reference, stem)
 
 
 def case(name, shape, dtype=torch.float32, kind="some_dead"):
