@@ -114,6 +114,11 @@ void decode(Kernel& kernel) {
     }
   }
   mark_accumulators(kernel);
+  const auto has = [&](const char* prefix) {
+    return std::any_of(kernel.code.begin(), kernel.code.end(),
+                       [&](const Instruction& in) { return in.text.starts_with(prefix); });
+  };
+  kernel.reads_ahead = has("mma.sync") && (has("cp.async.ca") || has("cp.async.cg"));
   kernel.decoded = true;
 }
 

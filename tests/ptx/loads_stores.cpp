@@ -16,10 +16,16 @@ Outcome load(const Step& step) {
   const Operand& to = step.operand(0);
   const int bytes = bytes_of(step.in.type), all = bytes * static_cast<int>(parts_of(to));
   const unsigned char* from[kLanes];
+  unsigned char garbage[64];
+  std::memset(garbage, 0xff, sizeof garbage);
   for_lanes(step.lanes, [&](int l) {
     const Place place = place_of(step, step.in.space, address(step, step.operand(1), l), all);
-    shadow::check_written(step, place, all);
     from[l] = place.at;
+    if (step.launch.kernel.reads_ahead && place.block != nullptr) {
+      if (!shadow::written(*place.block, place.offset, all)) from[l] = garbage;
+    } else {
+      shadow::check_written(step, place, all);
+    }
   });
   for (size_t i = 0; i < parts_of(to); ++i) {
     uint64_t* out = result(step, part_of(to, i));

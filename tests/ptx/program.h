@@ -136,6 +136,9 @@ struct Kernel {
   int max_threads = 0;    // .maxntid; 0: not said
   bool decoded = false;
   bool has_products = false;  // wgmma
+  // CUTLASS's kernels for Ampere load fragments of a stage that they may not use: what nothing has written is NaN
+  // there, not an error.
+  bool reads_ahead = false;
 };
 
 // Shared addresses start here, so that null is none; what is dynamic starts behind what is static.
