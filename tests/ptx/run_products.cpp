@@ -47,6 +47,36 @@ void run(int arch, int tile, Product product, const Case& which, const Way& way,
               options.seed, fault.substr(0, 2000).c_str());
 }
 
+// Of a product that a device has run before, the host asks nothing again: its calls are its launches, and which device
+// it is.
+void check_calls(int arch, int tile, Product product, DType dtype) {
+  constexpr const char* kOnce[] = {"cuTensorMapEncodeTiled",
+                                   "cudaFuncSetAttribute",
+                                   "cudaFuncGetAttributes",
+                                   "cudaDeviceGetAttribute",
+                                   "cudaGetDriverEntryPointByVersion",
+                                   "cudaOccupancyMaxActiveBlocksPerMultiprocessor"};
+  const Case which = smallest(dtype);
+  run(arch, tile, product, which, kWays[0], 3);
+  --runs;  // so that the next one is on the same device
+  runtime::calls().clear();
+  run(arch, tile, product, which, kWays[0], 3);
+  uint64_t launches = 0;
+  for (const auto& [name, times] : runtime::calls()) {
+    if (name.find("LaunchKernel") != std::string::npos) launches += times;
+    for (const char* once : kOnce) {
+      if (name != once) continue;
+      ++wrong;
+      std::printf("sm_%d tile %d %s: %s was called again\n", arch, tile, name_of(product), once);
+    }
+  }
+  if (launches != 2) {  // the groups' tables, and the product
+    ++wrong;
+    std::printf("sm_%d tile %d %s: %llu launches\n", arch, tile, name_of(product),
+                static_cast<unsigned long long>(launches));
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -69,6 +99,7 @@ int main(int count, char** arguments) {
             if (!all) break;
           }
         }
+        check_calls(arch, tile, product, dtype);
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         std::printf(
             "sm_%d tile %d %s %s: %.1f s, %.1f million instructions of warps, %llu wgmma, %llu mma, %llu loads, %llu "
