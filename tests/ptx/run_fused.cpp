@@ -67,18 +67,36 @@ using Single = Memory<float>;
 
 int arch, tile;
 
-template <class Args, class Run80, class Run90>
-std::string run(const char* what, const Args& args, int64_t band, const Run80& run80, const Run90& run90) {
-  const TileChoice choice = {tile, band};
-  if (!(arch == 90 ? sm90::serves(args) : sm80::serves(args))) return std::string(what) + " is not served";
-  Memory<char> space(static_cast<size_t>(arch == 90 ? sm90::workspace(args, choice) : sm80::workspace(args, choice)));
-  const int status = arch == 90 ? run90(args, choice, space.at) : run80(args, choice, space.at);
+template <class Run>
+std::string run(const char* what, bool served, int64_t bytes, const Run& function) {
+  if (!served) return std::string(what) + " is not served";
+  Memory<char> space(static_cast<size_t>(bytes));
+  const int status = function(space.at);
   return status == cudaSuccess ? "" : std::string(what) + " returned " + std::to_string(status);
 }
-#define RUN(function, args, band)                                                                        \
-  run(                                                                                                   \
-      #function, args, band, [](auto& a, auto& c, void* w) { return sm80::function(a, c, w, nullptr); }, \
-      [](auto& a, auto& c, void* w) { return sm90::function(a, c, w, nullptr); })
+
+// A build may have one architecture alone.
+#define RUN_HERE(folder, number, function, args)                                 \
+  if (arch == number)                                                            \
+    return run(#function, folder::serves(args), folder::workspace(args, choice), \
+               [&](void* space) { return folder::function(args, choice, space, nullptr); });
+#ifdef UMMRM_SM80
+#define RUN_80(function, args) RUN_HERE(sm80, 80, function, args)
+#else
+#define RUN_80(function, args)
+#endif
+#ifdef UMMRM_SM90
+#define RUN_90(function, args) RUN_HERE(sm90, 90, function, args)
+#else
+#define RUN_90(function, args)
+#endif
+#define RUN(function, args, band)                              \
+  [&]() -> std::string {                                       \
+    const TileChoice choice = {tile, band};                    \
+    RUN_80(function, args)                                     \
+    RUN_90(function, args)                                     \
+    return #function " was not compiled for the architecture"; \
+  }()
 
 // `tolerance` relative to 1 and the value; 0: the same bits, but for the sign of zero.
 template <class A, class B>
