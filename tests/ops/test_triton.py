@@ -118,7 +118,7 @@ except ValueError as error:
 @needs_triton
 def test_one_entry_for_each_operator_of_the_table():
     kernels = backends.load_triton()
-    composed = {"moe_ffn", "moe_ffn_forward", "moe_ffn_backward"}
+    composed = {"moe_ffn", "moe_ffn_forward", "moe_ffn_backward", "moe_ffn_backward_add"}
     assert set(kernels.KERNELS) == set(backends.BACKENDS["triton"].kernels)
     assert set(kernels.KERNELS) == set(backends.BACKENDS["reference"].kernels) | composed
     assert kernels.__name__ == "ummrm.ops.triton_kernels" and sys.modules[kernels.__name__] is kernels

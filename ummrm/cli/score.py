@@ -71,7 +71,7 @@ def score(
 
     Example: ummrm score merged answers.jsonl > rewards.jsonl
 
-    Example: ummrm score merged answers.jsonl --out rewards.jsonl --device cuda --num-processes 8
+    Example: ummrm score merged answers.jsonl --out rewards.jsonl --num-processes 2
     """
     rewards.check_scoring(batch_size, max_length, device, dtype)
     if file != "-" and not os.path.isfile(file):
