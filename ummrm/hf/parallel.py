@@ -169,6 +169,7 @@ def _generic(name: str) -> str:
 
 
 def _input_embeddings(model: Any) -> nn.Module | None:
+    """None for a model without any, of which transformers' own function says so by one of two errors."""
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -85,31 +85,18 @@ struct FusedKernel {
 template <int tile, class Element, class LayoutB, class Ending>
 struct FusedInstance {
   using Kernel = FusedKernel<typename Instance<tile, Element, RowMajor, LayoutB, Element>::Kernel, Ending>;
-  static constexpr int kBytes = static_cast<int>(sizeof(typename Kernel::SharedStorage));
-  static_assert(kBytes <= 99 * 1024, "more shared memory than a block of Ada can have");
 
   static int run(const GroupedProduct& product, int64_t pair_rows, const typename Ending::Launch& ending,
                  Stream stream) {
-    static PerDevice known;
     cudaError_t status = cudaSuccess;
-    const int resident = known.get(
-        [](int, int* blocks) {
-          const auto kernel = &cutlass::Kernel<Kernel>;
-          cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-          if (status == cudaSuccess)
-            status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Kernel::kThreadCount, kBytes);
-          return status == cudaSuccess && *blocks < 1 ? cudaErrorInvalidConfiguration : status;
-        },
-        status);
+    const int blocks = resident_blocks<Kernel>(status) * product.sms;
     if (status != cudaSuccess) return status;
     const typename Kernel::Params params = {
         {reinterpret_cast<cutlass::gemm::GemmCoord*>(product.tables.shapes), product.problems},
         product.tables,
         pair_rows,
         ending};
-    const cudaLaunchConfig_t config = {
-        dim3(static_cast<unsigned>(resident * product.sms)), dim3(Kernel::kThreadCount), kBytes, stream, nullptr, 0};
-    return cudaLaunchKernelEx(&config, &cutlass::Kernel<Kernel>, params);
+    return launch_persistent<Kernel>(blocks, params, stream);
   }
 };
 

@@ -30,6 +30,32 @@ using ColumnMajor = cutlass::layout::ColumnMajor;
 inline constexpr TileShape kTf32Tile = {128, 128, 16, 1, 1, "multistage"};
 inline constexpr int kTf32 = -1;
 
+template <class Kernel>
+constexpr int kShared = static_cast<int>(sizeof(typename Kernel::SharedStorage));
+
+// Blocks that a multiprocessor of the current device holds; the kernel is then ready to be launched there.
+template <class Kernel>
+int resident_blocks(cudaError_t& status) {
+  static_assert(kShared<Kernel> <= 99 * 1024, "more shared memory than a block of Ada can have");
+  static PerDevice known;
+  return known.get(
+      [](int, int* blocks) {
+        const auto kernel = &cutlass::Kernel<Kernel>;
+        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared<Kernel>);
+        if (status == cudaSuccess)
+          status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Kernel::kThreadCount, kShared<Kernel>);
+        return status == cudaSuccess && *blocks < 1 ? cudaErrorInvalidConfiguration : status;
+      },
+      status);
+}
+
+template <class Kernel>
+cudaError_t launch_persistent(int blocks, const typename Kernel::Params& params, Stream stream) {
+  const cudaLaunchConfig_t config = {
+      dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreadCount), kShared<Kernel>, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, &cutlass::Kernel<Kernel>, params);
+}
+
 template <int tile, class Element, class LayoutA, class LayoutB, class Out>
 struct Instance {
   static constexpr TileShape kShape = tile == kTf32 ? kTf32Tile : kSm80Tiles[tile == kTf32 ? 0 : tile];
@@ -48,40 +74,21 @@ struct Instance {
   using Gemm = cutlass::gemm::device::GemmGrouped<Kernel>;
 
   static_assert(sizeof(cutlass::gemm::GemmCoord) == sizeof(GroupShape));
-  static_assert(sizeof(typename Kernel::SharedStorage) <= 99 * 1024, "more shared memory than a block of Ada can have");
 
   static int64_t scratch_bytes(int) { return 0; }
 
-  static constexpr int kShared = static_cast<int>(sizeof(typename Kernel::SharedStorage));
-
-  // Blocks that a multiprocessor of the current device holds; the kernel is then ready to be launched there.
-  static int resident_blocks(cudaError_t& status) {
-    static PerDevice known;
-    return known.get(
-        [](int, int* blocks) {
-          const auto kernel = &cutlass::Kernel<Kernel>;
-          cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-          if (status == cudaSuccess)
-            status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, Kernel::kThreadCount, kShared);
-          return status == cudaSuccess && *blocks < 1 ? cudaErrorInvalidConfiguration : status;
-        },
-        status);
-  }
-
   static int run(const GroupedProduct& product, Stream stream) {
     cudaError_t status = cudaSuccess;
-    const int resident = resident_blocks(status);
+    const int blocks = resident_blocks<Kernel>(status) * product.sms;
     if (status != cudaSuccess) return status;
     const GroupTables& tables = product.tables;
     const typename Gemm::Arguments args(
-        reinterpret_cast<cutlass::gemm::GemmCoord*>(tables.shapes), product.problems, resident * product.sms,
+        reinterpret_cast<cutlass::gemm::GemmCoord*>(tables.shapes), product.problems, blocks,
         {1.f, product.biased ? 1.f : 0.f}, const_cast<Element**>(reinterpret_cast<const Element**>(tables.a)),
         const_cast<Element**>(reinterpret_cast<const Element**>(tables.b)),
         const_cast<Out**>(reinterpret_cast<const Out**>(tables.bias)), reinterpret_cast<Out**>(tables.d),
         tables.a_stride, tables.b_stride, tables.bias_stride, tables.d_stride);
-    const cudaLaunchConfig_t config = {
-        dim3(static_cast<unsigned>(resident * product.sms)), dim3(Kernel::kThreadCount), kShared, stream, nullptr, 0};
-    return cudaLaunchKernelEx(&config, &cutlass::Kernel<Kernel>, typename Kernel::Params(args));
+    return launch_persistent<Kernel>(blocks, typename Kernel::Params(args), stream);
   }
 
   static GroupedInstance get() { return {&scratch_bytes, &run}; }
