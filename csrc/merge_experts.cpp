@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "large_empty.h"
 
 namespace ummrm {
 namespace {
@@ -165,7 +166,7 @@ std::vector<Tensor> merge_experts(TensorList shared, TensorList routed, const Te
   const DType dtype = check.element("routed", lists.like());
   const Tensor coefficients = coefficients_in.contiguous();
   std::vector<Tensor> merged;
-  for (const Tensor& tensor : routed) merged.push_back(at::empty(tensor.sizes().slice(1), tensor.options()));
+  for (const Tensor& tensor : routed) merged.push_back(large_empty(tensor.sizes().slice(1), tensor.options()));
   if (on_host(lists.like())) {
     CpuArguments of(lists);
     for (int64_t i = 0; i < n; ++i) of.tensors[i].merged = merged[i].mutable_data_ptr();
@@ -221,7 +222,7 @@ Tensor2 merge_experts_grads(const Tensor& grad_in, const Tensor& coefficients_in
     if (!need) return at::empty({0}, grad.options());
     auto sizes = grad.sizes().vec();
     sizes.insert(sizes.begin(), count);
-    return at::empty(sizes, grad.options());
+    return large_empty(sizes, grad.options());
   };
   const Tensor of_shared = result(need_shared, num_shared), of_routed = result(need_routed, num_routed);
   // Part `part` of expert e, counted from the first of its kind; null where it is not wanted.

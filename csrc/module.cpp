@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "device.h"
 #include "gemm.h"
+#include "moe_ffn.h"
 #include "ummrm/cpu_info.h"
 #include "ummrm/expert_gemm_tiles.h"
 #include "ummrm/expert_glu.h"
@@ -216,6 +217,8 @@ PYBIND11_MODULE(_C, m) {
         "Whether index values are checked on devices where reading them waits for the device. CPU tensors always are.");
   m.def("use_fusions", &use_fusions, py::arg("choice"),
         "Which fused CUDA kernels run: 'measured' (what the tile table says), 'all' that there are, or 'none'.");
+  m.def("use_host_layer", &ummrm::host::use, py::arg("enabled"),
+        "Whether moe_ffn of CPU tensors in fp32 runs as one, instead of as the operators that it is made of.");
   m.def("tile_table", &tile_table, "Tiles of the grouped expert GEMM on CUDA: rows, columns and depth, and where.");
   m.def("activation_names", &ummrm::activation_names, "The activations that the kernels know.");
   m.def("onednn_product", &ummrm::onednn_product, py::call_guard<py::gil_scoped_release>(),

@@ -71,8 +71,7 @@ void sort_slots_on_cpu(SortSlots& args) {
   const int64_t blocks = (args.slots + cpu::kSortBlock - 1) / cpu::kSortBlock;
   std::vector<int64_t> block_next(blocks * (args.experts + 1));
   args.block_next = block_next.data();
-  parallel_over(blocks, cpu::kSortBlock,
-                [&](int64_t begin, int64_t end) { cpu::sort_slots_count(args, begin, end); });
+  parallel_over(blocks, cpu::kSortBlock, [&](int64_t begin, int64_t end) { cpu::sort_slots_count(args, begin, end); });
   cpu::sort_slots_scan(args);
   parallel_over(blocks, 4 * cpu::kSortBlock,
                 [&](int64_t begin, int64_t end) { cpu::sort_slots_scatter(args, begin, end); });

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ummrm import ops
+from ummrm.ops import library
 
 
 def floats(*shape, dtype=torch.float32, requires_grad=False, scale=1.0):
@@ -156,3 +157,13 @@ def assert_refused(name, good, override, error, *arguments):
 def _assert_helpful(message, arguments):
     assert any(f"`{argument}`" in message for argument in arguments), message
     assert message.startswith("ummrm.") and "must" in message and "got" in message and "; " in message, message
+
+
+@contextlib.contextmanager
+def composed_on_the_cpu():
+    """`moe_ffn` of CPU tensors in fp32 as the operators that it is made of, as it is everywhere else."""
+    library.use_host_layer(False)
+    try:
+        yield
+    finally:
+        library.use_host_layer(True)

@@ -215,6 +215,7 @@ def use_backend(name: str) -> None:
                 for device in backend.served():
                     overriding.impl(op, kernel, device.upper())
         _overriding = name, overriding
+    library.use_host_layer("cpu" not in backend.served() or not backend.kernels)
     _filler = _fill_gaps()
 
 

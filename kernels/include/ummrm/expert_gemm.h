@@ -1,6 +1,7 @@
 // The grouped expert GEMM: every expert's product with its own rows, shared experts as groups beside the routed ones.
-// On a CPU the products belong to the BLAS behind at::mm, which no kernel here would beat (csrc/expert_gemm.cpp), and
-// only bias gradients are left; on CUDA all groups run in one launch, since only the device knows their sizes.
+// On a CPU the products of this operator belong to the BLAS behind at::mm (csrc/expert_gemm.cpp; expert_products.h has
+// those of a whole layer), and only bias gradients are left; on CUDA all groups run in one launch, since only the device
+// knows their sizes.
 #pragma once
 
 #include <cstdint>

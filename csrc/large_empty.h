@@ -1,0 +1,16 @@
+// Memory for large results on a CPU.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace ummrm {
+
+// at::empty, contiguous; for a large CPU tensor in pages of 2 MB where the system gives them. The C library takes large
+// blocks from the system at every call and gives them back, so that a result costs a fault for each of its pages: of
+// 4 KB, an eighth of a training step was that.
+at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// The same for what a call needs while it runs, whose memory is kept for the next call: up to 128 MB in all.
+at::Tensor workspace_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+}  // namespace ummrm

@@ -1,0 +1,23 @@
+// Deals pieces of work out to torch's threads on a CPU, and the fp32 products of expert_products.h among them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "ummrm/expert_products.h"
+
+namespace ummrm {
+
+// Calls work(i, scratch) for each i below `count` once, on torch's threads, each of which takes the next when it is
+// done with one: pieces are of unequal length, and cores are not always free. `scratch` holds `floats` floats of the
+// thread's own, aligned to a cache line, with whatever was in it.
+void deal_out(int64_t count, int64_t floats, const std::function<void(int64_t, float*)>& work);
+
+// Appends the pieces of a product of `flops` operations among `all`, so many that threads end at about the same time.
+void cut_for_threads(const cpu::Product& product, double share_of_all, std::vector<cpu::Product>* pieces);
+
+// All of them, side by side.
+void multiply(const std::vector<cpu::Product>& pieces);
+
+}  // namespace ummrm
