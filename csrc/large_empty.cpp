@@ -66,7 +66,7 @@ class Kept {
   }
 
  private:
-  static constexpr size_t kMost = size_t{128} << 20;
+  static constexpr size_t kMost = size_t{256} << 20;
   std::mutex mutex_;
   std::multimap<size_t, void*> blocks_;
   size_t total_ = 0;

@@ -10,7 +10,7 @@ namespace ummrm {
 // 4 KB, an eighth of a training step was that.
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// The same for what a call needs while it runs, whose memory is kept for the next call: up to 128 MB in all.
+// The same for what a call needs while it runs, whose memory is kept for the next call: up to 256 MB in all.
 at::Tensor workspace_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace ummrm

@@ -207,7 +207,8 @@ Gradients backward(const Tensor& grad_out_in, const Tensor& x, const Experts& p,
   const auto weight_grad = [&](bool want, bool shared, const OptionalTensor& sum, const Tensor& proj, Tensor* grad,
                                const auto& grads_of, const auto& rows_of) {
     if (!want) return;
-    if (!sum.has_value()) *grad = large_empty(proj.sizes(), x.options());
+    if (!sum.has_value())
+      *grad = workspace_empty(proj.sizes(), x.options());  // of the next step, when this one's is freed
     const Tensor& into = sum.has_value() ? *sum : *grad;
     auto* out = into.mutable_data_ptr<float>();
     for (const Block& b : groups.whole) {

@@ -91,6 +91,8 @@ UMMRM_INLINE void multiply_weight_grad(const Product& p, float* scratch) {
   const int64_t step = depth_step(p.depth);
   for (int64_t first = 0; first == 0 || first < p.depth; first += step) {
     const int64_t depth = std::min(step, p.depth - first);
+    const bool once = !p.add && depth == p.depth;  // each line is written once, and read by nobody here
+    const bool stream = once && p.out_stride % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
     float* strips = scratch;
     for (int64_t k = 0; k < depth; ++k) {
       const float* from = p.grads.at(first + k);
@@ -115,7 +117,7 @@ UMMRM_INLINE void multiply_weight_grad(const Product& p, float* scratch) {
           const float* strip = strips + n / S::kRows * S::kRows * depth + n % S::kRows;
           const float* a[kTile];
           for (int i = 0; i < kTile; ++i) a[i] = strip + i;
-          const Target target{p.out + n * p.out_stride + column, p.out_stride, p.add || first > 0, nullptr};
+          const Target target{p.out + n * p.out_stride + column, p.out_stride, p.add || first > 0, nullptr, stream};
           const bool unpacked = in_place && n == 0;
           Aside aside;
           if (unpacked) aside.pack = panel;
@@ -125,6 +127,9 @@ UMMRM_INLINE void multiply_weight_grad(const Product& p, float* scratch) {
       });
     }
   }
+#if defined(__SSE2__)
+  _mm_sfence();  // streamed stores are ordered with nothing else
+#endif
 }
 
 template <class S>

@@ -9,6 +9,10 @@
 #include "numeric.h"
 #include "ummrm/expert_products.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 // The other kernels round products before adding them, so that each clone gives the same bits; a product of matrices
 // takes half the time with both in one instruction.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -46,6 +50,19 @@ UMMRM_INLINE Vector<kWidth> load_vector(const float* from) {
 template <int kWidth>
 UMMRM_INLINE void store_vector(float* to, Vector<kWidth> value) {
   *reinterpret_cast<Vector<kWidth>*>(to) = value;
+}
+
+// To an address aligned to 16 bytes.
+template <int kWidth>
+UMMRM_INLINE void stream_vector(float* to, Vector<kWidth> value) {
+#if defined(__SSE2__)
+  float elements[kWidth];
+  store_vector<kWidth>(elements, value);
+#pragma GCC unroll 4
+  for (int i = 0; i < kWidth; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(elements + i));
+#else
+  store_vector<kWidth>(to, value);
+#endif
 }
 
 // A vector width, and the largest tile whose sums fit the registers: kRows x (kVectors vectors).
@@ -151,8 +168,9 @@ UMMRM_INLINE void add_products(int64_t depth, const float* const* a, const float
 struct Target {
   float* out;
   int64_t stride;
-  bool add;           // on top of what is there
-  const float* bias;  // otherwise what they begin with: a number a column, or null
+  bool add;             // on top of what is there
+  const float* bias;    // otherwise what they begin with: a number a column, or null
+  bool stream = false;  // past the caches: not added to, and not read soon
 };
 
 // A tile whose vectors run along the columns of the result.
@@ -169,7 +187,7 @@ UMMRM_INLINE void column_tile(int64_t depth, const float* const* a, const float*
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sums[i][j] = load_vector<kWidth>(start + j * kWidth);
   }
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kTileRows && !target.stream; ++i) {
     for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(target.out + i * target.stride + c, 1);
   }
   if (aside.pack != nullptr) {
@@ -182,6 +200,11 @@ UMMRM_INLINE void column_tile(int64_t depth, const float* const* a, const float*
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
     float* out = target.out + i * target.stride;
+    if (whole && target.stream) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) stream_vector<kWidth>(out + j * kWidth, sums[i][j]);
+      continue;
+    }
     if (whole) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {

@@ -2,6 +2,8 @@
 // is cut.
 #include "ummrm/expert_products.h"
 
+#include <algorithm>
+
 #include "testing.h"
 
 using namespace testing;
@@ -74,15 +76,22 @@ struct Operands {
   }
 };
 
+// Aligned to cache lines, as a tensor's memory is.
+struct Line {
+  alignas(64) float elements[16];
+};
+
 std::vector<float> result(const Operands& of, bool add, bool biased, int64_t share) {
-  std::vector<float> out = of.before;  // what is not written stays, and shows
+  std::vector<Line> memory(of.before.size() / 16 + 1);
+  float* out = memory[0].elements;
+  std::copy(of.before.begin(), of.before.end(), out);  // what is not written stays, and shows
   std::vector<Product> pieces;
-  ummrm::cpu::cut(of.product(out.data(), add, biased), share, &pieces);
+  ummrm::cpu::cut(of.product(out, add, biased), share, &pieces);
   for (const Product& piece : pieces) {
     std::vector<float> scratch(ummrm::cpu::scratch_floats(piece) + 16, std::numeric_limits<float>::quiet_NaN());
     ummrm::cpu::multiply(piece, scratch.data());
   }
-  return out;
+  return {out, out + of.before.size()};
 }
 
 void compare(ProductKind kind, const Sizes& n, bool gathers, bool add, bool biased) {

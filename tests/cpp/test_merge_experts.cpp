@@ -5,9 +5,8 @@
 
 using namespace testing;
 
-static void compare(DType type, int64_t num_experts) {
+static void compare(DType type, int64_t num_experts, const std::vector<int64_t>& sizes = {1, 4095, 0, 4097, 9000}) {
   Random random(num_experts);
-  const std::vector<int64_t> sizes{1, 4095, 0, 4097, 9000};
   const auto n = static_cast<int64_t>(sizes.size());
   std::vector<std::vector<Array>> experts(n);
   std::vector<std::vector<const void*>> pointers(n);
@@ -96,6 +95,7 @@ int main() {
   for (const DType type : kTypes) {
     compare(type, 1);
     compare(type, 9);
+    compare(type, 2, {(int64_t{5} << 20) / (type == DType::f64 ? 8 : 2) + 37});  // past the caches
   }
   return finish();
 }
