@@ -15,6 +15,7 @@
 #include "ummrm/cpu_info.h"
 #include "ummrm/expert_gemm_tiles.h"
 #include "ummrm/expert_glu.h"
+#include "ummrm/expert_products.h"
 
 namespace {
 
@@ -128,6 +129,7 @@ py::dict build_info() {
   info["cuda_archs"] = architectures;
   info["cpu_isa"] = ummrm::cpu::isa();
   info["fp32_gemm"] = ummrm::fp32_gemm_rule();
+  info["host_layer"] = ummrm::cpu::has_products();
   return info;
 }
 

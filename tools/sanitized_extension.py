@@ -22,7 +22,7 @@ COMPILE = ["-O1", "-g1", "-std=c++20", "-w", "-fvisibility=hidden", "-fno-wrapv"
 # torch calls functions through pointers of another type, in its headers too
 IGNORED = ["-fno-sanitize=vptr,function" if "clang" in os.environ.get("CXX", "") else "-fno-sanitize=vptr"]
 STEMS = ("routing", "permute", "expert_gemm", "activation", "merge_experts", "moe_ffn", "merged_ffn")
-OPERATORS = (*STEMS, "grouped", "checks", "zero_sizes", "fuzz")
+OPERATORS = (*STEMS, "host_layer", "grouped", "checks", "zero_sizes", "fuzz")
 # What code generation or the number of threads decides is not what is looked for, and takes most of the time.
 LEFT_OUT = "not test_compiled and not opcheck and not deterministic and not gradcheck"
 
