@@ -58,7 +58,7 @@ def launched(recipe, folder, *options):
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
 
@@ -99,7 +99,7 @@ def test_launchers_of_the_command_itself(launcher, inputs, tmp_path):
     command = [sys.executable, "-m", launcher, *options, "-m", "ummrm", "run", str(tmp_path / "recipe.yaml")]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     names = ["mixture", "stages/merge/model", "merged"]
     assert_the_same_models(inputs / "token", tmp_path / "out", inputs / "backbone", names)

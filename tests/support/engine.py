@@ -139,7 +139,7 @@ def _worker(rank, processes, function, arguments, folder):
         init_method=f"file://{folder}/store-{processes}",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=15),
     )
     _keep_meshes()
     function(rank, *arguments)

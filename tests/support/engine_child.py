@@ -122,7 +122,7 @@ def check_sharding(engine, trainer):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)  # where it hangs, and no waiting for it
+    faulthandler.dump_traceback_later(1200, exit=True)  # where it hangs, and no waiting for it
     torch.set_num_threads(1)
     shard_on_cpu()
     for case in json.loads(sys.argv[2]):

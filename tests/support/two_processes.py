@@ -28,7 +28,7 @@ def meet(rank, folder):
     """One of two processes. They meet at a file, not a TCP port: no race for the port, no store that dies with the
     process that ends first."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=15)
     )
     torch.set_num_threads(1)
 
