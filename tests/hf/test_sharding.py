@@ -4,6 +4,9 @@ That several processes do it without waiting for each other for ever is shown wh
 (tests/trainer/test_engines.py).
 """
 
+import contextlib
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +23,7 @@ import ummrm
 from ummrm import MergeConfig, UpcycleConfig
 from ummrm.hf.ensembles import score_texts
 from ummrm.hf.saving import save_shared
-from ummrm.hf.sharding import class_of, gathered, is_sharded, unpartitioned, whole
+from ummrm.hf.sharding import class_of, gathered, is_sharded, shared, unpartitioned, whole
 from ummrm.merge import save_merged
 from ummrm.nn.dense import Projection
 
@@ -158,9 +161,35 @@ def test_processes_that_share_a_model_run_as_many_forwards(mesh):
     torch.testing.assert_close(sum(parts), expected)
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["by layer", "for scores"])
+def test_members_of_a_sharded_mixture_score(wrapped, mesh):
+    """Outside `forward`: what FSDP2 hooks into calls runs for them too."""
+    torch.manual_seed(0)
+    moe = perturb_experts(ummrm.upcycle(tiny_model("llama"), SEQUENCE)).eval()
+    batch = padded_batch()
+    expected = moe.member_scores(**batch).detach()
+    assert expected.std(1).min() > 0
+    with shared(moe, torch.device("cpu")) if wrapped else contextlib.nullcontext(shard(moe, mesh)), torch.no_grad():
+        assert is_sharded(moe)
+        for _ in range(2):
+            assert torch.equal(moe.member_scores(**batch), expected)
+
+
 def test_a_whole_tensor_is_itself():
     tensor = nn.Parameter(torch.randn(3))
     assert whole(tensor).data_ptr() == tensor.data_ptr() and not whole(tensor).requires_grad
+
+
+def test_what_is_to_be_whole_is_loaded_by_every_process(monkeypatch):
+    from transformers.integrations.fsdp import is_fsdp_enabled
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert is_fsdp_enabled()
+    with unpartitioned():
+        assert not is_fsdp_enabled()
+    assert is_fsdp_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def test_the_private_name_of_transformers_is_there():

@@ -4,6 +4,8 @@
 engine and a JSON list of the arguments of trainings, which it runs one after the other.
 """
 
+import contextlib
+import copy
 import faulthandler
 import json
 import os
@@ -13,13 +15,24 @@ import sys
 import torch
 from accelerate.state import AcceleratorState
 from fsdp_on_cpu import shard_on_cpu
+from tiny_models import tiny_model
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import RewardConfig
 from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
-from ummrm import MergeConfig, UmmMergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
-from ummrm.hf.sharding import reshard, unpartitioned
+import ummrm
+from ummrm import (
+    MergeConfig,
+    UmmDistillConfig,
+    UmmDistillTrainer,
+    UmmMergeConfig,
+    UmmMergeTrainer,
+    UmmRewardTrainer,
+    UpcycleConfig,
+)
+from ummrm.hf import ensembles
+from ummrm.hf.sharding import is_sharded, reshard, unpartitioned
 
 PAIRS = 16
 # z-loss alone: accumulated, the balancing loss is the mean of the batches' own, by its definition
@@ -69,7 +82,7 @@ def run(
     Args:
         out: a folder.
         engine: `ddp`, `fsdp2`, `zero2` or `zero3`; none in one process.
-        phase: `mixture` or `merge`.
+        phase: `mixture`, `merge`, or `distill`: of a mixture by its path and a model in memory.
         config: of `UPCYCLE`.
         model_type: a family.
         load: hand the trainer a path, not a model.
@@ -81,7 +94,7 @@ def run(
     pairs = arguments.pop("global_batch", 8) // processes // arguments.get("gradient_accumulation_steps", 1)
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "max_steps": 2}
     plain |= settings_of(engine) if engine else {}
-    kind = UmmMergeConfig if phase == "merge" else RewardConfig
+    kind = {"merge": UmmMergeConfig, "distill": UmmDistillConfig}.get(phase, RewardConfig)
     args = settings(f"{out}/trainer", kind, **{**plain, "per_device_train_batch_size": pairs, **arguments})
     with unpartitioned():
         moe = make_moe(config=UPCYCLE[config], model_type=model_type)
@@ -90,11 +103,18 @@ def run(
             if args.process_index == 0:
                 moe.save_pretrained(f"{out}/start")
         moe = f"{out}/start"
+    if phase == "distill":
+        moe, teacher = make_student(moe, f"{out}/teacher", args)
     data = {"train_dataset": make_dataset(PAIRS, longest=30), "eval_dataset": make_dataset(7, 1)}
     if phase == "merge":
         trainer = UmmMergeTrainer(
             moe, args, processing_class=make_tokenizer(), merge_config=MergeConfig(**merge or {}), **data
         )
+    elif phase == "distill":
+        with watched_scores() as held:
+            trainer = UmmDistillTrainer(moe, args, processing_class=make_tokenizer(), teacher=teacher, **data)
+        # by its path, then that in memory, of two sets; ZeRO-2 shares no weights
+        assert held == [engine in ("fsdp2", "zero3"), False] * 2, held
     else:
         trainer = UmmRewardTrainer(moe, args, processing_class=make_tokenizer(), **data)
     if kill is not None:
@@ -110,12 +130,46 @@ def run(
     return log
 
 
+def make_student(moe, folder, args):
+    """A mixture's merged model, and as teachers the mixture by its path and another dense one."""
+    with unpartitioned():
+        teacher = [folder, tiny_model("llama")]
+        student = ummrm.merge(
+            ummrm.prepare_merge(copy.deepcopy(moe)) if moe.config.umm["assignment"] == "token" else moe
+        )
+    with args.main_process_first():
+        if args.process_index == 0:
+            ummrm.save_pretrained(moe, folder)
+            make_tokenizer().save_pretrained(folder)
+    return student, teacher
+
+
+@contextlib.contextmanager
+def watched_scores():
+    """Whether processes shared each teacher's weights while it scored."""
+    score, seen = ensembles.score_texts, []
+
+    def watched(model, *args, **kwargs):
+        seen.append(is_sharded(model))
+        return score(model, *args, **kwargs)
+
+    ensembles.score_texts = watched
+    try:
+        yield seen
+    finally:
+        ensembles.score_texts = score
+
+
 def check_sharding(engine, trainer):
     """Each engine does what it is here for."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "fsdp2":
         reshard(model)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        ranks = torch.distributed.get_world_size()
+        for name, stack in model.named_parameters():  # of experts no process holds more than another, of one alone too
+            if "experts." in name or "expert_weight" in name:
+                assert stack.to_local().numel() * ranks == stack.numel(), name
     if engine == "zero3":
         held = [(p.ds_tensor.numel(), p.ds_numel) for p in model.parameters()]
         assert all(own < whole or whole == 1 for own, whole in held), held

@@ -40,6 +40,8 @@ CASES = {
     "merge of all linear layers": {"phase": "merge", "config": "all", "merge": {"shared_share": 0.0}},
     "merge by path, lambda learned": {"phase": "merge", "load": True, "merge": PROJECTIONS},
     "token clipped": {"max_grad_norm": 0.1},
+    "distil members": {"phase": "distill", "config": "sequence", "learning_rate": 0.01},
+    "distil a mixture by token": {"phase": "distill", "learning_rate": 0.01},
 }
 UNLIKE = ("runtime", "per_second", "num_tokens", "total_flos")
 

@@ -33,7 +33,7 @@ from .masks import UmmLayerMixin, umm_inner_class, umm_layer_class
 from .merge_share import SHARE_NAME, check_share, follow_share
 from .parallel import balanced_shards, check_distributed, declare_plans
 from .remote_code import copy_code
-from .sequence import bind, by_sequence, member_logits
+from .sequence import EVERY_MEMBER, by_sequence
 
 if TYPE_CHECKING:
 
@@ -138,8 +138,7 @@ class UmmPreTrainedMixin(Generated, _Stock):
                 f"{type(self).__name__} with assignment={self.config.upcycle_config.assignment!r}, "
                 f"phase {self.config.umm_phase!r}."
             )
-        stock_forward = self.stock_class.forward
-        _, logits = member_logits(self, stock_forward, bind(stock_forward, args, kwargs))
+        logits = self(*args, **kwargs, groups=EVERY_MEMBER)  # a call: what shards a model hooks into calls
         if logits.shape[-1] != 1:
             raise ValueError(f"the model must give one reward a sequence, got {logits.shape[-1]} labels.")
         return logits.squeeze(-1).t()

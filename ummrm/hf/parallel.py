@@ -1,6 +1,7 @@
-"""What transformers' distributed engine (`DistributedConfig`) shards of a registered class, and what is refused.
+"""What transformers' distributed engine (`DistributedConfig`) shards of a registered class, and what is refused; and how
+FSDP2, accelerate's too, cuts stacks of experts.
 
-Plans alone: sharding, communication and loading are the engine's. FSDP2 gets each layer and the embeddings, expert
+Plans alone: sharding, communication and loading are the engines'. FSDP2 gets each layer and the embeddings, expert
 parallelism the routed experts (shared experts and routers stay whole on every rank), tensor parallelism what the stock
 class has a plan for, without the dense FFN that is no longer there. docs/scaling.md says which is for whom.
 """
@@ -8,7 +9,8 @@ class has a plan for, without the dense FFN that is no longer there. docs/scalin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -123,31 +125,47 @@ def check_distributed(config: Any, settings: Any) -> None:
 
 @contextlib.contextmanager
 def balanced_shards() -> Iterator[None]:
-    """Inside the `with` block transformers' engine gives every rank of FSDP2 an equal part of every stack of experts.
+    """Inside the `with` block transformers' engine and accelerate give every rank of FSDP2 an equal part of every stack
+    of experts.
 
     FSDP2 cuts a parameter by its first dimension, and a stack of E experts has E: of 4 experts on 64 ranks 4 would hold
     a whole one of each layer and 60 nothing, of one shared expert the first rank all of it, and the buffers of every
     exchange are as large as if all held what the fullest does. Stacks that do not divide are cut by their rows instead.
     """
-    from transformers.distributed import fsdp as engine  # not in every version; the one place that knows this name
+    if not torch.distributed.is_available():
+        yield
+        return
+    from torch.distributed import fsdp  # where accelerate reads it from, each time
 
-    shard = engine.fully_shard
+    holders: list[Any] = [fsdp]
+    with contextlib.suppress(ImportError):  # not in every version
+        from transformers.distributed import fsdp as engine
 
-    def balanced(module: Any, *, mesh: Any, **kwargs: Any):
-        modules = module if isinstance(module, list) else [module]
-        parts = [part for one in modules for part in one.modules() if isinstance(part, _STACKED)]
-        stacks = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+        holders.append(engine)
+    shard = fsdp.fully_shard
 
-        def placement(parameter: nn.Parameter) -> Shard | None:
-            return shard_of_stack(parameter, mesh.size(-1)) if id(parameter) in stacks else None
+    @functools.wraps(shard)
+    def balanced(module: Any, *, mesh: Any = None, **kwargs: Any):
+        ranks = torch.distributed.get_world_size() if mesh is None else mesh.size(-1)
+        kwargs.setdefault(
+            "shard_placement_fn", stack_placement(module if isinstance(module, list) else [module], ranks)
+        )
+        return shard(module, mesh=mesh, **kwargs)
 
-        return shard(module, mesh=mesh, shard_placement_fn=placement, **kwargs)
-
-    engine.fully_shard = balanced  # type: ignore[assignment]
+    for holder in holders:
+        holder.fully_shard = balanced
     try:
         yield
     finally:
-        engine.fully_shard = shard
+        for holder in holders:
+            holder.fully_shard = shard
+
+
+def stack_placement(modules: Iterable[nn.Module], ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """FSDP2's `shard_placement_fn` for `ranks` ranks: stacks of experts in `modules` as `shard_of_stack` says."""
+    parts = [part for one in modules for part in one.modules() if isinstance(part, _STACKED)]
+    stacks = {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
+    return lambda parameter: shard_of_stack(parameter, ranks) if id(parameter) in stacks else None
 
 
 def shard_of_stack(stack: torch.Tensor, ranks: int) -> Shard | None:

@@ -28,6 +28,7 @@ from .merge_share import SHARE_NAME
 from .modeling import UmmPreTrainedMixin
 from .rope_keys_v4 import write_rope_keys_v4
 from .sequence import (
+    EVERY_MEMBER,
     assigned_groups,
     bind,
     by_sequence,
@@ -35,6 +36,7 @@ from .sequence import (
     check_no_groups,
     handed_groups,
     mean_over_members,
+    member_logits,
 )
 
 _DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
@@ -282,6 +284,8 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
     def forward(self, *args, **kwargs):
         as_tuple = kwargs.pop("return_dict", None) is False or self.config.return_dict is False
         groups = kwargs.pop("groups", None)
+        if groups is EVERY_MEMBER:
+            return member_logits(self, stock_forward, bind(stock_forward, args, kwargs))[1]
         if by_sequence(self.config):
             outputs = _by_sequence(self, stock_forward, groups, args, kwargs)
             return outputs.to_tuple() if as_tuple else outputs

@@ -31,6 +31,8 @@ _ROW_ARGUMENTS = (
 _LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "token_type_ids")
 _BIAS_OF_HEADS = "alibi"  # [rows, heads, ...], or [rows x heads, ...]
 _BIAS_OF_ROWS = "position_bias"  # [rows, heads, queries, keys]; with fewer dimensions it is the same for all rows
+# As `groups` of a reward model's call: its logits are those of every member, [E, N, labels].
+EVERY_MEMBER = "every member"
 _RECORDED = ("output_hidden_states", "output_attentions")
 
 

@@ -2,12 +2,13 @@
 
 Inside a forward the engine does it. Here is what reads parameters outside of one: logs, merging, export. Each takes
 some modules or one tensor at a time, so that no process ever holds a whole model; each is a collective, which all
-processes call in the same order.
+processes call in the same order. A model that only scores, as a teacher, is shared here too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.integrations import deepspeed as engine
 
 from ..nn.merging_ffn import MergingFFN
 from ..nn.upcycled_ffn import UpcycledFFN
+from .parallel import stack_placement
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -29,6 +31,9 @@ else:  # a torch without torch.distributed has neither, and `isinstance` finds n
 
     class FSDPModule:  # type: ignore[no-redef]
         pass
+
+
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers reads it, accelerate and TrainingArguments set it
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -60,16 +65,19 @@ def partitions() -> bool:
 
 @contextlib.contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Models that are built inside the block are whole, also where the trainer's arguments name ZeRO-3.
+    """Models that are built or loaded inside the block are whole, also where the trainer's arguments name ZeRO-3, or
+    FSDP's `cpu_ram_efficient_loading`, by which processes but the first load none.
 
-    The one place that knows this private name; tests/hf/test_sharding.py says when it goes.
+    The one place that knows these names; tests/hf/test_sharding.py says when they go.
     """
-    held = engine._hf_deepspeed_config_weak_ref
+    held, efficient = engine._hf_deepspeed_config_weak_ref, os.environ.pop(_EFFICIENT, None)
     engine._hf_deepspeed_config_weak_ref = None
     try:
         yield
     finally:
         engine._hf_deepspeed_config_weak_ref = held
+        if efficient is not None:
+            os.environ[_EFFICIENT] = efficient
 
 
 @torch.no_grad()
@@ -106,6 +114,51 @@ def gathered(*modules: nn.Module, names: tuple[str, ...] | None = None) -> Itera
         finally:
             for (module, key), parameter in shards.items():
                 module._parameters[key] = parameter
+
+
+@contextlib.contextmanager
+def shared(model: Any, device: torch.device) -> Iterator[None]:
+    """Inside the block all processes share a whole model's parameters, and run it without a gradient; then drop it.
+
+    By ZeRO-3 where the trainer's arguments name it, else by FSDP2, layer by layer. It computes in its own dtype. Each
+    process takes its parts of one layer at a time, so a model whose weights lie in mapped files needs no more memory
+    than its parts and a layer.
+
+    Args:
+        model: a model of transformers, the same on all processes.
+        device: where parameters are put together.
+    """
+    if partitions():
+        with _partitioned(model):
+            yield
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = {*(model._no_split_modules or ())}
+    units = [module for module in model.modules() if type(module).__name__ in layers]
+    place = stack_placement([model], dist.get_world_size())
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh, shard_placement_fn=place)
+    yield
+
+
+@contextlib.contextmanager
+def _partitioned(model: Any) -> Iterator[None]:
+    """Of the trainer's configuration the model gets what says where partitions lie; the batch it has no use for."""
+    import deepspeed
+
+    given = engine.deepspeed_config().get("zero_optimization", {})
+    kept = ("offload_param", "stage3_param_persistence_threshold")
+    sharing = {"stage": 3, **{key: given[key] for key in kept if given.get(key, "auto") != "auto"}}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharing}
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)  # one by one: else it moves the whole of it first
+    hold_experts(model)
+    started, *_ = deepspeed.initialize(model=model, config=settings)
+    try:
+        yield
+    finally:
+        started.destroy()
 
 
 def check_runs(model: nn.Module) -> None:

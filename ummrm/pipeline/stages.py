@@ -116,9 +116,12 @@ def distill_members(at: Setting) -> dict[str, Any]:
     """Teaches the merged model the scores of the mixture's members."""
     student = _load(at, at.undistilled, "dense")
     at.start.freeze(student)
-    teacher = _load(at, at.model(MIXTURE), "upcycled")
+    teacher = {
+        "teacher": at.model(MIXTURE),
+        "teacher_processing_class": at.start.tokenizer,
+    }  # by its path: it is shared
     trainer = make_trainer(
-        UmmDistillTrainer, at, "distill", student, teacher=teacher, data=at.texts, held_out=at.pairs.held_out
+        UmmDistillTrainer, at, "distill", student, **teacher, data=at.texts, held_out=at.pairs.held_out
     )
     found = fit(trainer, at, "distill", at.model(MERGED))
     return {"gap_at_start": trainer.gap_at_start, **found}

@@ -6,6 +6,7 @@ TRL's arguments, data formats and losses (margins, centred rewards) are its own 
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import json
 import os
@@ -24,6 +25,7 @@ from trl import RewardConfig, RewardTrainer
 from ..hf import card
 from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
+from ..hf.parallel import balanced_shards
 from ..hf.saving import save_shared
 from ..hf.sharding import hold_experts, is_sharded, partitions
 from ..hf.tokenizers_v4 import save_tokenizer
@@ -198,9 +200,17 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             logs.update(extra if rewards else {})
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args, **kwargs):
+        with self._even_shards():
+            return super().evaluation_loop(*args, **kwargs)
+
     def _tell_engine(self) -> None:
         if self.is_deepspeed_enabled and partitions():
             hold_experts(self._network)
+
+    def _even_shards(self) -> contextlib.AbstractContextManager:
+        """While accelerate shards the model: its plugin has no argument for how FSDP2 cuts a parameter."""
+        return balanced_shards() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -213,7 +223,8 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             )
             set_reward_normalization(self._network, None)
         self._tell_engine()
-        return super().train(*args, **kwargs)
+        with self._even_shards():
+            return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         path = Path(resume_from_checkpoint) / "config.json"

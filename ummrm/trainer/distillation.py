@@ -6,6 +6,7 @@ is and how its members combine is stated in `hf/ensembles.py` and `nn/ensembles.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,6 +25,7 @@ from ..files import write_json
 from ..hf import card
 from ..hf.ensembles import Member, check_reward_model, members_of, score_texts, texts_digest
 from ..hf.normalization import RewardNormalization, of_rewards, set_reward_normalization
+from ..hf.sharding import is_sharded, partitions
 from ..hf.texts import same_tokenizer
 from ..nn.ensembles import UNCERTAINTY, TargetScale, check_rule
 from .base import UmmTrainer, phase_of
@@ -92,7 +94,8 @@ class UmmDistillTrainer(UmmTrainer):
         model: the student, or its path; a PEFT model, or `peft_config`, will do.
         args: `UmmDistillConfig`; by default one that saves to `<model>-Distilled`.
         rest: further positional arguments of `RewardTrainer`.
-        teacher: a mixture whose experts get whole sequences, a reward model, or a list of such; paths too.
+        teacher: a mixture whose experts get whole sequences, a reward model, or a list of such; paths too. Where the
+            engine shares the student's weights (FSDP, ZeRO-3), processes share those of a teacher given by its path.
         teacher_processing_class: the tokenizer of the teacher, or one for each of several (None: the student's). Texts
             are rendered anew by a tokenizer, and its chat template, that is not the student's.
         kwargs: keyword arguments of `RewardTrainer`; data sets of known length.
@@ -239,13 +242,16 @@ class UmmDistillTrainer(UmmTrainer):
 
     def _member_scores(self, member: Member, ids: list[array], name: str) -> Tensor:
         """This process's part of a member's scores."""
-        return member.scores(
-            ids,
-            self.args.teacher_batch_size or self.args.per_device_eval_batch_size,
-            share=(self.args.process_index, self.args.world_size),
-            device=self.accelerator.device,
-            progress=self._progress(member.name, name),
-        )
+        several = self.args.world_size > 1
+        shares = several and (self.is_fsdp_enabled or partitions() or is_sharded(self._network))
+        with member.shared(self.accelerator.device) if shares else contextlib.nullcontext():
+            return member.scores(
+                ids,
+                self.args.teacher_batch_size or self.args.per_device_eval_batch_size,
+                share=(self.args.process_index, self.args.world_size),
+                device=self.accelerator.device,
+                progress=self._progress(member.name, name),
+            )
 
     def _progress(self, teacher: str, name: str) -> str | None:
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
