@@ -150,7 +150,7 @@ def test_generation_is_a_members():
 
 def test_compiled_and_under_autocast():
     moe, batch = mixture(setting="all"), batch_of()
-    compiled = torch.compile(moe, backend="aot_eager")
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch, groups=GROUPS).logits, moe(**batch, groups=GROUPS).logits)
         torch.testing.assert_close(compiled(**batch).logits, moe(**batch).logits)

@@ -1,4 +1,4 @@
-"""A teacher that is given by its path: two processes share its weights, score as one does, and none holds all of them."""
+"""A teacher given by its path: two processes share its weights, score as one does, and none holds all of them."""
 
 import json
 

@@ -1,5 +1,6 @@
-"""What transformers' distributed engine (`DistributedConfig`) shards of a registered class, and what is refused; and how
-FSDP2, accelerate's too, cuts stacks of experts.
+"""What transformers' distributed engine (`DistributedConfig`) shards of a registered class, and what is refused.
+
+Beside that how FSDP2, accelerate's too, cuts stacks of experts.
 
 Plans alone: sharding, communication and loading are the engines'. FSDP2 gets each layer and the embeddings, expert
 parallelism the routed experts (shared experts and routers stay whole on every rank), tensor parallelism what the stock

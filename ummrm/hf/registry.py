@@ -37,6 +37,7 @@ from .sequence import (
     handed_groups,
     mean_over_members,
     member_logits,
+    members_of_config,
 )
 
 _DEFINING = threading.RLock()  # two threads that need a family at once get the same classes
@@ -303,7 +304,7 @@ def _task_forward(stock: type[PreTrainedModel]) -> Callable:
 def _by_sequence(model: Any, stock_forward: Callable, groups: object, args: tuple, kwargs: dict) -> Any:
     """A task forward whose sequences go through the experts that `groups` names, or through what evaluation says."""
     groups = assigned_groups(model) if groups is None else groups
-    all_members = groups is None and not model.training and model.config.upcycle_config.evaluation == "mean"
+    all_members = groups is None and not model.training and members_of_config(model.config)[1] == "mean"
     if all_members and model.umm_scores:
         return mean_over_members(model, stock_forward, bind(stock_forward, args, kwargs))
     with handed_groups(model, call_groups(model, stock_forward, groups, args, kwargs)):

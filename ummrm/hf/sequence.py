@@ -41,6 +41,18 @@ def by_sequence(config: Any) -> bool:
     return config.umm_phase == "mixture" and isinstance(config.umm, dict) and config.umm.get("assignment") == "sequence"
 
 
+def members_of_config(config: Any) -> tuple[int, Any]:
+    """`num_experts` and `evaluation` of a mixture assigned by sequence, for forwards.
+
+    Not by `config.upcycle_config` where both are said, as in every configuration that was saved: it builds a dataclass,
+    of whose fields torch.compile makes no graph.
+    """
+    number, evaluation = config.umm.get("num_experts"), config.umm.get("evaluation")
+    if number is None or evaluation is None:
+        number, evaluation = config.upcycle_config.num_experts, config.upcycle_config.evaluation
+    return number, evaluation
+
+
 def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name; `function` is a method."""
     names = list(inspect.signature(function).parameters)[1:]
@@ -118,19 +130,19 @@ def row_groups(module: Any, groups: object, rows: int, device: torch.device) -> 
         ValueError: `groups` is missing in training, does not fit the batch, or a forward without it is to compute the
             members' mean, which a backbone has none of.
     """
-    config = module.config.upcycle_config
+    num_experts, evaluation = members_of_config(module.config)
     if groups is None:
         if module.training:
             raise ValueError(
                 "`groups` must say in training which expert each sequence goes through, got None; pass groups=[rows], "
                 "both answers of a pair in one group (UmmRewardTrainer does; ummrm.draw_groups draws them)."
             )
-        if config.evaluation == "mean":
+        if evaluation == "mean":
             raise ValueError(
                 f'evaluation="mean" averages the scores of a reward model, and a {type(module).__name__} gives none by '
                 "itself; name a member, ummrm.set_evaluation(model, 0), or pass groups=[rows]."
             )
-        return MemberRows(config.evaluation, config.num_experts)
+        return MemberRows(evaluation, num_experts)
     length = groups.shape[0] if isinstance(groups, Tensor) and groups.dim() == 1 else rows
     length = groups.rows if isinstance(groups, RowGroups) and groups.rows >= 0 else length
     if length != rows:
@@ -140,7 +152,7 @@ def row_groups(module: Any, groups: object, rows: int, device: torch.device) -> 
         )
     if isinstance(groups, RowGroups):
         return groups.of_tokens()
-    return RowGroups(groups, config.num_experts, device)  # type: ignore[arg-type]  # which it checks
+    return RowGroups(groups, num_experts, device)  # type: ignore[arg-type]  # which it checks
 
 
 # ---- a backbone's entrance and exit ---------------------------------------------------------------------------------
@@ -246,7 +258,7 @@ def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any])
     tokens = _tokens(bound)
     if not isinstance(tokens, Tensor):
         raise ValueError("`input_ids` or `inputs_embeds` must be given to score, got neither.")
-    count, num_experts = tokens.shape[0], model.config.upcycle_config.num_experts
+    count, num_experts = tokens.shape[0], members_of_config(model.config)[0]
     if "use_cache" in inspect.signature(stock_forward).parameters:
         bound["use_cache"] = False
     if count == 1 and getattr(model.config.get_text_config(), "pad_token_id", None) is None:
@@ -259,7 +271,7 @@ def member_logits(model: Any, stock_forward: Callable, bound: Mapping[str, Any])
 
 def _one_by_one(model: Any, stock_forward: Callable, bound: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """`member_logits` by a forward for each, since stock heads that know no padding token take one sequence alone."""
-    logits, num_experts = [], model.config.upcycle_config.num_experts
+    logits, num_experts = [], members_of_config(model.config)[0]
     for member in range(num_experts):
         with handed_groups(model, MemberRows(member, num_experts)):
             outputs = stock_forward(model, **bound, return_dict=True)
