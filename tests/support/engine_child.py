@@ -48,10 +48,12 @@ def zero(stage):
     return {"zero_optimization": sharing, "zero_allow_untested_optimizer": True, **dict.fromkeys(automatic, "auto")}
 
 
-def settings_of(engine):
+def settings_of(engine, universal=False):
     if engine == "fsdp2":
         return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
-    return {"deepspeed": zero(int(engine[-1]))} if engine.startswith("zero") else {"ddp_backend": "gloo"}
+    if not engine.startswith("zero"):
+        return {"ddp_backend": "gloo"}
+    return {"deepspeed": zero(int(engine[-1])) | ({"checkpoint": {"load_universal": True}} if universal else {})}
 
 
 class Killed(TrainerCallback):
@@ -75,6 +77,7 @@ def run(
     load=False,
     merge=None,
     kill=None,
+    universal=False,
     **arguments,
 ):
     """Trains; leaves the log, the model in a folder and, of the merge phase, the merged model.
@@ -88,12 +91,13 @@ def run(
         load: hand the trainer a path, not a model.
         merge: fields of MergeConfig.
         kill: a rank and a step: that process is killed there.
+        universal: resume from a checkpoint of DeepSpeed's that has been made universal.
         arguments: of the trainer; `global_batch` is the number of pairs a step, over processes and micro-batches.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     pairs = arguments.pop("global_batch", 8) // processes // arguments.get("gradient_accumulation_steps", 1)
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "max_steps": 2}
-    plain |= settings_of(engine) if engine else {}
+    plain |= settings_of(engine, universal) if engine else {}
     kind = {"merge": UmmMergeConfig, "distill": UmmDistillConfig}.get(phase, RewardConfig)
     args = settings(f"{out}/trainer", kind, **{**plain, "per_device_train_batch_size": pairs, **arguments})
     with unpartitioned():

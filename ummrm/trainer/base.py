@@ -27,7 +27,7 @@ from ..hf.merge_share import follow_share
 from ..hf.normalization import RewardNormalization, of_rewards, reward_normalization, score, set_reward_normalization
 from ..hf.parallel import balanced_shards
 from ..hf.saving import save_shared
-from ..hf.sharding import hold_experts, is_sharded, partitions
+from ..hf.sharding import hold_experts, is_sharded, own_steps, partitions
 from ..hf.tokenizers_v4 import save_tokenizer
 from ..nn.merging_ffn import merging_ffns
 from ..nn.modes import evaluation_mode
@@ -227,11 +227,21 @@ class UmmTrainer(RewardTrainer, abc.ABC):
             return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        path = Path(resume_from_checkpoint) / "config.json"
+        self._read_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded the weights past the function above
+            self._read_checkpoint(checkpoint)
+            own_steps(self.optimizer)
+
+    def _read_checkpoint(self, folder: str) -> None:
+        """What of a checkpoint is neither weights nor optimizer; raises if it is of another phase or configuration."""
+        path = Path(folder) / "config.json"
         if path.is_file():
             follow_share(self._network)
-            _check_same(json.loads(path.read_text()), self._network.config, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+            _check_same(json.loads(path.read_text()), self._network.config, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; but a model that processes share is always saved, and whole in none of them.

@@ -338,11 +338,11 @@ class UmmDistillTrainer(UmmTrainer):
             card.remember(self.accelerator.unwrap_model(self.model), self._card())
         return done
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        path = Path(resume_from_checkpoint) / RECORD
+    def _read_checkpoint(self, folder: str) -> None:
+        path = Path(folder) / RECORD
         if not path.is_file():
             raise ValueError(
-                f"`resume_from_checkpoint` must be a checkpoint of this trainer, and {resume_from_checkpoint} has no "
+                f"`resume_from_checkpoint` must be a checkpoint of this trainer, and {folder} has no "
                 f"{RECORD}; resume with the trainer that wrote it."
             )
         record = json.loads(path.read_text())
@@ -353,7 +353,7 @@ class UmmDistillTrainer(UmmTrainer):
             )
         self._student, self.gap_at_start = RewardNormalization(**record["student"]), record["gap_at_start"]
         set_reward_normalization(self._network, self._student)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._read_checkpoint(folder)
 
     # ---- what is saved -----------------------------------------------------------------------------------------
 
