@@ -292,7 +292,9 @@ def with_deepspeed(session):
     session.chdir(ROOT)
     tests = ("tests/trainer/test_engines.py", "tests/trainer/test_engine_checkpoints.py")
     tests += ("tests/pipeline/test_distributed_recipes.py",)
-    session.run(*python, "-m", "pytest", "-q", "-m", "full", "-k", "zero", "-p", "no:cacheprovider", *tests)
+    session.run(
+        *python, "-m", "pytest", "-q", "-m", "full", "-k", "zero", "-p", "no:cacheprovider", *(session.posargs or tests)
+    )
 
 
 @nox.session(name="extras-lowest", requires=["distributions"])
