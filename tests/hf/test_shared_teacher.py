@@ -13,7 +13,7 @@ from two_processes import meet
 import ummrm
 from ummrm import UpcycleConfig
 from ummrm.hf.ensembles import Member
-from ummrm.hf.sharding import is_sharded
+from ummrm.hf.sharding import is_sharded, shared
 
 pytestmark = pytest.mark.full
 
@@ -35,7 +35,7 @@ def make(kind, **sizes):
 def score(path, rank, held=None):
     """This process's part of the scores; what it holds of the model while it does, in `held`."""
     member = Member(path, tokenizer=False)
-    with member.loaded() as model, member.shared(torch.device("cpu")):
+    with member.loaded() as model, shared(model, torch.device("cpu")):
         assert is_sharded(model) and all(isinstance(p, DTensor) for p in model.parameters())
         if held is not None:
             held.append(sum(p.to_local().nbytes for p in model.parameters()))

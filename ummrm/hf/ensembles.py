@@ -27,7 +27,7 @@ from .configuration import UmmConfigMixin
 from .loading import load_checkpoint
 from .normalization import RewardNormalization, of_rewards, reward_normalization, score
 from .sequence import by_sequence
-from .sharding import check_runs, is_sharded, shared, unpartitioned
+from .sharding import check_runs, is_sharded, unpartitioned
 from .texts import TEXT_FORMATS, Text, joined, known_tokenizer, same_tokenizer, texts_of, token_ids
 
 
@@ -93,16 +93,6 @@ class Member:
             yield self.model
         finally:
             self.model = None
-
-    @contextlib.contextmanager
-    def shared(self, device: torch.device) -> Iterator[None]:
-        """All processes share, inside the block, the weights of a model that `loaded` has read from its path: it is
-        dropped after, where one that the caller holds must stay as it is."""
-        if self.path is None or self.model is None:
-            yield
-            return
-        with shared(self.model, device):
-            yield
 
     def keep(self) -> None:
         """Loads the model, if it is not there, to stay."""

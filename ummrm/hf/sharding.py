@@ -77,7 +77,7 @@ def unpartitioned() -> Iterator[None]:
     finally:
         engine._hf_deepspeed_config_weak_ref = held
         if efficient is not None:
-            os.environ[_EFFICIENT] = efficient
+            os.environ.update({_EFFICIENT: efficient})
 
 
 @torch.no_grad()

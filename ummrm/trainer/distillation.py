@@ -25,7 +25,7 @@ from ..files import write_json
 from ..hf import card
 from ..hf.ensembles import Member, check_reward_model, members_of, score_texts, texts_digest
 from ..hf.normalization import RewardNormalization, of_rewards, set_reward_normalization
-from ..hf.sharding import is_sharded, partitions
+from ..hf.sharding import is_sharded, partitions, shared
 from ..hf.texts import same_tokenizer
 from ..nn.ensembles import UNCERTAINTY, TargetScale, check_rule
 from .base import UmmTrainer, phase_of
@@ -241,17 +241,15 @@ class UmmDistillTrainer(UmmTrainer):
         return ready
 
     def _member_scores(self, member: Member, ids: list[array], name: str) -> Tensor:
-        """This process's part of a member's scores."""
-        several = self.args.world_size > 1
-        shares = several and (self.is_fsdp_enabled or partitions() or is_sharded(self._network))
-        with member.shared(self.accelerator.device) if shares else contextlib.nullcontext():
-            return member.scores(
-                ids,
-                self.args.teacher_batch_size or self.args.per_device_eval_batch_size,
-                share=(self.args.process_index, self.args.world_size),
-                device=self.accelerator.device,
-                progress=self._progress(member.name, name),
-            )
+        """This process's part of a member's scores. A model that the caller holds stays as it is, one that is loaded
+        for its scores alone is shared where the student is."""
+        batch_size = self.args.teacher_batch_size or self.args.per_device_eval_batch_size
+        device = self.accelerator.device
+        more: Any = {"device": device, "progress": self._progress(member.name, name)}
+        shares = self.is_fsdp_enabled or partitions() or is_sharded(self._network)
+        shares = shares and member.path is not None and self.args.world_size > 1
+        with shared(member.model, device) if shares else contextlib.nullcontext():
+            return member.scores(ids, batch_size, share=(self.args.process_index, self.args.world_size), **more)
 
     def _progress(self, teacher: str, name: str) -> str | None:
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
