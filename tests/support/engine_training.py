@@ -1,15 +1,17 @@
 """UmmRewardTrainer and UmmMergeTrainer on a model that transformers' engine has sharded, or on the whole one: what one
 step of plain gradient descent leaves, and what is logged and measured."""
 
+import functools
 import os
 
 import torch
 import torch.distributed as dist
 from engine import full
+from trl import RewardConfig
 from trl_inputs import CONFIG, SEQUENCE, make_dataset, make_moe, make_tokenizer, settings
 
 import ummrm
-from ummrm import MergeConfig, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
+from ummrm import MergeConfig, UmmDistillConfig, UmmDistillTrainer, UmmMergeTrainer, UmmRewardTrainer, UpcycleConfig
 from ummrm.hf.loading import load_checkpoint
 
 PAIRS = 16
@@ -19,20 +21,34 @@ KINDS = {
     "sequence": SEQUENCE,
     "merging": CONFIG,
     "to merge": CONFIG,  # a mixture, which the trainer of the merge phase puts into it
+    "distil": SEQUENCE,  # its merged model, of the mixture by its path
 }
 
 
 def make_start(kind, family="llama"):
     moe = make_moe(config=KINDS[kind], model_type=family)
+    if kind == "distil":
+        return ummrm.merge(moe)
     return ummrm.prepare_merge(moe, MergeConfig(learn_shared_share=True)) if kind == "merging" else moe
 
 
-def train(model, kind, folder, ranks=1, parts=1, save=False):
+def save_starts(kinds, folder):
+    """Models of (kind, family), each in a folder of its name; beside a student its teacher."""
+    for kind, family in kinds:
+        ummrm.save_pretrained(make_start(kind, family), f"{folder}/{kind}-{family}")
+        if kind == "distil":
+            make_moe(config=KINDS[kind], model_type=family).save_pretrained(f"{folder}/teacher")
+            make_tokenizer().save_pretrained(f"{folder}/teacher")
+
+
+def train(model, kind, folder, ranks=1, parts=1, save=False, teacher=None):
     """After one step on all pairs in `parts` batches: parameters gathered, the log with evaluation, normalisation."""
-    trainer = (UmmMergeTrainer if "merg" in kind else UmmRewardTrainer)(
+    of_phase = UmmMergeTrainer if "merg" in kind else UmmRewardTrainer
+    trainer = (of_phase if teacher is None else functools.partial(UmmDistillTrainer, teacher=teacher))(
         model,
         settings(
             folder,
+            RewardConfig if teacher is None else UmmDistillConfig,
             max_steps=1,
             optim="sgd",
             max_grad_norm=0.5,
@@ -74,5 +90,6 @@ def run(rank, cases, folder):
     for name, kind, family, sizes in cases:
         model = load_checkpoint(f"{folder}/{kind}-{family}", distributed_config=sizes)
         ranks = sizes.get("fsdp_size", 1)
-        parameters, log = train(model, kind, f"{folder}/out-{name}", ranks, parts=2, save=name.endswith("saved"))
+        more = {"save": name.endswith("saved"), "teacher": f"{folder}/teacher" if kind == "distil" else None}
+        parameters, log = train(model, kind, f"{folder}/out-{name}", ranks, parts=2, **more)
         torch.save((parameters if rank == 0 else None, log), f"{folder}/{name}.{rank}.pt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkout import ROOT
 from engine import spawn
-from engine_training import make_start, run, run_page, train
+from engine_training import make_start, run, run_page, save_starts, train
 from trl_inputs import make_dataset, make_tokenizer
 
 from ummrm.hf.loading import load_checkpoint
@@ -38,10 +38,10 @@ def name_of(kind, family, sizes):
 def cases(processes):
     found = []
     for sizes in SETTINGS[processes]:
-        for kind in ("token", "sequence", "to merge", "merging"):
-            if "merg" in kind and "ep_size" in sizes:
+        for kind in ("token", "sequence", "to merge", "merging", "distil"):
+            if ("merg" in kind or kind == "distil") and "ep_size" in sizes:
                 continue
-            for family in ("llama",) if processes == 4 else ("llama", "gpt_neox"):
+            for family in ("llama",) if processes == 4 or kind == "distil" else ("llama", "gpt_neox"):
                 found.append((name_of(kind, family, sizes), kind, family, sizes))
     kind, family, sizes = "token", "llama", SETTINGS[processes][-1]
     found.append((name_of(kind, family, sizes) + "-saved", kind, family, sizes))
@@ -51,8 +51,7 @@ def cases(processes):
 @pytest.fixture(scope="module", params=[2, 4])
 def ran(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"engine-training-{request.param}")
-    for kind, family in {case[1:3] for case in cases(request.param)}:
-        make_start(kind, family).save_pretrained(folder / f"{kind}-{family}")
+    save_starts({case[1:3] for case in cases(request.param)}, folder)
     spawn(request.param, run, (cases(request.param), str(folder)), folder)
     return request.param, folder
 
@@ -64,7 +63,8 @@ def test_training_equals_one_process(ran, tmp_path):
         if (kind, family) not in whole:
             model = make_start(kind, family)
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
-            whole[kind, family] = (start, *train(model, kind, tmp_path / f"{kind}-{family}"))
+            teacher = folder / "teacher" if kind == "distil" else None
+            whole[kind, family] = (start, *train(model, kind, tmp_path / f"{kind}-{family}", teacher=teacher))
         start, ours, alone = whole[kind, family]
         parameters = torch.load(folder / f"{name}.0.pt")[0]
         assert parameters.keys() == ours.keys()

@@ -241,8 +241,7 @@ class UmmDistillTrainer(UmmTrainer):
         return ready
 
     def _member_scores(self, member: Member, ids: list[array], name: str) -> Tensor:
-        """This process's part of a member's scores. A model that the caller holds stays as it is, one that is loaded
-        for its scores alone is shared where the student is."""
+        """This process's part of a member's scores; one that is loaded for them alone is shared as the student is."""
         batch_size = self.args.teacher_batch_size or self.args.per_device_eval_batch_size
         device = self.accelerator.device
         more: Any = {"device": device, "progress": self._progress(member.name, name)}
@@ -263,11 +262,11 @@ class UmmDistillTrainer(UmmTrainer):
 
     def _student_scores(self, ids: list[array]) -> Tensor:
         """The student's raw scores, fp64 [N], on every process."""
-        batch_size, share = self.args.per_device_eval_batch_size, (self.args.process_index, self.args.world_size)
-        scores = score_texts(
-            self._network, ids, batch_size, share=share, progress=self._progress("the student", "train")
-        )
-        return self._sum_over_processes(scores).cpu().double().squeeze(1)
+        batch_size, sharing = self.args.per_device_eval_batch_size, self.get_tp_size()  # which run one batch together
+        share = (self.args.process_index // sharing, self.args.world_size // sharing)
+        shown = self._progress("the student", "train")
+        scores = score_texts(self._network, ids, batch_size, share=share, progress=shown)
+        return self._sum_over_processes(scores).cpu().double().squeeze(1) / sharing
 
     def _measure_student(self) -> RewardNormalization:
         data: Any = self.train_dataset
@@ -303,7 +302,8 @@ class UmmDistillTrainer(UmmTrainer):
         scores = self._student(outputs.logits.squeeze(-1))
         loss = (scores - targets).square().mean()
         # of all processes, without the texts that fill up the last batch of an evaluation
-        all_rewards, all_targets = self.accelerator.gather_for_metrics((outputs.logits.detach().squeeze(-1), targets))
+        rows = torch.stack([outputs.logits.detach().squeeze(-1).float(), targets.float()], dim=1)
+        all_rewards, all_targets = self._gathered_rows(rows).unbind(1)
         self._rewards[mode].add(all_rewards)
         all_scores = self._student(all_rewards)
         self._agreement[mode].add(all_scores, all_targets)
