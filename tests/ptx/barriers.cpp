@@ -4,6 +4,7 @@
 
 #include "form.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -87,6 +88,7 @@ constexpr uint32_t kMostArrivals = (1u << 20) - 1;
 Place barrier_at(const Step& step, size_t operand, int lane) {
   const Place place = place_of(step, step.in.space, address(step, step.operand(operand), lane), 8);
   shadow::check_written(step, place, 8);
+  races::check_barrier(step, place);
   return place;
 }
 
@@ -98,6 +100,7 @@ Outcome initialise(const Step& step) {
     MemoryBarrier{static_cast<uint32_t>(count), static_cast<uint32_t>(count), 0, false}.put(place.at);
     shadow::arrived(*place.block, place.offset, 8);
     shadow::barrier_made(step.warp, place);
+    races::barrier_made(step.warp, place);
   });
   return Outcome::done;
 }
@@ -117,8 +120,9 @@ Outcome arrive(const Step& step) {
     if (place.block != step.warp.block) shadow::check_barrier(step, place);
     const bool given = step.in.operands.size() > 2;
     const int amount = given ? static_cast<int>(value(step, step.operand(2), l)) : 1;
-    const std::string fault =
-        update_barrier(step.launch, place.at, step.in.a != 0 ? 1 : amount, step.in.a != 0 ? amount : 0);
+    races::arrives(step, place);
+    const std::string fault = update_barrier(step.launch, *place.block, place.offset, step.in.a != 0 ? 1 : amount,
+                                             step.in.a != 0 ? amount : 0);
     if (!fault.empty()) step.fail(fault);
   });
   return Outcome::done;
@@ -128,8 +132,8 @@ Outcome expect(const Step& step) {
   for_lanes(step.lanes, [&](int l) {
     const Place place = barrier_at(step, 0, l);
     const int sign = step.in.a != 0 ? -1 : 1;
-    const std::string fault =
-        update_barrier(step.launch, place.at, 0, sign * static_cast<int>(value(step, step.operand(1), l)));
+    const std::string fault = update_barrier(step.launch, *place.block, place.offset, 0,
+                                             sign * static_cast<int>(value(step, step.operand(1), l)));
     if (!fault.empty()) step.fail(fault);
   });
   return Outcome::done;
@@ -140,7 +144,10 @@ Outcome wait_for_parity(const Step& step) {
   uint32_t over = 0;
   for_lanes(step.lanes, [&](int l) {
     const bool parity = (value(step, step.operand(2), l) & 1) != 0;
-    over |= uint32_t{MemoryBarrier::at(barrier_at(step, 1, l).at).parity != parity} << l;
+    const Place place = barrier_at(step, 1, l);
+    if (MemoryBarrier::at(place.at).parity == parity) return;
+    over |= uint32_t{1} << l;
+    races::acquire(step.warp, place);
   });
   if (over != step.lanes && step.in.may_sleep) {
     if (!step.warp.may_time_out) return Outcome::waits;
@@ -191,7 +198,8 @@ void MemoryBarrier::put(unsigned char* memory) const {
   std::memcpy(memory, &bits, 8);
 }
 
-std::string update_barrier(Launch& launch, unsigned char* memory, int arrivals, int bytes) {
+std::string update_barrier(Launch& launch, Block& block, uint32_t offset, int arrivals, int bytes) {
+  unsigned char* memory = block.shared.data() + offset;
   MemoryBarrier barrier = MemoryBarrier::at(memory);
   barrier.bytes += bytes;
   if (arrivals < 0 || static_cast<uint32_t>(arrivals) > barrier.left)
@@ -201,6 +209,7 @@ std::string update_barrier(Launch& launch, unsigned char* memory, int arrivals, 
   if (barrier.left == 0 && barrier.bytes == 0) {
     barrier.parity = !barrier.parity;
     barrier.left = barrier.expected;
+    races::completed(block, offset);
   }
   barrier.put(memory);
   ++launch.events;

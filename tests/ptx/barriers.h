@@ -15,7 +15,7 @@ struct MemoryBarrier {
 };
 
 // Arrivals and bytes come in (bytes that are awaited are positive, those that arrived negative). Returns what is wrong.
-std::string update_barrier(Launch& launch, unsigned char* memory, int arrivals, int bytes);
+std::string update_barrier(Launch& launch, Block& block, uint32_t offset, int arrivals, int bytes);
 
 // A warp of the block has ended: a barrier for all of them may be complete.
 void complete_barriers(Launch& launch, Block& block);

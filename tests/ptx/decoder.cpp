@@ -97,6 +97,13 @@ bool is_float(Type type) { return type == Type::f16 || type == Type::bf16 || typ
 
 void leave_out(Instruction& instruction) {
   instruction.execute = [](const Step&) { return Outcome::done; };
+  if (instruction.text.find("_wait.parity") != std::string::npos) {
+    instruction.execute = [](const Step& step) {
+      uint64_t* over = result(step, 0);
+      for_lanes(step.lanes, [&](int lane) { over[lane] = 1; });
+      return Outcome::done;
+    };
+  }
   instruction.members = Instruction::kAlone;
   instruction.may_sleep = false;
 }

@@ -2,6 +2,7 @@
 // so a fence matters to the shadow state alone.
 #include "form.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -11,6 +12,9 @@ size_t parts_of(const Operand& operand) { return operand.kind == Operand::Kind::
 const Operand& part_of(const Operand& operand, size_t i) {
   return operand.kind == Operand::Kind::list ? operand.items[i] : operand;
 }
+
+// Of ld and st: volatile, relaxed and the like are no races (PTX ISA 8.7).
+bool strong(const Instruction& in) { return in.a != 0; }
 
 Outcome load(const Step& step) {
   const Operand& to = step.operand(0);
@@ -25,6 +29,7 @@ Outcome load(const Step& step) {
       if (!shadow::written(*place.block, place.offset, all)) from[l] = garbage;
     } else {
       shadow::check_written(step, place, all);
+      if (!strong(step.in)) races::read(step, place, all);
     }
   });
   for (size_t i = 0; i < parts_of(to); ++i) {
@@ -45,6 +50,7 @@ Outcome store(const Step& step) {
   for_lanes(step.lanes, [&](int l) {
     const Place place = place_of(step, step.in.space, address(step, step.operand(0), l), all);
     shadow::wrote(step.warp, place, all);
+    if (!strong(step.in)) races::wrote(step, place, all);
     to[l] = place.at;
   });
   for (size_t i = 0; i < parts_of(from); ++i) {
@@ -142,9 +148,11 @@ void fences(Form& form, Instruction& in) {
 }
 
 // What says to whom and how soon an access is visible, and how it is cached; here all are visible at once.
-void drop_visibility(Form& form) {
-  for (const char* word : {"volatile", "relaxed", "acquire", "release", "acq_rel", "weak", "cta", "cluster", "gpu",
-                           "sys", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"}) {
+// Returns whether it is strong.
+bool take_visibility(Form& form) {
+  bool strong = false;
+  for (const char* word : {"volatile", "relaxed", "acquire", "release", "acq_rel"}) strong |= form.take(word);
+  for (const char* word : {"weak", "cta", "cluster", "gpu", "sys", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"}) {
     form.take(word);
   }
   for (size_t i = 0; i < form.left().size();) {
@@ -155,6 +163,7 @@ void drop_visibility(Form& form) {
       ++i;
     }
   }
+  return strong;
 }
 
 }  // namespace
@@ -167,7 +176,7 @@ void memory(Form& form, Instruction& in) {
     return;
   }
   in.space = form.take_space();  // before the scopes, of which one is called cluster
-  drop_visibility(form);
+  in.a = take_visibility(form);
   if (op == "ld" || op == "st") {
     const size_t parts = static_cast<size_t>(form.take_one({"v2", "v4", "v8"}));
     in.type = form.take_type();

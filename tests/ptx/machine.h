@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "clocks.h"
 #include "program.h"
 #include "tensor_map.h"
 
@@ -82,13 +83,6 @@ struct TensorLoad {
   std::vector<Block*> barriers;  // one a target
 };
 
-// What happened before: for each warp of a cluster, up to which of its arrivals at barriers (a vector clock).
-using Clock = std::vector<uint32_t>;
-inline void merge(Clock& into, const Clock& other) {
-  if (into.size() < other.size()) into.resize(other.size());
-  for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
-}
-
 struct Warp {
   Block* block;
   int id;  // in its block
@@ -119,6 +113,8 @@ struct Warp {
   std::vector<uint64_t> touched_at;      // of each register: when something else than a wgmma last touched it
   std::vector<uint16_t> owners;          // of each register: products under way that it belongs to
   std::vector<uint32_t> wrote;           // granules of shared memory that it wrote and has not fenced
+  uint64_t stores_committed = 0;         // groups of tensor stores
+  std::vector<uint32_t> products_waited, stores_waited;  // when it had waited for each group (races.h)
 
   uint64_t* reg(int number) { return registers.data() + static_cast<size_t>(number) * kLanes; }
 };
@@ -149,6 +145,7 @@ struct Block {
   std::map<uint32_t, int> new_barriers;  // in shared memory: who made one without a fence yet
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
+  Races races;
 };
 
 struct Cluster {
@@ -158,6 +155,7 @@ struct Cluster {
   uint64_t generation = 0;
   Clock arriving, released;
   std::deque<TensorLoad> loads;  // under way
+  size_t barriers = 0;           // in shared memory, that were made
 };
 
 struct alignas(128) ParameterChunk {  // a tensor map may be a parameter

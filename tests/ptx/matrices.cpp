@@ -2,6 +2,7 @@
 #include "form.h"
 #include "halves.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -32,6 +33,7 @@ Outcome load_matrices(const Step& step) {
       const Place place = place_of(step, Space::shared, at, 16);
       if (shadow::written(*place.block, place.offset, 16)) {
         std::memcpy(matrix[row], place.at, 16);
+        if (!step.launch.kernel.reads_ahead) races::read(step, place, 16);
       } else {
         std::memset(matrix[row], 0xff, 16);  // NaN
       }
@@ -66,6 +68,7 @@ Outcome store_matrices(const Step& step) {
       const Place place = place_of(step, Space::shared, at, 16);
       std::memcpy(place.at, matrix[row], 16);
       shadow::wrote(step.warp, place, 16);
+      races::wrote(step, place, 16);
     }
   }
   return Outcome::done;

@@ -162,7 +162,7 @@ Module parse(std::string_view text);
 // Finds what executes each instruction; throws an Error that names the first one that nothing here does, with its line.
 void decode(Kernel& kernel);
 
-// Does nothing from now on: what a program without this instruction would do.
+// Does nothing from now on: what a program without this instruction would do. A test of a barrier says that it is over.
 void leave_out(Instruction& instruction);
 
 }  // namespace ptx

@@ -1,221 +1,17 @@
-// The products that end in registers, compiled, run on the machine: the gated activation against the two kernels that
-// it replaces, on Ampere to the bit; all else against what it replaces to a rounding. What those two compute is
-// proven elsewhere (run_products.cpp, tests/emulator). Asynchronous work is late and warps are shuffled, and with `all`
-// also in order, at once and at random.
+// The products that end in registers, compiled, run on the machine (fused_case.h). Asynchronous work is late and warps
+// are shuffled, and with `all` also in order, at once and at random.
 //
 //   ptx_run_fused ARCH [TILE [all [SEED]]]     80 or 90; the first two tiles; seed 3
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "expert_tiles.h"
-#include "halves.h"
+#include "fused_case.h"
 #include "runtime.h"
-#include "tensor_cores.h"
 
 using namespace ptx;
-using namespace ummrm::cuda;
-using ummrm::ActivationKind;
-using ummrm::DType;
 
 namespace {
-
-struct Case {
-  int tokens, shared;
-  std::vector<int> counts;  // rows of each routed expert
-  int dead, hidden, width, band;
-  bool bias, one_row_a_token;
-};
-const Case kCases[] = {{0, 0, {130, 0, 70}, 0, 72, 64, 0, false, true},
-                       {33, 1, {0, 129, 5}, 3, 72, 136, 0, true, true},
-                       {20, 2, {0, 0, 300}, 0, 136, 264, 256, true, false},
-                       {7, 1, {0, 0, 0}, 4, 8, 8, 0, true, true}};
-
-template <class T>
-struct Memory {  // of the device: just as many elements, all garbage
-  T* at = nullptr;
-  size_t count;
-  explicit Memory(size_t elements) : count(elements) {
-    cudaMalloc(reinterpret_cast<void**>(&at), std::max<size_t>(elements, 1) * sizeof(T));
-  }
-  Memory(size_t elements, float scale, std::mt19937& random) : Memory(elements) {
-    std::uniform_real_distribution<float> uniform(-scale, scale);
-    for (size_t i = 0; i < count; ++i) {
-      if constexpr (sizeof(T) == 2) {
-        at[i] = to_bf16(uniform(random));
-      } else {
-        at[i] = static_cast<T>(uniform(random));
-      }
-    }
-  }
-  Memory(const Memory&) = delete;
-  ~Memory() { cudaFree(at); }
-  double operator[](size_t i) const {
-    if constexpr (sizeof(T) == 2) return from_bf16(at[i]);
-    return static_cast<double>(at[i]);
-  }
-};
-using Half = Memory<uint16_t>;
-using Single = Memory<float>;
-
-int arch, tile;
-
-template <class Run>
-std::string run(const char* what, bool served, int64_t bytes, const Run& function) {
-  if (!served) return std::string(what) + " is not served";
-  Memory<char> space(static_cast<size_t>(bytes));
-  const int status = function(space.at);
-  return status == cudaSuccess ? "" : std::string(what) + " returned " + std::to_string(status);
-}
-
-// A build may have one architecture alone.
-#define RUN_HERE(folder, number, function, args)                                 \
-  if (arch == number)                                                            \
-    return run(#function, folder::serves(args), folder::workspace(args, choice), \
-               [&](void* space) { return folder::function(args, choice, space, nullptr); });
-#ifdef UMMRM_SM80
-#define RUN_80(function, args) RUN_HERE(sm80, 80, function, args)
-#else
-#define RUN_80(function, args)
-#endif
-#ifdef UMMRM_SM90
-#define RUN_90(function, args) RUN_HERE(sm90, 90, function, args)
-#else
-#define RUN_90(function, args)
-#endif
-#define RUN(function, args, band)                              \
-  [&]() -> std::string {                                       \
-    const TileChoice choice = {tile, band};                    \
-    RUN_80(function, args)                                     \
-    RUN_90(function, args)                                     \
-    return #function " was not compiled for the architecture"; \
-  }()
-
-// `tolerance` relative to 1 and the value; 0: the same bits, but for the sign of zero.
-template <class A, class B>
-std::string differing(const char* what, const A& got, const B& want, double tolerance) {
-  for (size_t i = 0; i < got.count; ++i)
-    if (!(std::fabs(got[i] - want[i]) <= tolerance * (1 + std::fabs(want[i]))))
-      return std::string(what) + " at " + std::to_string(i) + ": " + std::to_string(got[i]) + " instead of " +
-             std::to_string(want[i]);
-  return "";
-}
-
-struct Layout {
-  int experts, live, slots, rows, shared_rows;
-  Memory<int32_t> offsets;
-  explicit Layout(const Case& c) : experts(static_cast<int>(c.counts.size())), live(0), offsets(c.counts.size() + 1) {
-    for (int e = 0; e < experts; ++e) offsets.at[e] = live, live += c.counts[e];
-    offsets.at[experts] = live;
-    slots = live + c.dead;
-    rows = c.shared * c.tokens + slots;
-    shared_rows = c.one_row_a_token ? c.tokens : c.shared * c.tokens;
-  }
-};
-
-std::string forward(const Case& c, std::mt19937& random) {
-  const Layout n(c);
-  const size_t pre = static_cast<size_t>(2) * c.width;
-  const Half x(n.shared_rows * c.hidden, 1, random), routed(n.slots * c.hidden, 1, random);
-  const Half up(c.shared * pre * c.hidden, 1, random), routed_up(n.experts * pre * c.hidden, 1, random);
-  const Half bias(c.shared * pre, 1, random), routed_bias(n.experts * pre, 1, random);
-  const Half z(n.rows * pre), act(n.rows * c.width), z_apart(n.rows * pre), act_apart(n.rows * c.width);
-  ExpertGlu args = {
-      {DType::bf16, c.tokens, c.shared, n.experts, n.slots, c.hidden, 2 * c.width, false, c.one_row_a_token, x.at,
-       routed.at, up.at, routed_up.at, c.bias && c.shared != 2 ? bias.at : nullptr, c.bias ? routed_bias.at : nullptr,
-       n.offsets.at, z.at},
-      ActivationKind::silu,
-      act.at};
-  const int64_t band = c.band == 0 ? 2 * c.width : c.band;
-  if (auto fault = RUN(expert_glu, args, band); !fault.empty()) return fault;
-  args.product.out = z_apart.at;
-  if (auto fault = RUN(expert_gemm, args.product, band); !fault.empty()) return fault;
-  activation({DType::bf16, ActivationKind::silu, true, c.width, z_apart.at, act_apart.at}, n.rows, {}, nullptr);
-  auto fault = differing("pre-activation", z, z_apart, arch == 80 ? 0 : 8e-3);
-  return fault.empty() ? differing("activation", act, act_apart, arch == 80 ? 0 : 2e-2) : fault;
-}
-
-std::string backward(const Case& c, std::mt19937& random) {
-  const Layout n(c);
-  const size_t pre = static_cast<size_t>(2) * c.width;
-  const Half g(n.shared_rows * c.hidden, 1, random), routed(n.slots * c.hidden, 1, random);
-  const Half down(c.shared * c.hidden * c.width, .3f, random), routed_down(n.experts * c.hidden * c.width, .3f, random);
-  const Half z(n.rows * pre, 2, random);
-  const Single weights(n.rows, 1, random);
-  for (int row = n.rows - c.dead; row < n.rows; ++row) {
-    weights.at[row] = 0;
-    std::fill_n(z.at + row * pre, pre, uint16_t{0});
-  }
-  const Half grad(n.rows * pre), weighted(n.rows * c.width), grad_apart(n.rows * pre), weighted_apart(n.rows * c.width);
-  const Half act_grad(n.rows * c.width);
-  const Single dots(n.rows), dots_apart(n.rows);
-  ExpertGluBackward args = {
-      {DType::bf16, c.tokens, c.shared, n.experts, n.slots, c.hidden, c.width, true, c.one_row_a_token, g.at, routed.at,
-       down.at, routed_down.at, nullptr, nullptr, n.offsets.at, nullptr},
-      ActivationKind::silu,
-      z.at,
-      weights.at,
-      grad.at,
-      weighted.at,
-      dots.at};
-  const int64_t band = c.band == 0 ? c.width : c.band;
-  if (auto fault = RUN(expert_glu_backward, args, band); !fault.empty()) return fault;
-  args.product.out = act_grad.at;
-  if (auto fault = RUN(expert_gemm, args.product, band); !fault.empty()) return fault;
-  activation_backward({DType::bf16, ActivationKind::silu, true, c.width, act_grad.at, z.at, weights.at, grad_apart.at,
-                       weighted_apart.at, dots_apart.at},
-                      n.rows, {}, nullptr);
-  auto fault = differing("weighted activation", weighted, weighted_apart, 0);
-  if (fault.empty()) fault = differing("gradient", grad, grad_apart, 2e-2);  // that the others round on the way
-  return fault.empty() ? differing("row_dots", dots, dots_apart, 0.1) : fault;
-}
-
-template <class Sum>
-std::string weight_sum(const Case& c, std::mt19937& random) {
-  const Layout n(c);
-  constexpr bool wide = std::is_same_v<Sum, Single>;
-  const size_t each = static_cast<size_t>(c.hidden) * c.width, shared = c.shared * each;
-  const Half x(n.shared_rows * c.hidden, 1, random), routed(n.slots * c.hidden, 1, random);
-  const Half g(c.shared * c.tokens * c.width, 1, random), routed_g(n.slots * c.width, 1, random);
-  const Sum sums((c.shared + n.experts) * each, 3, random), apart(sums.count);
-  std::vector<double> want(sums.count);
-  for (size_t i = 0; i < sums.count; ++i) want[i] = sums[i];
-  ExpertGemmWgrad args = {DType::bf16,
-                          wide ? DType::f32 : DType::bf16,
-                          c.tokens,
-                          c.shared,
-                          n.experts,
-                          n.slots,
-                          c.hidden,
-                          c.width,
-                          c.one_row_a_token,
-                          false,
-                          x.at,
-                          routed.at,
-                          g.at,
-                          routed_g.at,
-                          n.offsets.at,
-                          sums.at,
-                          sums.at + shared,
-                          0,
-                          false,
-                          true};
-  const int64_t band = c.band == 0 || c.band >= c.hidden ? c.hidden : c.band;
-  if (auto fault = RUN(expert_gemm_wgrad, args, band); !fault.empty()) return fault;
-  args.add = false;
-  args.shared_grad = apart.at;
-  args.routed_grad = apart.at + shared;
-  if (auto fault = RUN(expert_gemm_wgrad, args, band); !fault.empty()) return fault;
-  for (size_t i = 0; i < want.size(); ++i) want[i] += apart[i];
-  return differing("sum", sums, want, wide ? 1e-5 : 1e-2);
-}
 
 struct Way {
   Order order;
@@ -226,38 +22,29 @@ constexpr Way kWays[] = {{Order::late, true}, {Order::at_once, false}, {Order::l
 }  // namespace
 
 int main(int count, char** arguments) {
-  arch = count > 1 ? std::atoi(arguments[1]) : 80;
-  const int only = count > 2 ? std::atoi(arguments[2]) : -1;
+  const int arch = count > 1 ? std::atoi(arguments[1]) : 80, only = count > 2 ? std::atoi(arguments[2]) : -1;
   const bool all = count > 3 && std::strcmp(arguments[3], "all") == 0;
   const unsigned seed = count > 4 ? static_cast<unsigned>(std::atoi(arguments[4])) : 3;
-  const struct {
-    const char* name;
-    std::string (*fault)(const Case&, std::mt19937&);
-  } products[] = {{"glu", &forward},
-                  {"glu_backward", &backward},
-                  {"sum in bf16", &weight_sum<Half>},
-                  {"sum in fp32", &weight_sum<Single>}};
   int runs = 0, wrong = 0;
   runtime::device = {0, arch / 10, arch % 10, 4};
-  for (tile = 0; tile < 2; ++tile) {
+  for (int tile = 0; tile < 2; ++tile) {
     if (only >= 0 && tile != only) continue;
-    for (const auto& product : products) {
-      for (const Case& which : kCases) {
+    for (const Fused product : kFused) {
+      for (const FusedCase& which : fused_cases()) {
         for (const Way& way : kWays) {
           options.order = way.order, options.shuffle = way.shuffle, options.seed = seed + static_cast<unsigned>(runs);
           runtime::device.number = runs % 3;
           runtime::device.multiprocessors = 2 + runs % 3 * 2;
           ++runs;
-          std::mt19937 random(options.seed);
           std::string fault;
           try {
-            fault = product.fault(which, random);
+            fault = fault_of(arch, tile, product, which, options.seed);
           } catch (const Error& error) {
             fault = error.what();
           }
           if (!fault.empty()) {
             ++wrong;
-            std::printf("sm_%d tile %d %s, %d tokens, seed %u: %s\n", arch, tile, product.name, which.tokens,
+            std::printf("sm_%d tile %d %s, %d tokens, seed %u: %s\n", arch, tile, name_of(product), which.tokens,
                         options.seed, fault.substr(0, 1000).c_str());
           }
           if (!all) break;

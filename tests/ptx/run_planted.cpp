@@ -1,72 +1,16 @@
-// Bugs planted in Hopper's compiled products, in what the host hands them or in their PTX: each must be noticed, in
-// some order, and without it all must be right. What is planted is taken out again before the next.
+// Bugs planted in Hopper's compiled products (planting.h).
 //
 //   ptx_run_planted [TILE]
-#include <cstdio>
+#include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <map>
 
-#include "product_case.h"
-#include "runtime.h"
+#include "planting.h"
 
 using namespace ptx;
+using namespace ptx::planting;
 
 namespace {
-
-struct Bug {
-  const char* name;
-  Product product;
-  // Called when the product's kernel is about to run; true: it is planted.
-  std::function<bool(const runtime::Started&)> plant;
-};
-
-// ---- in the program: `kept` remembers what was there
-
-std::vector<std::pair<Instruction*, Instruction>> kept;
-
-Instruction& change(Instruction& in) {
-  kept.emplace_back(&in, in);
-  return in;
-}
-
-// The instructions that begin so, of those that the last right run came to.
-std::vector<Instruction*> executed(Kernel& kernel, const std::string& prefix) {
-  std::vector<Instruction*> found;
-  for (Instruction& in : kernel.code) {
-    if (in.text.starts_with(prefix) && in.runs > 0) found.push_back(&in);
-  }
-  return found;
-}
-
-std::function<bool(const runtime::Started&)> without(const std::string& prefix, bool all) {
-  return [=](const runtime::Started& started) {
-    const auto found = executed(started.kernel, prefix);
-    for (size_t i = 0; i < found.size(); ++i) {
-      if (all || i + 1 == found.size()) leave_out(change(*found[i]));
-    }
-    return !found.empty();
-  };
-}
-
-// What a constant or a register holds in operand `i` of these instructions is one more, or `by`.
-std::function<bool(const runtime::Started&)> shifted(const std::string& prefix, size_t operand, int64_t by,
-                                                     const std::function<bool(const Instruction&)>& which = nullptr) {
-  return [=](const runtime::Started& started) {
-    bool planted = false;
-    for (Instruction* in : executed(started.kernel, prefix)) {
-      if (which != nullptr && !which(*in)) continue;
-      Operand& changed = change(*in).operands[operand];
-      if (changed.kind == Operand::Kind::constant) {
-        changed.value += static_cast<uint64_t>(by);
-      } else {
-        changed.offset += by;
-      }
-      planted = true;
-    }
-    return planted;
-  };
-}
 
 // A ring of stages begins again where its index equals a constant; the commonest such constant is the main loop's.
 bool one_stage_more(const runtime::Started& started) {
@@ -85,41 +29,14 @@ bool one_stage_more(const runtime::Started& started) {
   return true;
 }
 
-// ---- in what the host hands over: tensor maps are parameters, the groups' tables lie in the workspace
+struct Row {
+  const char* name;
+  Product product;
+  Plant plant;
+};
 
-std::function<bool(const runtime::Started&)> in_maps(const std::function<void(TensorMap&)>& spoil) {
-  return [=](const runtime::Started& started) {
-    bool planted = false;
-    for (size_t at = 0; at + 128 <= started.parameters.size(); at += 64) {
-      TensorMap map;
-      std::memcpy(&map, started.parameters.data() + at, sizeof map);
-      if (map.mark != TensorMap::kMark) continue;
-      spoil(map);
-      std::memcpy(started.parameters.data() + at, &map, sizeof map);
-      planted = true;
-    }
-    return planted;
-  };
-}
-
-// The tables of the groups hold addresses and strides of 8 bytes; `spoil` gets each word and says whether it changed
-// it.
-std::function<bool(const runtime::Started&)> in_tables(const std::function<bool(uint64_t&, const Handed&)>& spoil) {
-  return [=](const runtime::Started&) {
-    bool planted = false;
-    for (size_t at = 0; at + 8 <= handed.workspace_bytes; at += 8) {
-      uint64_t word;
-      std::memcpy(&word, handed.workspace + at, 8);
-      if (!spoil(word, handed)) continue;
-      std::memcpy(handed.workspace + at, &word, 8);
-      planted = true;
-    }
-    return planted;
-  };
-}
-
-const std::vector<Bug>& bugs() {
-  static const std::vector<Bug> all = {
+const std::vector<Row>& rows() {
+  static const std::vector<Row> all = {
       {"a row stride of the operand is 8 too long", Product::forward, in_tables([](uint64_t& word, const Handed& to) {
          if (word != static_cast<uint64_t>(to.in)) return false;
          word += 8;
@@ -174,47 +91,16 @@ const std::vector<Bug>& bugs() {
   return all;
 }
 
-std::string run(int tile, Product product, Order order, unsigned seed) {
-  options.order = order, options.shuffle = seed != 0, options.seed = seed;
-  try {
-    return fault_of(90, tile, product, smallest(ummrm::DType::bf16));
-  } catch (const Error& error) {
-    return error.what();
-  }
-}
-
 }  // namespace
 
 int main(int count, char** arguments) {
   const int tile = count > 1 ? std::atoi(arguments[1]) : 1;
   runtime::device = {0, 9, 0, 2};
   options.most_instructions = 30000000;
-  int missed = 0;
-  for (const Bug& bug : bugs()) {
-    const auto is_product = [](const runtime::Started& started) {
-      return started.kernel.name.find("cutlass") != std::string::npos;
-    };
-    runtime::on_launch = nullptr;
-    std::string right = run(tile, bug.product, Order::late, 3);
-    bool planted = false;
-    std::string found;
-    runtime::on_launch = [&](const runtime::Started& started) {
-      if (is_product(started)) planted |= bug.plant(started);
-    };
-    for (const auto& [order, seed] : {std::pair{Order::late, 0u}, {Order::late, 3u}, {Order::random, 4u}}) {
-      if (found.empty()) found = run(tile, bug.product, order, seed);
-      for (auto change = kept.rbegin(); change != kept.rend(); ++change) *change->first = change->second;
-      kept.clear();
-    }
-    const bool caught = right.empty() && planted && !found.empty();
-    missed += !caught;
-    std::printf("%s: %s%s\n", bug.name,
-                caught    ? "caught, "
-                : planted ? "NOT CAUGHT "
-                          : "NOT PLANTED ",
-                (right.empty() ? found : "wrong without it: " + right).substr(0, 160).c_str());
-    std::fflush(stdout);
+  std::vector<Bug> bugs;
+  for (const Row& row : rows()) {
+    const auto run = [&row, tile] { return fault_of(90, tile, row.product, smallest(ummrm::DType::bf16)); };
+    bugs.push_back({row.name, run, row.plant});
   }
-  std::printf("%zu of %zu caught\n", bugs().size() - static_cast<size_t>(missed), bugs().size());
-  return missed != 0;
+  return missed_of(bugs) != 0;
 }

@@ -10,6 +10,7 @@
 #include "barriers.h"
 #include "machine.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -154,6 +155,9 @@ class Scheduler {
         const auto gone = [](const Warp& warp) { return warp.alive == 0; };
         if (block.ended || !std::all_of(block.warps.begin(), block.warps.end(), gone)) continue;
         for (Warp& warp : block.warps) finish(launch_, warp);
+        if (const std::string fault = races::fault_of_end(block); !fault.empty()) {
+          throw Error(fault + ", block " + std::to_string(block.id.x) + " of " + launch_.kernel.name);
+        }
         block.ended = true;
         ++launch_.events;
       }

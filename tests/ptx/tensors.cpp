@@ -6,6 +6,7 @@
 #include "barriers.h"
 #include "form.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -99,15 +100,21 @@ Outcome start_load(const Step& step) {
     for (size_t i = 0; i < load.targets.size(); ++i) {
       Block& block = *load.targets[i];
       if (block.ended) step.fail("a copy to a block that has ended");
-      shadow::check_written(step, *load.barriers[i], load.barrier, 8);
-      shadow::check_barrier(step, {load.barriers[i]->shared.data() + load.barrier, load.barriers[i], load.barrier});
+      const Place at = {load.barriers[i]->shared.data() + load.barrier, load.barriers[i], load.barrier};
+      shadow::check_written(step, at, 8);
+      shadow::check_barrier(step, at);
+      races::check_barrier(step, at);
       for_pieces(load.map, load.at, [&](uint32_t offset, uint64_t from, uint32_t bytes) {
         const uint32_t place = swizzled(load.to + offset, load.map.swizzle);
         if (place + bytes > block.shared.size()) step.fail("a tensor copy beyond shared memory");
         if (from != 0 && !known_memory(from, bytes)) {
           step.fail("a tensor copy reads device memory out of bounds, " + hexadecimal(from));
         }
+        races::check_load(step, block, place, bytes);
         shadow::will_write(block, place, static_cast<int>(bytes));
+      });
+      for_pieces(load.map, load.at, [&](uint32_t offset, uint64_t, uint32_t bytes) {
+        races::load_starts(block, swizzled(load.to + offset, load.map.swizzle), bytes);
       });
     }
     cluster.loads.push_back(std::move(load));
@@ -128,6 +135,7 @@ Outcome start_store(const Step& step) {
       const uint32_t place = swizzled(store.from + offset, store.map.swizzle);
       const std::string fault = shadow::fault_of_async_read(*step.warp.block, place, static_cast<int>(bytes));
       if (!fault.empty()) step.fail(fault);
+      races::store_reads(step, place, bytes);
       if (!known_memory(to, bytes)) step.fail("a tensor copy writes device memory out of bounds, " + hexadecimal(to));
     });
     if (do_at_once(step.launch)) {
@@ -142,13 +150,15 @@ Outcome start_store(const Step& step) {
 Outcome commit(const Step& step) {
   step.warp.store_groups.push_back(std::move(step.warp.stores));
   step.warp.stores.clear();
+  ++step.warp.stores_committed;
   return Outcome::done;
 }
 
 // a: until shared memory has been read (.read); what is stored is visible when it is waited for without, or at the end.
 Outcome wait(const Step& step) {
   auto& groups = step.warp.store_groups;
-  const uint64_t left = value(step, step.operand(0), step.first_lane());
+  const uint64_t left = value(step, step.operand(0), step.first_lane()), all = step.warp.stores_committed;
+  races::stores_waited(step.warp, all - std::min(all, left));
   if (step.in.a != 0) {
     for (size_t i = 0; i + left < groups.size(); ++i) {
       for (TensorStore& store : groups[i]) read_store(step.launch, step.warp, store);
@@ -186,6 +196,7 @@ Outcome replace(const Step& step) {
       default: map.stride[given] = next;
     }
     std::memcpy(place.at, &map, sizeof map);
+    races::wrote(step, place, 128);
     if (place.block == nullptr) shadow::map_written(step.launch, at);
   });
   return Outcome::done;
@@ -198,6 +209,7 @@ Outcome copy_map(const Step& step) {
   const Place there = place_of(step, Space::global, to, 128);
   const Place from = place_of(step, Space::shared, address(step, step.operand(1), lane), 128);
   shadow::check_written(step, from, 128);
+  races::read(step, from, 128);
   std::memcpy(there.at, from.at, 128);
   shadow::map_written(step.launch, to);
   return Outcome::done;
@@ -221,9 +233,10 @@ void do_load(Launch& launch, Cluster& cluster, size_t index) {
         std::memset(block.shared.data() + place, 0, bytes);
       }
       shadow::arrived(block, place, static_cast<int>(bytes));
+      races::load_ends(block, place, bytes, *load.barriers[i], load.barrier);
       total += static_cast<int>(bytes);
     });
-    const std::string fault = update_barrier(launch, load.barriers[i]->shared.data() + load.barrier, 0, -total);
+    const std::string fault = update_barrier(launch, *load.barriers[i], load.barrier, 0, -total);
     if (!fault.empty()) throw Error(fault + ", by a tensor copy in " + launch.kernel.name);
   }
 }

@@ -110,12 +110,12 @@ static void tensor_copies(ptx::Swizzle swizzle) {
             out[row * pitch + column], want);
     }
   }
-  CHECK_FAILS(fault("", done, bytes), "is read, and nothing has written it or a copy under way will");
+  CHECK_FAILS(fault("", done, bytes), "shared memory at");
   CHECK_FAILS(fault(wait, done, bytes + 16), "deadlock in k:");
   CHECK_FAILS(fault(wait, "", bytes), "a block ended while a tensor store reads its shared memory");
   CHECK_PASSES(fault(wait, "cp.async.bulk.wait_group.read 0;", bytes));
   CHECK_FAILS(fault(wait, "mov.u32 %r9, 7; st.shared.u32 [%r1], %r9; cp.async.bulk.wait_group 0;", bytes),
-              "is read without fence.proxy.async");
+              "that and the tensor store that reads it");
   // What is stored may be read back only after all of it was waited for, not when it was merely read from shared
   // memory.
   const auto read_back = [&](const std::string& before) {

@@ -45,7 +45,7 @@ void products() {
   CHECK_PASSES(product({.async = "", .after_barrier = "fence.proxy.async.shared::cta; bar.sync 0;"}));
   CHECK_FAILS(product({.async = "setp.lt.u32 %p3, %r0, 32; @%p3 fence.proxy.async.shared::cta;"}),
               "is read without fence.proxy.async");
-  CHECK_FAILS(product({.barrier = ""}), "wgmma of line");
+  CHECK_FAILS(product({.barrier = ""}), "a race: shared memory");
   CHECK_FAILS(product({.fence = ""}), "the first wgmma of a warp without wgmma.fence before it");
   CHECK_FAILS(product({.between = "add.f32 %f2, %f2, 0f00000000;"}),
               "an accumulator was touched since the last wgmma.fence");

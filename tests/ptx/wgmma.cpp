@@ -4,6 +4,7 @@
 #include "form.h"
 #include "halves.h"
 #include "memory.h"
+#include "races.h"
 #include "shadow.h"
 
 namespace ptx {
@@ -50,29 +51,36 @@ uint32_t core_row(const Descriptor& d, bool transposed, int outer, int k) {
   return swizzled(at, d.swizzle);
 }
 
+// body(address, outer - first, k) for every 16 bytes of `count` rows of a or columns of b from `first` on.
+template <class Body>
+void for_cores(uint64_t bits, bool transposed, int first, int count, const Body& body) {
+  const Descriptor descriptor(bits);
+  for (int outer = 0; outer < count; outer += transposed ? 8 : 1) {
+    for (int k = 0; k < kDepth; k += transposed ? 1 : 8)
+      body(core_row(descriptor, transposed, first + outer, k), outer, k);
+  }
+}
+
 // `count` rows of a or columns of b from `first` on: put(outer - first, k, value).
 template <class Put>
 std::string gather(const Block& block, uint64_t bits, bool transposed, int first, int count, bool bf16,
                    const Put& put) {
-  const Descriptor descriptor(bits);
-  if (descriptor.offset) return "a descriptor with a base offset, which the machine does not know";
-  const int outer_step = transposed ? 8 : 1, k_step = transposed ? 1 : 8;
-  for (int outer = 0; outer < count; outer += outer_step) {
-    for (int k = 0; k < kDepth; k += k_step) {
-      const uint32_t at = core_row(descriptor, transposed, first + outer, k);
-      if (std::string fault = shadow::fault_of_async_read(block, at, 16); !fault.empty()) return fault;
-      uint16_t halves[8];
-      float values[8];
-      std::memcpy(halves, block.shared.data() + at, 16);
-      if (bf16) {
-        for (int i = 0; i < 8; ++i) values[i] = from_bf16(halves[i]);
-      } else {
-        for (int i = 0; i < 8; ++i) values[i] = from_f16(halves[i]);
-      }
-      for (int i = 0; i < 8; ++i) put(outer + (transposed ? i : 0), k + (transposed ? 0 : i), values[i]);
+  if (Descriptor(bits).offset) return "a descriptor with a base offset, which the machine does not know";
+  std::string fault;
+  for_cores(bits, transposed, first, count, [&](uint32_t at, int outer, int k) {
+    if (fault.empty()) fault = shadow::fault_of_async_read(block, at, 16);
+    if (!fault.empty()) return;
+    uint16_t halves[8];
+    float values[8];
+    std::memcpy(halves, block.shared.data() + at, 16);
+    if (bf16) {
+      for (int i = 0; i < 8; ++i) values[i] = from_bf16(halves[i]);
+    } else {
+      for (int i = 0; i < 8; ++i) values[i] = from_f16(halves[i]);
     }
-  }
-  return {};
+    for (int i = 0; i < 8; ++i) put(outer + (transposed ? i : 0), k + (transposed ? 0 : i), values[i]);
+  });
+  return fault;
 }
 
 constexpr int kSignA = 1, kSignB = 2, kTransposedA = 4, kTransposedB = 8, kBf16 = 16;  // Instruction::b; a: columns
@@ -84,6 +92,11 @@ Outcome issue(const Step& step) {
   shadow::own_accumulators(step, step.operand(0));
   WarpProduct product{&step.in, value(step, step.operand(1), 0), value(step, step.operand(2), 0),
                       value(step, step.operand(3), 0) != 0};
+  const auto reads = [&](uint32_t at, int, int) {
+    if (at + 16 <= step.warp.block->shared.size()) races::product_reads(step, *step.warp.block, at);
+  };
+  for_cores(product.a, (step.in.b & kTransposedA) != 0, step.warp.id % 4 * kRows, kRows, reads);
+  for_cores(product.b, (step.in.b & kTransposedB) != 0, 0, step.in.a, reads);
   if (do_at_once(step.launch)) {
     // What came before it first.
     for (auto& group : step.warp.product_groups) {
@@ -130,6 +143,7 @@ Outcome wait(const Step& step) {
       shadow::release_accumulators(step.warp, product.instruction->operands[0]);
     }
     step.warp.product_groups.pop_front();
+    races::product_waited(step.warp);
   }
   return Outcome::done;
 }
