@@ -209,33 +209,60 @@ def sanitize(context):
 
 
 MARGIN = 20  # seconds that the contender begun last may take
+FUSIONS, FUSED_SHARE = ("none", "all"), 0.2  # of the stage's time for each; the rest is for what users get
 
 
 def bench(context):
-    run_bench(context, "bench", [])
+    """The benchmarks as users get the kernels; then the layer without any fusion and with all, under "fusions" in the
+    record, with their ratio case by case: above 1, fused is faster."""
+    whole = context.remaining
+    run_bench(context, "bench", [], whole * (1 - FUSED_SHARE * len(FUSIONS)))
+    both = context.result["numbers"]["fusions"] = {}
+    for fusions in FUSIONS:
+        options = ["--fusions", fusions, "-k", "moe_ffn"]
+        both[fusions] = {"about": None, "entries": []}
+        run_bench(context, f"bench-fusions-{fusions}", options, whole * FUSED_SHARE, both[fusions])
+    both["ratios"] = ratios(*(both[fusions] for fusions in FUSIONS))
 
 
-def run_bench(context, name, options, **environment):
-    """The benchmarks on CUDA, until shortly before the time is up; what was measured is kept whatever comes after."""
+def ratios(plain, fused):
+    """Seconds without fusions over seconds with all, of each of ummrm's cases that both records measured."""
+    before, found = {targets.Entries.case(e): targets.seconds(e) for e in measured(plain)}, []
+    for entry in measured(fused):
+        if seconds := before.get(targets.Entries.case(entry)):
+            case = {name: entry[name] for name in ("suite", "direction", "dtype", "sizes")}
+            found.append(case | {"ratio": seconds / targets.seconds(entry)})
+    return found
+
+
+def measured(record):
+    return [e for e in record["entries"] if e["label"] == OURS and e["outcome"] == "measured"]
+
+
+def run_bench(context, name, options, limit=None, record=None, **environment):
+    """The benchmarks on CUDA, until shortly before the time is up; what was measured is kept whatever comes after, in
+    `record`, by default the stage's numbers."""
     path = context.work / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    limits = ["--deadline", f"{max(1.0, context.remaining - MARGIN):.0f}", "--record", path]
-    done = context.run([*PYTHON, "-m", "bench.report", "--device", "cuda", *limits, *options], name, **environment)
-    record = read_record(path) if path.exists() else {"about": None, "entries": []}
+    limit = context.remaining if limit is None else min(limit, context.remaining)
+    limits = ["--deadline", f"{max(1.0, limit - MARGIN):.0f}", "--record", path]
+    command = [*PYTHON, "-m", "bench.report", "--device", "cuda", *limits, *options]
+    done = context.run(command, name, limit, **environment)
+    record = context.result["numbers"] if record is None else record
+    record.update(read_record(path) if path.exists() else {"about": None, "entries": []})
     entries = record["entries"]
-    context.result["numbers"] = record
     for entry in entries:
         key = entry["outcome"].split(":")[0]
         context.result["counts"][key] = context.result["counts"].get(key, 0) + 1
         if key == "failed":
-            name = " ".join([entry["suite"], entry["direction"], entry["dtype"], entry["label"]])
-            context.result["failures"].append({"name": name, "message": f"{entry['outcome']} at {entry['sizes']}"})
+            case = " ".join([entry["suite"], entry["direction"], entry["dtype"], entry["label"]])
+            context.result["failures"].append({"name": case, "message": f"{entry['outcome']} at {entry['sizes']}"})
     if entries:
-        context.result["numbers"]["targets"] = targets.summary(record)
+        record["targets"] = targets.summary(record)
     if done.code is None:
         raise StageFailed("the benchmarks ran past their time limit")
-    if done.code != 0 or not any(e["label"] == OURS and e["outcome"] == "measured" for e in entries):
+    if done.code != 0 or not measured(record):
         context.result["failures"].append({"name": name, "message": "\n".join(done.tail)})
 
 

@@ -107,9 +107,44 @@ def test_benchmarks_that_are_killed_leave_what_was_measured(tmp_path, monkeypatc
     monkeypatch.setattr(gpu_stages, "PYTHON", [PYTHON, str(script)])
     stage = Stage(gpu_stages.bench, limit=3)
     kept, _ = gpu_runner.run_stage("bench", stage, FACTS, tmp_path / "r", tmp_path / "work")
-    assert kept["outcome"].startswith("timed out") and kept["counts"] == {"measured": 1, "failed": 1}
+    assert "ran past their time limit" in kept["outcome"] and kept["counts"] == {"measured": 1, "failed": 1}
     assert kept["numbers"]["entries"] == [entry, failed] and kept["numbers"]["targets"]["met"] == 1
     assert "differs" in kept["failures"][0]["message"]
+
+
+@pytest.mark.parametrize("broken", [None, "none", "all"])
+def test_the_layer_is_measured_without_fusions_and_with_all(tmp_path, monkeypatch, broken):
+    """A stand-in for the benchmarks, faster with fusions; one that breaks is a failure, and the other is kept."""
+    asked, entry = tmp_path / "asked", {"suite": "moe_ffn", "direction": "forward", "dtype": "bfloat16", "bytes": 8}
+    entry |= {"sizes": {"t": 1, "h": 1, "i": 1, "e": 1, "k": 1, "s": 1, "routing": "balanced"}, "timing": "events"}
+    entry |= {"label": "ummrm", "flops": 0, "outcome": "measured", "best": 1.0}
+    program = f"""
+        import json, sys
+        rest = sys.argv[3:]
+        fusions = rest[rest.index("--fusions") + 1] if "--fusions" in rest else None
+        with open({str(asked)!r}, "a") as file:
+            file.write(json.dumps([fusions, rest]) + "\\n")
+        with open(rest[rest.index("--record") + 1], "w") as file:
+            entry = {entry!r} | {{"median": {{"none": 3.0, "all": 2.0}}.get(fusions, 2.5)}}
+            entries = [] if fusions and fusions == {broken!r} else [{{"entry": entry}}]
+            for line in [{{"about": {{"rates": {{"copy_bytes": 8.0}}}}}}, *entries]:
+                file.write(json.dumps(line) + "\\n")
+        sys.exit(fusions is not None and fusions == {broken!r})
+        """
+    monkeypatch.setattr(gpu_stages, "PYTHON", [script(tmp_path / "python", program)])
+    kept, _ = gpu_runner.run_stage("bench", gpu_stages.STAGE_TABLE["bench"], FACTS, tmp_path / "r", tmp_path / "work")
+    calls = dict(json.loads(line) for line in asked.read_text().splitlines())
+    assert list(calls) == [None, "none", "all"]
+    assert all(rest[rest.index("-k") + 1] == "moe_ffn" for fusions, rest in calls.items() if fusions)
+    seconds = {name: float(rest[rest.index("--deadline") + 1]) for name, rest in calls.items()}
+    assert seconds[None] > seconds["none"] > 0.1 * gpu_runner.LIMIT and seconds["all"] == seconds["none"]
+    numbers = kept["numbers"]
+    assert numbers["entries"][0]["median"] == 2.5 and "targets" in numbers
+    both = numbers["fusions"]
+    assert [len(both[name]["entries"]) for name in ("none", "all")] == [name != broken for name in ("none", "all")]
+    assert [row["ratio"] for row in both["ratios"]] == ([] if broken else [1.5])
+    assert [failure["name"] for failure in kept["failures"]] == ([f"bench-fusions-{broken}"] if broken else [])
+    assert kept["outcome"] == ("failed" if broken else "passed")
 
 
 @pytest.mark.parametrize("broken", [None, "pytest", "bench.report"])
