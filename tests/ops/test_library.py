@@ -1,5 +1,6 @@
 """What torch is told about the operators: transforms, double backward, autocast, backends, and the import check."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -236,6 +237,43 @@ def test_a_backend_that_cannot_run_raises_and_changes_nothing(monkeypatch):
         ummrm.use_backend("gpu")
     with pytest.raises(ValueError, match="`device` must be of a type that a backend serves, got 'meta'"):
         backends.backend_for("meta")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "obstacle", "serves"),
+    [
+        ([(10, 0)], None, None, "triton"),
+        ([(10, 0), (10, 3)], None, None, "triton"),
+        ([(9, 0)], None, None, "compiled"),
+        ([(12, 0)], None, None, "compiled"),
+        ([(10, 0), (9, 0)], None, None, "compiled"),
+        ([(10, 0)], "compiled", None, "compiled"),
+        ([(10, 0)], None, "Triton is not installed", "compiled"),
+        ([], None, None, "compiled"),
+    ],
+)
+def test_triton_serves_gpus_whose_tensor_cores_it_uses_better(monkeypatch, capabilities, asked, obstacle, serves):
+    """The choice alone, as it is made when CUDA starts, in a build that has CUDA kernels."""
+    compiled, triton = backends.BACKENDS["compiled"], backends.BACKENDS["triton"]
+    monkeypatch.setitem(backends.BACKENDS, "compiled", dataclasses.replace(compiled, devices=("cpu", "cuda")))
+    monkeypatch.setitem(
+        backends.BACKENDS, "triton", dataclasses.replace(triton, obstacle=lambda: obstacle, interprets=lambda: False)
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(backends, "_asked", False)
+    try:
+        if asked:
+            ummrm.use_backend(asked)
+        backends._choose_by_gpu()
+        assert backends.backend_for("cuda") == serves and backends.backend_for("cpu") == "compiled"
+    finally:
+        ummrm.use_backend("compiled")
+
+
+def test_the_choice_by_gpu_is_made_when_cuda_starts():
+    """By a private name of torch's; without it Triton has to be asked for there."""
+    assert torch.cuda.is_initialized() or backends._choose_by_gpu in [call for call, _ in torch.cuda._queued_calls]
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])

@@ -3,7 +3,8 @@
 PyTorch's dispatcher chooses by device, so a backend is a set of kernels on device keys and nothing here runs per call.
 The compiled kernels register themselves when `library` loads; any other backend is registered here, op by op, over
 them, behind the extension's argument checks, which are the only ones. Where the extension has no CUDA kernel for an
-operator, Triton's serves it, if Triton is installed; it is imported when the first of them runs. The composed
+operator, Triton's serves it, if Triton is installed; it is imported when the first of them runs. It also serves GPUs
+whose tensor cores it uses better than the extension does, unless `use_backend` has said something else. The composed
 operators (`moe_ffn`, `merge_ffn`, `merged_ffn`) call the small ones through the dispatcher and so follow the switch; a
 backend may bring a composition of its own, which serves where it serves all that it is made of.
 """
@@ -182,6 +183,20 @@ def _fill_gaps() -> torch.library.Library:
 
 _filler = _fill_gaps()
 _overriding: tuple[str, torch.library.Library] | None = None
+_asked = False  # whether `use_backend` was called: what it said stays
+
+# Major compute capability of GPUs on which Triton is the default. sm_100: the extension has Ampere's mma.sync for it, a
+# sixth of what its tensor cores do or less; Triton emits tcgen05. sm_120 has no tcgen05.
+_TRITON_FIRST = (10,)
+
+
+def _choose_by_gpu() -> None:
+    """Makes Triton the default where all GPUs of the process are such as `_TRITON_FIRST` has, and Triton can run."""
+    if _asked or "cuda" not in BACKENDS["compiled"].devices or BACKENDS["triton"].obstacle() is not None:
+        return
+    majors = [torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())]
+    if majors and all(major in _TRITON_FIRST for major in majors):
+        _serve_by("triton")
 
 
 def use_backend(name: str) -> None:
@@ -191,18 +206,25 @@ def use_backend(name: str) -> None:
 
     Args:
         name: `"compiled"` (the extension's C++ and CUDA kernels, the default), `"reference"` (plain torch, slow), or
-            `"triton"` (GPUs; also the CPU in a process started with TRITON_INTERPRET=1, slower still).
+            `"triton"` (GPUs, the default on those of compute capability 10; also the CPU in a process started with
+            TRITON_INTERPRET=1, slower still).
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: it cannot run in this process; nothing has changed then.
     """
-    global _overriding, _filler
+    global _asked
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
-    backend = BACKENDS[name]
-    if obstacle := backend.obstacle():
+    if obstacle := BACKENDS[name].obstacle():
         raise RuntimeError(f"Backend {name!r} cannot run here: {obstacle}")
+    _asked = True
+    _serve_by(name)
+
+
+def _serve_by(name: str) -> None:
+    global _overriding, _filler
+    backend = BACKENDS[name]
     if _overriding is not None:
         _overriding[1]._destroy()  # the kernels below come back
         _overriding = None
@@ -238,3 +260,8 @@ def backend_for(device: torch.device | str) -> str:
         f"`device` must be of a type that a backend serves, got {kind!r}; move the tensors to {' or '.join(served)}"
         + (", after ummrm.use_backend('reference')." if kind in served else ".")
     )
+
+
+# When CUDA starts, which asking for a GPU's capability would do, and which is the user's to do. A private name.
+if hasattr(torch.cuda, "_lazy_call"):
+    torch.cuda._lazy_call(_choose_by_gpu)
