@@ -1,5 +1,6 @@
 """Writes kernels/cuda/expert_tiles_measured.inc: which tile and band of columns each product of an expert layer takes,
-by measurement on the GPU at hand. Rows of other GPUs are kept. Rebuild the extension afterwards.
+by measurement on the GPU at hand. Rows of other GPUs are kept. Rebuild the extension afterwards. Prints how long each
+fused product takes over the kernels that it replaces; which are taken stands in kernels/cuda/expert_tiles.h.
 
     python -m bench.tune --build build/cmake
 """
@@ -20,6 +21,8 @@ NO_DEVICE = 3  # exit status of the program
 LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536)
 GAIN = 0.02  # a smaller lead over the choice without measurement is noise
+APART = "_apart"  # behind a fused product's name: the kernels that it replaces
+FUSED = ("glu", "glu_backward", "weight_sum")  # `Fusion` of kernels/cuda/expert_tiles.h
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Timing:
 
 
 def sizes(layers=LAYERS, tokens=TOKENS):
-    """The six products of a gated layer's forward and backward, as lines for the program."""
+    """The six products of a gated layer's forward and backward, and the four that may be fused, as lines for the
+    program."""
     lines = []
     for hidden, width, experts, top_k in layers:
         for count in tokens:
@@ -52,6 +56,10 @@ def sizes(layers=LAYERS, tokens=TOKENS):
                 f"input_grad {groups} {hidden} {2 * width}",
                 f"weight_grad {groups} {hidden} {2 * width}",
                 f"weight_grad {groups} {width} {hidden}",
+                f"glu {groups} {2 * width} {hidden}",
+                f"glu_backward {groups} {width} {hidden}",
+                f"weight_sum {groups} {hidden} {2 * width}",
+                f"weight_sum {groups} {width} {hidden}",
             ]
     return lines
 
@@ -87,6 +95,23 @@ def fastest(timings):
     return best
 
 
+def fusion_lines(timings):
+    """For each fused product and its sizes: the best time, that of what it replaces, and the latter over the former."""
+    lines = []
+    for name in FUSED:
+        for sizes in dict.fromkeys((t.columns, t.other, t.rows) for t in timings if t.product == name):
+            both = [
+                min((t.ms for t in timings if (t.product, t.columns, t.other, t.rows) == (which, *sizes)), default=None)
+                for which in (name, name + APART)
+            ]
+            if None in both:
+                continue
+            columns, other, rows = sizes
+            ratio = f"{both[0]:.3f} ms, apart {both[1]:.3f} ms: {both[1] / both[0]:.2f}"
+            lines.append(f"{name} {columns} x {other}, {rows} rows a group: {ratio}")
+    return lines
+
+
 def table(before, device, best):
     """The file's text: the rows of `best` for this device, and of `before` those for others."""
     arch, sms, name = device
@@ -111,7 +136,8 @@ def main():
     if done.returncode != 0:
         sys.exit(f"nothing was measured and the table is as it was: {done.stderr.strip()}")
     device, timings = parse(done.stdout)
-    best = fastest(timings)
+    print("\n".join(fusion_lines(timings)))
+    best = fastest([t for t in timings if t.product.removesuffix(APART) not in FUSED])
     TABLE.write_text(table(TABLE.read_text(), device, best))
     print(f"{len(timings)} timings on {device[2]}; {len(best)} rows in {TABLE.relative_to(ROOT)}")
 

@@ -4,6 +4,7 @@ kernels themselves need a GPU; what is read of them here is the machine code tha
 """
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -166,6 +167,15 @@ def test_tune_keeps_the_fastest_of_all_rows_that_share_a_key():
         tune.parse("forward 1 1 1 1 1 1")
 
 
+def test_tune_says_what_fused_products_take_over_what_they_replace():
+    text = (ROOT / "kernels/cuda/expert_tiles.h").read_text()
+    (names,) = re.findall(r"enum class Fusion : int8_t { (.+) };", text)
+    assert tuple(names.split(", ")) == tune.FUSED
+    output = OUTPUT + "glu 64 16 32 0 64 2.0\nglu 64 16 32 1 64 3.0\nglu_apart 64 16 32 2 64 3.0\nglu 64 16 9 0 64 1\n"
+    _, timings = tune.parse(output)
+    assert tune.fusion_lines(timings) == ["glu 64 x 16, 32 rows a group: 2.000 ms, apart 3.000 ms: 1.50"]
+
+
 def test_tune_replaces_rows_of_its_own_gpu_alone():
     first = tune.table(tune.TABLE.read_text(), (80, 108, "NVIDIA A100"), {("forward", 64, 128, 5): (0, 64)})
     again = tune.table(first, (90, 132, "NVIDIA H200"), {("input_grad", 8, 16, 2): (1, 8)})
@@ -186,7 +196,8 @@ def test_the_table_has_the_form_that_tune_writes():
 
 def test_tune_measures_every_product_of_every_layer():
     lines = tune.sizes(layers=((16, 32, 4, 2),), tokens=(8,))
-    assert len(lines) == 6 and len(set(lines)) == 6
+    assert len(lines) == 10 and len(set(lines)) == 10
+    assert {line.split()[0] for line in lines} == {"forward", "input_grad", "weight_grad", *tune.FUSED}
     assert lines[0] == "forward 8 1 4 16 64 16" and lines[4] == "weight_grad 8 1 4 16 16 64"
 
 

@@ -7,9 +7,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <sstream>
 
+#include "fused_case.h"
 #include "product_case.h"
 #include "runtime.h"
 
@@ -32,33 +34,76 @@ constexpr const char* kSynchronising[] = {"bar.sync",
                                           "wgmma.fence",
                                           "wgmma.wait_group"};
 
+bool synchronises(const Instruction& in) {
+  return in.runs != 0 && std::any_of(std::begin(kSynchronising), std::end(kSynchronising),
+                                     [&](const char* prefix) { return in.text.starts_with(prefix); });
+}
+
 struct Way {
   size_t of_case;
   Order order;
   unsigned seed;  // 0: in order
   int multiprocessors;
 };
-// The first ones notice most; the later ones are for what they let pass.
-// The seed says who is slow (scheduler.cpp): here each group of warps, each block of a cluster, and each warp that
-// copies.
-constexpr Way kWays[] = {{2, Order::late, 0, 2},    {2, Order::late, 3, 2},   {2, Order::late, 7, 2},
-                         {2, Order::late, 1, 2},    {2, Order::late, 5, 2},   {2, Order::late, 2, 2},
-                         {2, Order::late, 6, 2},    {2, Order::late, 10, 2},  {2, Order::late, 14, 2},
-                         {5, Order::late, 11, 2},   {5, Order::random, 3, 2}, {5, Order::random, 1, 2},
-                         {2, Order::at_once, 7, 2}, {1, Order::late, 3, 4}};
+// The first ones notice most; the later ones are for what they let pass. The seed says who is slow (scheduler.cpp).
+constexpr Way kWays[] = {{2, Order::late, 0, 2},
+                         {2, Order::late, 3, 2},
+                         {2, Order::at_once, 7, 2},
+                         {5, Order::random, 1, 2},
+                         {1, Order::late, 2, 4}};
 
-// What is wrong with the product; "hang" for a loop without an end or a deadlock.
-std::string verdict(int arch, int tile, Product product, const Way& way) {
-  static const std::vector<Case> all = cases(ummrm::DType::bf16);
+struct Product16 {  // a product and its twin in f16, if it has one
+  const char* name;
+  std::function<std::string(ummrm::DType, size_t of_case)> fault;
+  bool twin;
+};
+
+std::vector<Product16> products(int arch, int tile) {
+  std::vector<Product16> all;
+  for (const Product product : kProducts) {
+    const auto fault = [=](ummrm::DType dtype, size_t of_case) {
+      return fault_of(arch, tile, product, cases(dtype)[of_case]);
+    };
+    all.push_back({name_of(product), fault, true});
+  }
+  for (const Fused product : kFused) {
+    if (tile > 1) break;
+    const auto fault = [=](ummrm::DType, size_t of_case) {
+      return fault_of(arch, tile, product, fused_cases()[of_case % fused_cases().size()], 3);
+    };
+    all.push_back({name_of(product), fault, false});
+  }
+  return all;
+}
+
+// What is wrong with the product.
+std::string verdict(const Product16& product, const Way& way, ummrm::DType dtype = ummrm::DType::bf16) {
   options.order = way.order, options.shuffle = way.seed != 0, options.seed = way.seed;
   runtime::device.number = way.multiprocessors;
   runtime::device.multiprocessors = way.multiprocessors;
   try {
-    return fault_of(arch, tile, product, all[way.of_case]).empty() ? "" : "wrong numbers";
+    return product.fault(dtype, way.of_case).empty() ? "" : "wrong numbers";
   } catch (const Error& error) {
     const std::string text = error.what();
-    return text.substr(0, text.find_first_of("\n:")).substr(0, 60);
+    return text.substr(0, text.find_first_of("\n")).substr(0, 200);
   }
+}
+
+// The kernel of the product that was run in a way, and what it took.
+Kernel* kernel_of(const Product16& product, const Way& way, ummrm::DType dtype, uint64_t& instructions) {
+  Kernel* kernel = nullptr;
+  runtime::on_launch = [&](const runtime::Started& started) {  // what it is held to comes after it
+    if (kernel == nullptr && started.kernel.name.find("cutlass") != std::string::npos) kernel = &started.kernel;
+  };
+  counts = {};
+  const std::string fault = verdict(product, way, dtype);
+  runtime::on_launch = nullptr;
+  instructions = std::max(instructions, counts.instructions);
+  if (!fault.empty()) {
+    std::printf("%s is wrong as it is: %s\n", product.name, fault.c_str());
+    std::exit(1);
+  }
+  return kernel;
 }
 
 struct Tally {
@@ -70,7 +115,7 @@ struct Allowed {
   std::string reason;
 };
 
-// Lines of `product opcode most reason`; # begins a comment.
+// Lines of `opcode most reason`; # begins a comment.
 std::map<std::string, Allowed> read(const char* path) {
   std::ifstream file(path);
   if (!file) {
@@ -97,52 +142,61 @@ int main(int count, char** arguments) {
   const auto allowed = read(arguments[1]);
   const int arch = std::atoi(arguments[2]), tile = std::atoi(arguments[3]);
   runtime::device = {0, arch / 10, arch % 10, 2};
-  options.most_instructions = 30000000;  // thirty times what a run takes
-  int sites = 0, noticed = 0, faults = 0;
-  for (const Product product : kProducts) {
+  int sites = 0, noticed = 0, faults = 0, twins = 0;
+  for (const Product16& product : products(arch, tile)) {
     bool wanted = count == 4;
-    for (int i = 4; i < count; ++i) wanted |= std::string(arguments[i]) == name_of(product);
+    for (int i = 4; i < count; ++i) wanted |= std::string(arguments[i]) == product.name;
     if (!wanted) continue;
     const auto start = std::chrono::steady_clock::now();
+    uint64_t most = 0;
     Kernel* kernel = nullptr;
-    runtime::on_launch = [&](const runtime::Started& started) {
-      if (started.kernel.name.find("cutlass") != std::string::npos) kernel = &started.kernel;
-    };
-    for (const Way& way : kWays) {
-      const std::string fault = verdict(arch, tile, product, way);
-      if (!fault.empty()) return std::printf("%s is wrong as it is: %s\n", name_of(product), fault.c_str()), 1;
+    options.most_instructions = UINT64_MAX;
+    for (const Way& way : kWays) kernel = kernel_of(product, way, ummrm::DType::bf16, most);
+    if (product.twin) {
+      const Kernel* twin = nullptr;
+      for (const Way& way : kWays) twin = kernel_of(product, way, ummrm::DType::f16, most);
+      const auto order = [](const Kernel& of) {
+        std::string all;
+        for (const Instruction& in : of.code) all += synchronises(in) ? in.text + "\n" : "";
+        return all;
+      };
+      if (twin == kernel || order(*twin) != order(*kernel)) {
+        ++faults;
+        std::printf("%s in f16 has other synchronising instructions than in bf16\n", product.name);
+      }
+      ++twins;
     }
-    runtime::on_launch = nullptr;
+    options.most_instructions = 10 * most;  // for loops without an end
     std::map<std::string, Tally> tallies;
     for (Instruction& instruction : kernel->code) {
-      const auto is = [&](const char* prefix) { return instruction.text.starts_with(prefix); };
-      if (instruction.runs == 0 || std::none_of(std::begin(kSynchronising), std::end(kSynchronising), is)) continue;
+      if (!synchronises(instruction)) continue;
       const Instruction kept = instruction;
       leave_out(instruction);
       std::string found;
       for (const Way& way : kWays) {
-        if (found.empty()) found = verdict(arch, tile, product, way);
+        if (found.empty()) found = verdict(product, way);
       }
       instruction = kept;
       Tally& tally = tallies[kept.text];
       ++tally.sites, ++sites;
       noticed += !found.empty();
       tally.unnoticed += found.empty();
-      std::printf("sm_%d tile %d %s line %d %s: %s\n", arch, tile, name_of(product), kept.line, kept.text.c_str(),
+      std::printf("sm_%d tile %d %s line %d %s: %s\n", arch, tile, product.name, kept.line, kept.text.c_str(),
                   found.empty() ? "not noticed" : found.c_str());
       std::fflush(stdout);
     }
     for (const auto& [opcode, tally] : tallies) {
       const auto row = allowed.find(opcode);
-      const int most = row == allowed.end() ? 0 : row->second.most;
-      if (tally.unnoticed <= most) continue;
+      const int most_allowed = row == allowed.end() ? 0 : row->second.most;
+      if (tally.unnoticed <= most_allowed) continue;
       ++faults;
-      std::printf("%s: %d of %d %s were not noticed, %d have a reason in %s\n", name_of(product), tally.unnoticed,
-                  tally.sites, opcode.c_str(), most, arguments[1]);
+      std::printf("%s: %d of %d %s were not noticed, %d have a reason in %s\n", product.name, tally.unnoticed,
+                  tally.sites, opcode.c_str(), most_allowed, arguments[1]);
     }
-    std::printf("%s: %.0f s\n", name_of(product),
+    std::printf("%s: %.0f s\n", product.name,
                 std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
-  std::printf("%d of %d noticed, %.0f%%\n", noticed, sites, 100. * noticed / std::max(sites, 1));
+  std::printf("%d of %d noticed, %.0f%%; %d products have the same in f16\n", noticed, sites,
+              100. * noticed / std::max(sites, 1), twins);
   return faults != 0 || sites == 0 || 4 * noticed < 3 * sites;
 }
