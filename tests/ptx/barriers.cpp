@@ -61,7 +61,8 @@ Outcome nothing(const Step&) { return Outcome::done; }  // the lanes of the mask
 Outcome arrive_at_cluster(const Step& step) {
   Cluster& cluster = *step.warp.block->cluster;
   step.warp.cluster_generation = cluster.generation;
-  shadow::publish(step.warp, cluster.arriving);
+  if (step.in.a == 0) shadow::publish(step.warp, cluster.arriving);
+  merge(cluster.arriving, step.warp.made);
   unsigned warps = 0;
   for (const Block& block : cluster.blocks) warps += lanes_alive(block) / kLanes;
   if (++cluster.arrived >= warps) {
@@ -171,7 +172,10 @@ void memory_barriers(Form& form, Instruction& in) {
   switch (which) {
     case kInit: in.execute = &initialise; break;
     case kInval: in.execute = &invalidate; break;
-    case kArrive: in.a = form.take("expect_tx"), in.execute = &arrive; break;
+    case kArrive:
+      in.a = form.take("expect_tx"), in.execute = &arrive;
+      in.may_be_idle = in.a == 0;  // bytes are awaited with it
+      break;
     case kExpect:
     case kComplete: in.a = which == kComplete, in.execute = &expect; break;
     case kTry:
@@ -235,7 +239,8 @@ void barriers(Form& form, Instruction& in) {
   static_cast<void>(aligned);  // what is not aligned is here too, since warps arrive whole
   if (cluster) {
     const int what = form.take_one({"arrive", "wait"});
-    form.take_one({"release", "relaxed", "acquire"});
+    in.a = form.take("relaxed");
+    form.take_one({"release", "acquire"});
     if (what >= 0) in.execute = what == 0 ? &arrive_at_cluster : &wait_for_cluster;
     return;
   }

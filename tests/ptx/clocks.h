@@ -9,6 +9,8 @@
 
 namespace ptx {
 
+struct Instruction;
+
 // What happened before: for each warp of a cluster, up to which of its arrivals at barriers, and behind the warps for
 // each barrier in shared memory, up to which phase.
 using Clock = std::vector<uint32_t>;
@@ -22,11 +24,12 @@ inline void merge_at(Clock& into, size_t index, uint32_t value) {
 }
 
 struct BarrierClock {
-  size_t index = 0;  // in clocks
+  size_t index = 0;  // in clocks, where 1 is that it was made, and one more each phase
   uint32_t phases = 0;
   size_t maker = 0;
   uint32_t made = 0;
   Clock arriving, released;
+  std::vector<const Instruction*> arrivals;  // that nobody has waited for yet
 };
 
 struct Write {  // of a warp; epoch 0: none

@@ -224,6 +224,12 @@ const std::vector<FusedCase>& fused_cases() {
   return all;
 }
 
+FusedCase of_depth(Fused product, int steps) {
+  const int depth = 64 * steps;
+  if (product == Fused::glu || product == Fused::glu_backward) return {16, 1, {40, 3}, 0, depth, 64, 0, true, true};
+  return {16, 1, {depth, 3}, 0, 64, 64, 0, true, true};
+}
+
 const FusedCase& smallest_fused() { return fused_cases()[2]; }
 
 std::string fault_of(int on, int with, Fused product, const FusedCase& which, unsigned seed) {

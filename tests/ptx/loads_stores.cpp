@@ -116,7 +116,7 @@ Outcome atomic(const Step& step) {
 Outcome fence(const Step&) { return Outcome::done; }
 
 Outcome fence_async(const Step& step) {
-  shadow::fence_async(step.warp);
+  shadow::fence_async(step);
   return Outcome::done;
 }
 
@@ -126,6 +126,7 @@ Outcome fence_map(const Step& step) {
 }
 
 Outcome fence_barriers(const Step& step) {
+  races::made_barriers_are_fenced(step.warp);
   shadow::fence_barriers(step.warp);
   return Outcome::done;
 }
@@ -142,6 +143,7 @@ void fences(Form& form, Instruction& in) {
   } else if (async) {
     const Space space = form.take_space();
     in.execute = space == Space::global ? &fence : &fence_async;
+    in.may_be_idle = space != Space::global;
   } else if (alias) {
     in.execute = &fence;
   }

@@ -98,7 +98,7 @@ struct Warp {
   int barrier = -1;  // of the block, that it waits for
   uint64_t barrier_generation = 0, cluster_generation = 0;
   size_t number = 0;  // in its cluster
-  Clock seen;
+  Clock seen, made;   // what happened before, and barriers that it made and fenced
 
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
@@ -139,10 +139,11 @@ struct Block {
   int rank;
   bool ended = false;
   std::vector<unsigned char> shared;
-  std::vector<unsigned char> written;    // a byte each: whether anything has
-  std::vector<uint16_t> unfenced;        // 16 bytes each: shadow.h
-  std::vector<Published> published;      // of these, what a barrier has shown to others
-  std::map<uint32_t, int> new_barriers;  // in shared memory: who made one without a fence yet
+  std::vector<unsigned char> written;     // a byte each: whether anything has
+  std::vector<uint16_t> unfenced;         // 16 bytes each: shadow.h
+  std::vector<const Instruction*> fence;  // of these, the one that fenced them
+  std::vector<Published> published;       // of these, what a barrier has shown to others
+  std::map<uint32_t, int> new_barriers;   // in shared memory: who made one without a fence yet
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
   Races races;

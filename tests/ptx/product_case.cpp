@@ -271,6 +271,15 @@ std::vector<Case> cases(DType dtype) {
           {130, 1, {300, 0, 5}, 0, 264, 136, 128, true, dtype}};
 }
 
+Case of_depth(Product product, DType dtype, int steps) {
+  const int depth = 64 * steps;
+  switch (product) {
+    case Product::forward: return {16, 1, {40, 3}, 0, depth, 64, 0, true, dtype};
+    case Product::input_grad: return {16, 1, {40, 3}, 0, 64, depth, 0, true, dtype};
+    default: return {16, 1, {depth, 3}, 0, 64, 64, 0, true, dtype};
+  }
+}
+
 Case smallest(DType dtype) { return cases(dtype)[2]; }
 
 std::string fault_of(int arch, int tile, Product product, const Case& which) {

@@ -118,6 +118,9 @@ struct Instruction {
   bool on_accumulators = false;  // touches registers of a wgmma without being one (wgmma.cpp)
   int a = 0, b = 0;              // what a family keeps of the modifiers
   uint64_t runs = 0;             // how often warps came to it
+  // Of an instruction that synchronises, and that may do so for nothing (races.h): whether it has.
+  bool may_be_idle = false;
+  mutable uint64_t effects = 0;
   static constexpr int8_t kAlone = -1, kWholeWarp = -2;
 };
 

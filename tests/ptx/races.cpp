@@ -151,9 +151,9 @@ void load_ends(Block& block, uint32_t offset, uint32_t bytes, const Block& barri
   const BarrierClock& clock = barriers.races.barriers.at(barrier);
   for_units(offset, bytes, kGranule, [&](uint32_t g) {
     of(block).granules[g].barrier = static_cast<uint32_t>(clock.index);
-    of(block).granules[g].phase = clock.phases + 1;
+    of(block).granules[g].phase = clock.phases + 2;
   });
-  merge_at(block.races.loads, clock.index, clock.phases + 1);
+  merge_at(block.races.loads, clock.index, clock.phases + 2);
 }
 
 void product_reads(const Step& step, Block& block, uint32_t offset) {
@@ -189,28 +189,44 @@ void stores_waited(Warp& warp, uint64_t groups) {
 void barrier_made(Warp& warp, const Place& place) {
   Cluster& cluster = *place.block->cluster;
   const size_t warps = cluster.blocks.size() * warp.block->warps.size();
-  barrier_of(*place.block, place.offset) = {warps + cluster.barriers++, 0, warp.number, next_epoch(warp), {}, {}};
+  barrier_of(*place.block, place.offset) = {warps + cluster.barriers++, 0, warp.number, next_epoch(warp), {}, {}, {}};
+}
+
+void made_barriers_are_fenced(Warp& warp) {
+  for (const auto& [offset, maker] : warp.block->new_barriers) {
+    if (maker == warp.id) merge_at(warp.made, barrier_of(*warp.block, offset).index, 1);
+  }
 }
 
 void check_barrier(const Step& step, const Place& place) {
   const BarrierClock& clock = barrier_of(*place.block, place.offset);
   if (clock.maker == step.warp.number || seen_of(step.warp, clock.maker) >= clock.made) return;
+  if (seen_of(step.warp, clock.index) >= 1) return;
   step.fail("a barrier is used, and nothing stands between that and its making by " +
             name_of(*place.block, clock.maker));
 }
 
 void arrives(const Step& step, const Place& place) {
   note_remote(step, *place.block);
-  shadow::publish(step.warp, barrier_of(*place.block, place.offset).arriving);
+  BarrierClock& clock = barrier_of(*place.block, place.offset);
+  shadow::publish(step.warp, clock.arriving);
+  if (std::find(clock.arrivals.begin(), clock.arrivals.end(), &step.in) == clock.arrivals.end()) {
+    clock.arrivals.push_back(&step.in);
+  }
 }
 
 void completed(Block& block, uint32_t barrier) {
   BarrierClock& clock = barrier_of(block, barrier);
   merge(clock.released, clock.arriving);
-  merge_at(clock.released, clock.index, ++clock.phases);
+  merge_at(clock.released, clock.index, ++clock.phases + 1);
 }
 
-void acquire(Warp& warp, const Place& place) { merge(warp.seen, barrier_of(*place.block, place.offset).released); }
+void acquire(Warp& warp, const Place& place) {
+  BarrierClock& clock = barrier_of(*place.block, place.offset);
+  merge(warp.seen, clock.released);
+  for (const Instruction* arrival : clock.arrivals) ++arrival->effects;
+  clock.arrivals.clear();
+}
 
 std::string fault_of_end(const Block& block) {
   Clock all;

@@ -71,6 +71,7 @@ class Scheduler {
       block.shared.assign(dynamic_base(launch_.kernel) + launch_.dynamic_shared, 0xff);
       block.written.assign(block.shared.size(), 0);
       block.unfenced.assign(block.shared.size() / 16 + 1, 0);
+      block.fence.assign(block.unfenced.size(), nullptr);
       const unsigned threads = static_cast<unsigned>(launch_.block.size());
       block.warps.resize((threads + kLanes - 1) / kLanes);
       for (size_t i = 0; i < block.warps.size(); ++i) start(block, block.warps[i], static_cast<int>(i), threads);

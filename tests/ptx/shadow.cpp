@@ -37,7 +37,7 @@ void wrote(Warp& warp, const Place& place, int bytes) {
 void arrived(Block& block, uint32_t offset, int bytes) {
   std::fill_n(block.written.begin() + offset, bytes, 1);
   for (uint32_t g = offset / kGranule; g <= (offset + static_cast<uint32_t>(bytes) - 1) / kGranule; ++g) {
-    block.unfenced[g] = kFenced;
+    block.unfenced[g] = kFenced, block.fence[g] = nullptr;
   }
 }
 
@@ -73,19 +73,22 @@ std::string fault_of_async_read(const Block& block, uint32_t offset, int bytes) 
       return "what " + (block.unfenced[g] == kPublished ? "another warp" : "warp " + std::to_string(by)) +
              " wrote to shared memory at " + std::to_string(g * kGranule) + " is read without fence.proxy.async";
     }
+    if (block.fence[g] != nullptr) ++block.fence[g]->effects;
   }
   return written(block, offset, bytes) ? std::string() : unwritten(offset);
 }
 
-void fence_async(Warp& warp) {
+void fence_async(const Step& step) {
+  Warp& warp = step.warp;
   Block& block = *warp.block;
+  const auto fence = [&](uint32_t granule) { block.unfenced[granule] = kFenced, block.fence[granule] = &step.in; };
   for (const uint32_t granule : warp.wrote) {
-    if (block.unfenced[granule] == mark_of(warp)) block.unfenced[granule] = kFenced;
+    if (block.unfenced[granule] == mark_of(warp)) fence(granule);
   }
   warp.wrote.clear();
   std::erase_if(block.published, [&](const Published& entry) {
     if (warp.seen[entry.writer] < entry.arrival) return false;
-    if (block.unfenced[entry.granule] == kPublished) block.unfenced[entry.granule] = kFenced;
+    if (block.unfenced[entry.granule] == kPublished) fence(entry.granule);
     return true;
   });
 }

@@ -25,7 +25,7 @@ void check_written(const Step& step, const Block& block, uint32_t offset, int by
 void check_written(const Step& step, const Place& place, int bytes);  // of device memory nothing is known
 // As bytes are read late, when the instruction is long past, so that `who` and not a step says where.
 std::string fault_of_async_read(const Block& block, uint32_t offset, int bytes);
-void fence_async(Warp& warp);
+void fence_async(const Step& step);
 // At a barrier: the fence of a warp that waits for it then covers what this one wrote, and what this one has seen.
 void publish(Warp& warp, Clock& barrier);
 

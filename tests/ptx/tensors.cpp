@@ -148,6 +148,7 @@ Outcome start_store(const Step& step) {
 }
 
 Outcome commit(const Step& step) {
+  if (!step.warp.stores.empty()) ++step.in.effects;
   step.warp.store_groups.push_back(std::move(step.warp.stores));
   step.warp.stores.clear();
   ++step.warp.stores_committed;
@@ -158,6 +159,9 @@ Outcome commit(const Step& step) {
 Outcome wait(const Step& step) {
   auto& groups = step.warp.store_groups;
   const uint64_t left = value(step, step.operand(0), step.first_lane()), all = step.warp.stores_committed;
+  for (size_t i = step.warp.stores_waited.size(); i + left < all; ++i) {
+    if (!groups[groups.size() - (all - i)].empty()) ++step.in.effects;
+  }
   races::stores_waited(step.warp, all - std::min(all, left));
   if (step.in.a != 0) {
     for (size_t i = 0; i + left < groups.size(); ++i) {
@@ -294,8 +298,10 @@ void tensors(Form& form, Instruction& in) {
     return;
   }
   if (form.take("commit_group")) {
+    in.may_be_idle = true;
     in.execute = &commit;
   } else if (form.take("wait_group")) {
+    in.may_be_idle = true;
     in.a = form.take("read");
     in.execute = &wait;
   } else if (form.take("tensor")) {

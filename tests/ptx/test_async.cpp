@@ -88,8 +88,9 @@ static void tensor_copies(ptx::Swizzle swizzle) {
   const std::string wait = "W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0; @!%p2 bra W;",
                     done = "cp.async.bulk.wait_group 0;";
   const auto fault = [&](const std::string& before, const std::string& after, uint32_t expected) {
-    return run_in_all_orders(
-        [&] { return run(text(before, after, expected), {load.data(), store.data(), tile.data()}, {.block = {64}}); });
+    return run_in_all_orders([&] {
+      return run(text(before, after, expected), {load.data(), store.data(), tile.data()}, {.block = {64}});
+    });
   };
   CHECK_PASSES(fault(wait, done, bytes));
   for (uint32_t row = 0; row < rows; ++row) {
@@ -154,8 +155,9 @@ static void to_several_blocks() {
                   2);
   };
   const auto fault = [&](const std::string& mask, const std::string& fence = "fence.mbarrier_init.release.cluster;") {
-    return run_in_all_orders(
-        [&] { return run(text(mask, fence), {map.data(), out.data()}, {.grid = {4}, .cluster = {4}}); });
+    return run_in_all_orders([&] {
+      return run(text(mask, fence), {map.data(), out.data()}, {.grid = {4}, .cluster = {4}});
+    });
   };
   CHECK_PASSES(fault("13"));
   for (size_t block = 0; block < 4; ++block) {
@@ -219,8 +221,9 @@ static void maps_changed_on_the_device() {
       "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%d3], [%d6], 128;";
   const std::string fence = "fence.proxy.tensormap::generic.acquire.gpu [%d3], 128;";
   const auto fault = [&](const std::string& how, const std::string& fenced, const std::string& size = "20") {
-    return run_in_all_orders(
-        [&] { return run(text(how, fenced, size), {map.data(), second.data(), out.data(), place.data()}); });
+    return run_in_all_orders([&] {
+      return run(text(how, fenced, size), {map.data(), second.data(), out.data(), place.data()});
+    });
   };
   CHECK_PASSES(fault(copy, fence));
   for (uint32_t i = 0; i < 32; ++i) CHECK(out[i] == (i < 20 ? 3 * i : 0), "%u: %u", i, out[i]);

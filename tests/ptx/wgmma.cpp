@@ -110,6 +110,7 @@ Outcome issue(const Step& step) {
 }
 
 Outcome fence(const Step& step) {
+  if (step.warp.now != step.warp.fenced_at) ++step.in.effects;
   shadow::fence_accumulators(step.warp);
   return Outcome::done;
 }
@@ -213,6 +214,7 @@ void products(Form& form, Instruction& in) {
   const int what = form.take_one({"fence", "commit_group", "wait_group"});
   if (what < 0 || !form.take("sync") || !form.take("aligned")) return;
   in.execute = what == 0 ? &fence : what == 1 ? &commit : &wait;
+  in.may_be_idle = what == 0;
 }
 
 }  // namespace ptx
