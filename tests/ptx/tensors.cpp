@@ -159,7 +159,9 @@ Outcome commit(const Step& step) {
 Outcome wait(const Step& step) {
   auto& groups = step.warp.store_groups;
   const uint64_t left = value(step, step.operand(0), step.first_lane()), all = step.warp.stores_committed;
-  for (size_t i = step.warp.stores_waited.size(); i + left < all; ++i) {
+  // Groups that were waited for before, to be read at least.
+  const uint64_t before = step.in.a != 0 ? step.warp.stores_waited.size() : all - groups.size();
+  for (uint64_t i = before; i + left < all; ++i) {
     if (!groups[groups.size() - (all - i)].empty()) ++step.in.effects;
   }
   races::stores_waited(step.warp, all - std::min(all, left));

@@ -77,6 +77,55 @@ void ends() {
   CHECK_FAILS(fault(arrives + writes, wait("W")), "shared memory");
 }
 
+// A relaxed arrival at a cluster's barrier lets barriers be seen that were fenced, and nothing else.
+void relaxed_arrivals() {
+  Device<uint32_t> out(4);
+  const auto fault = [&](const std::string& fence, const std::string& arrive, const std::string& after) {
+    const std::string text = kernel(
+        R"(.shared .align 8 .b64 bar; .shared .align 8 .b8 word[8]; mov.u32 %r2, bar; mov.u32 %r1, word; setp.eq.u32 %p1, %r0, 0;
+      setp.eq.u32 %p3, %r0, 32; @%p1 mbarrier.init.shared::cta.b64 [%r2], 1; @%p1 st.shared.u32 [%r1], %r0; )" +
+            fence + arrive + " barrier.cluster.wait; " + after,
+        1);
+    return run_in_all_orders([&] { return run(text, {out.data()}, {.block = {64}, .cluster = {1}}); });
+  };
+  const std::string fence = "fence.mbarrier_init.release.cluster;", relaxed = "barrier.cluster.arrive.relaxed;",
+                    release = "barrier.cluster.arrive.release;", reads = "@%p3 ld.shared.u32 %r5, [%r1];",
+                    arrives = "@%p3 mbarrier.arrive.shared::cta.b64 _, [%r2];";
+  CHECK_PASSES(fault(fence, relaxed, arrives));
+  CHECK_PASSES(fault("", release, arrives));
+  CHECK_FAILS(fault("", relaxed, arrives), "a barrier is used, and nothing stands between that and its making");
+  CHECK_PASSES(fault(fence, release, reads));
+  CHECK_FAILS(fault(fence, relaxed, reads), "a race: shared memory");
+}
+
+// What synchronises for nothing is counted: in the order of the text, how often each instruction had an effect.
+void idle_instructions() {
+  Device<uint32_t> out(64);
+  ptx::TensorMap map{};
+  map.mark = ptx::TensorMap::kMark, map.element_bytes = 4, map.rank = 1;
+  map.address = reinterpret_cast<uint64_t>(out.data()), map.size[0] = 64, map.box[0] = 64;
+  Device<unsigned char> memory(128);
+  std::memcpy(memory.data(), &map, sizeof map);
+  ptx::Module module = ptx::parse(kernel(
+      R"(.shared .align 128 .b8 tile[256]; .shared .align 8 .b64 bars[2]; mov.u32 %r1, tile; mov.u32 %r2, bars; setp.ne.u32 %p1, %r0, 0; @%p1 ret;
+    mbarrier.init.shared::cta.b64 [%r2], 1; mbarrier.init.shared::cta.b64 [%r2+8], 1; mov.u32 %r3, 0;
+    FILL: add.u32 %r4, %r1, %r3; st.shared.u32 [%r4], %r3; add.u32 %r3, %r3, 4; setp.lt.u32 %p2, %r3, 256; @%p2 bra FILL;
+    cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; fence.proxy.async.shared::cta;
+    cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%d0, {0}], [%r1]; cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group.read 1; cp.async.bulk.wait_group.read 0; cp.async.bulk.wait_group 0;
+    st.shared.u32 [%r1], %r3; fence.proxy.async.shared::cta; mbarrier.arrive.shared::cta.b64 _, [%r2]; mbarrier.arrive.shared::cta.b64 _, [%r2+8];)" +
+          wait("W"),
+      1));
+  ptx::Kernel& kernel = *module.find("k");
+  void* argument = memory.data();
+  ptx::launch(kernel, {}, {32}, {}, 0, &argument);
+  std::string effects;
+  for (const ptx::Instruction& in : kernel.code) {
+    if (in.may_be_idle) effects += in.effects == 0 ? '-' : '+';
+  }
+  CHECK(effects == "--++-++-+-", "%s", effects.c_str());
+}
+
 // What a product or a tensor store reads may be written again only when it was waited for.
 void asynchronous_reads() {
   Device<uint32_t> out(128);
@@ -151,6 +200,8 @@ int main() {
   words();
   barriers_in_memory();
   ends();
+  relaxed_arrivals();
+  idle_instructions();
   asynchronous_reads();
   a_wait_that_is_left_out();
   return testing::finish();
