@@ -271,6 +271,8 @@ std::vector<Case> cases(DType dtype) {
           {130, 1, {300, 0, 5}, 0, 264, 136, 128, true, dtype}};
 }
 
+Case widest(DType dtype) { return {0, 0, {150, 0, 20}, 0, 264, 264, 0, true, dtype}; }
+
 Case of_depth(Product product, DType dtype, int steps) {
   const int depth = 64 * steps;
   switch (product) {

@@ -47,20 +47,16 @@ struct Way {
   int multiprocessors;
 };
 // The first ones notice most; the later ones are for what they let pass. The seed says who is slow (scheduler.cpp).
-// Which stage of a ring is the last one hangs on how many steps there were.
-constexpr size_t kOfDepth = 100;  // and so many steps
-constexpr Way kWays[] = {{1, Order::late, 0, 2},
-                         {2, Order::late, 3, 2},
-                         {kOfDepth + 1, Order::at_once, 0, 2},
-                         {kOfDepth + 2, Order::at_once, 0, 2},
-                         {kOfDepth + 3, Order::late, 0, 2},
-                         {kOfDepth + 4, Order::late, 0, 2},
-                         {kOfDepth + 5, Order::late, 0, 2},
-                         {kOfDepth + 6, Order::late, 0, 2},
-                         {kOfDepth + 7, Order::late, 0, 2},
-                         {5, Order::random, 1, 2},
-                         {1, Order::late, 2, 4}};
-constexpr int kWaysOfIdle = 2;  // for what does nothing
+constexpr size_t kWide = 100;  // a case that fills the widest tile
+constexpr Way kWays[] = {
+    {1, Order::late, 0, 2}, {2, Order::late, 3, 2}, {kWide, Order::late, 0, 2}, {5, Order::random, 1, 2}};
+// And for waits: which stage of a ring is the last one hangs on how many steps there were.
+constexpr size_t kOfDepth = 200;  // and so many steps
+constexpr Way kWaysOfWaits[] = {{kOfDepth + 1, Order::at_once, 0, 2}, {kOfDepth + 2, Order::at_once, 0, 2},
+                                {kOfDepth + 3, Order::late, 0, 2},    {kOfDepth + 4, Order::late, 0, 2},
+                                {kOfDepth + 5, Order::late, 0, 2},    {kOfDepth + 6, Order::late, 0, 2},
+                                {kOfDepth + 7, Order::late, 0, 2}};
+constexpr size_t kWaysOfIdle = 1;  // for what does nothing
 
 struct Product16 {  // a product and its twin in f16, if it has one
   const char* name;
@@ -68,21 +64,22 @@ struct Product16 {  // a product and its twin in f16, if it has one
   bool twin;
 };
 
+int depth_of(size_t of_case) { return static_cast<int>(of_case - kOfDepth); }
+
 std::vector<Product16> products(int arch, int tile) {
   std::vector<Product16> all;
   for (const Product product : kProducts) {
     const auto fault = [=](ummrm::DType dtype, size_t of_case) {
-      const int steps = static_cast<int>(of_case) - static_cast<int>(kOfDepth);
-      return fault_of(arch, tile, product, steps > 0 ? of_depth(product, dtype, steps) : cases(dtype)[of_case]);
+      if (of_case > kOfDepth) return fault_of(arch, tile, product, of_depth(product, dtype, depth_of(of_case)));
+      return fault_of(arch, tile, product, of_case == kWide ? widest(dtype) : cases(dtype)[of_case]);
     };
     all.push_back({name_of(product), fault, true});
   }
   for (const Fused product : kFused) {
     if (tile > 1) break;
     const auto fault = [=](ummrm::DType, size_t of_case) {
-      const int steps = static_cast<int>(of_case) - static_cast<int>(kOfDepth);
-      return fault_of(arch, tile, product,
-                      steps > 0 ? of_depth(product, steps) : fused_cases()[of_case % fused_cases().size()], 3);
+      if (of_case > kOfDepth) return fault_of(arch, tile, product, of_depth(product, depth_of(of_case)), 3);
+      return fault_of(arch, tile, product, fused_cases()[of_case % fused_cases().size()], 3);
     };
     all.push_back({name_of(product), fault, false});
   }
@@ -164,10 +161,12 @@ int main(int count, char** arguments) {
     uint64_t most = 0;
     Kernel* kernel = nullptr;
     options.most_instructions = UINT64_MAX;
-    for (const Way& way : kWays) kernel = kernel_of(product, way, ummrm::DType::bf16, most);
+    std::vector<Way> ways(std::begin(kWays), std::end(kWays));
+    ways.insert(ways.end(), std::begin(kWaysOfWaits), std::end(kWaysOfWaits));
+    for (const Way& way : ways) kernel = kernel_of(product, way, ummrm::DType::bf16, most);
     if (product.twin) {
       const Kernel* twin = nullptr;
-      for (const Way& way : kWays) twin = kernel_of(product, way, ummrm::DType::f16, most);
+      for (const Way& way : ways) twin = kernel_of(product, way, ummrm::DType::f16, most);
       const auto order = [](const Kernel& of) {
         std::string all;
         for (const Instruction& in : of.code) all += synchronises(in) ? in.text + "\n" : "";
@@ -194,10 +193,9 @@ int main(int count, char** arguments) {
       const Instruction kept = instruction;
       leave_out(instruction);
       std::string found;
-      for (const Way& way : kWays) {
-        if (does_nothing[i] && &way - kWays == kWaysOfIdle) break;
-        if (found.empty()) found = verdict(product, way);
-      }
+      const bool waits = kept.text.find("wait.parity") != std::string::npos;
+      const size_t most_ways = does_nothing[i] ? kWaysOfIdle : waits ? ways.size() : std::size(kWays);
+      for (size_t way = 0; way < most_ways && found.empty(); ++way) found = verdict(product, ways[way]);
       instruction = kept;
       Tally& tally = tallies[kept.text];
       ++tally.sites, ++sites;

@@ -11,28 +11,30 @@ using namespace ptx::planting;
 
 namespace {
 
-// A word of 4 or 8 bytes among the parameters that holds this, the first one, is changed by so much.
+// A word of 4 or 8 bytes among the parameters that holds this, the first or the last one, is changed by so much.
 template <class Word>
-Plant in_parameters(const std::function<Word()>& holds, int64_t by) {
+Plant in_parameters(const std::function<Word()>& holds, int64_t by, bool last = false) {
   return [=](const runtime::Started& started) {
+    char* found = nullptr;
     for (size_t at = 0; at + sizeof(Word) <= started.parameters.size(); at += sizeof(Word)) {
       Word word;
       std::memcpy(&word, started.parameters.data() + at, sizeof word);
-      if (word != holds()) continue;
-      word = static_cast<Word>(word + static_cast<Word>(by));
-      std::memcpy(started.parameters.data() + at, &word, sizeof word);
-      return true;
+      if (word == holds() && (last || found == nullptr)) found = started.parameters.data() + at;
     }
-    return false;
+    if (found == nullptr) return false;
+    const auto word = static_cast<Word>(holds() + static_cast<Word>(by));
+    std::memcpy(found, &word, sizeof word);
+    return true;
   };
 }
 
 uint64_t address_of(const void* at) { return reinterpret_cast<uint64_t>(at); }
 
-// The last loads from device memory that begin so give zeros.
-Plant zeros_from(const std::string& prefix) {
+// What is in the buffer of the sum is read as zeros.
+Plant zeros_read() {
   return [=](const runtime::Started& started) {
-    const auto found = executed(started.kernel, prefix);
+    auto found = executed(started.kernel, "ld.v4");                                // Hopper's
+    if (found.empty()) found = executed(started.kernel, "ld.global.L2::128B.v4");  // Ampere's, by CUTLASS
     for (Instruction* in : found) {
       change(*in).execute = [](const Step& step) {
         for (const Operand& item : step.operand(0).items) {
@@ -64,10 +66,10 @@ const std::vector<Row>& rows() {
     });
   };
   static const std::vector<Row> all = {
-      {"gate's columns are paired with up's 8 further on", Fused::glu,
-       in_parameters<uint32_t>([] { return static_cast<uint32_t>(fused_handed.width); }, 8)},
-      {"up's bias is that of 8 columns further on", Fused::glu,
-       in_parameters<uint64_t>([] { return static_cast<uint64_t>(fused_handed.width); }, 8)},
+      {"gate's columns are paired with up's 8 before", Fused::glu,
+       in_parameters<uint32_t>([] { return static_cast<uint32_t>(fused_handed.width); }, -8)},
+      {"a row is 8 gate and 8 up columns shorter", Fused::glu,
+       in_parameters<uint64_t>([] { return static_cast<uint64_t>(fused_handed.width); }, -8, true)},
       {"a bias row is that of the expert before", Fused::glu, in_tables([](uint64_t& word, const Handed& to) {
          const auto second = address_of(to.bias) + 2 * static_cast<uint64_t>(to.out);
          if (word < second || word >= second + 4 * static_cast<uint64_t>(to.out)) return false;
@@ -83,7 +85,7 @@ const std::vector<Row>& rows() {
        }},
       {"a row is weighted by the weight of the next", Fused::glu_backward,
        in_parameters<uint64_t>([] { return address_of(fused_handed.row_weights); }, 4)},
-      {"a part of a gate's dot is dropped", Fused::glu_backward, without("st.global.b32", false)},
+      {"a part of a gate's dot is dropped", Fused::glu_backward, without("st.global.f32", false)},
       {"lanes are left out of a gate's dot", Fused::glu_backward,
        [](const runtime::Started& started) {
          const auto found = executed(started.kernel, "shfl.sync.bfly");
@@ -99,9 +101,9 @@ const std::vector<Row>& rows() {
        in_parameters<uint64_t>([] { return address_of(fused_handed.activation); }, 16)},
       {"the last row of a group is left out", Fused::glu_backward, rows_of_a_group(-1)},
       {"the pre-activation of another column is read", Fused::glu_backward,
-       in_parameters<uint64_t>([] { return static_cast<uint64_t>(fused_handed.width); }, 8)},
-      {"the sum leaves out what was there", Fused::sum, zeros_from("ld.global.v4")},
-      {"the sum leaves out what was there, fp32", Fused::sum_f32, zeros_from("ld.global.v4")},
+       in_parameters<uint64_t>([] { return static_cast<uint64_t>(fused_handed.width); }, -8, true)},
+      {"the sum leaves out what was there", Fused::sum, zeros_read()},
+      {"the sum leaves out what was there, fp32", Fused::sum_f32, zeros_read()},
       {"the last row of a group is left out", Fused::sum, rows_of_a_group(-1)},
       {"the last row of a group is left out, fp32", Fused::sum_f32, rows_of_a_group(-1)},
   };

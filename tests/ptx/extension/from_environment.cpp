@@ -1,15 +1,37 @@
-// What the machine under torch is told: UMMRM_PTX=arch=90,order=late,seed=3,sms=4 when it is loaded. Tests choose it
-// before Python starts; the product reads no environment.
+// What the machine under torch is told: UMMRM_PTX=arch=90,order=late,seed=3,sms=4 when it is loaded; with fusions=all
+// the fused products are taken, and launches=NAME makes it an error of the process if no kernel of such a name ran.
+// Tests choose it before Python starts; the product reads no environment.
 #include <dlfcn.h>
 
+#include <unistd.h>
+
+#include <cstdio>
 #include <cstdlib>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "memory.h"
 #include "runtime.h"
+#include "ummrm/expert_glu.h"
 
 namespace {
+
+struct Awaited {
+  std::string name;
+  uint64_t launches = 0;
+};
+std::vector<Awaited> awaited;
+
+void check_launches() {
+  int missing = 0;
+  for (const Awaited& kernel : awaited) {
+    std::printf("%s: %llu launches\n", kernel.name.c_str(), static_cast<unsigned long long>(kernel.launches));
+    missing += kernel.launches == 0;
+  }
+  std::fflush(nullptr);
+  if (missing != 0) _exit(1);
+}
 
 struct AtLoad {
   AtLoad() {
@@ -31,9 +53,19 @@ struct AtLoad {
         ptx::options.order = value == "late"     ? ptx::Order::late
                              : value == "random" ? ptx::Order::random
                                                  : ptx::Order::at_once;
+      } else if (name == "fusions" && value == "all") {
+        ummrm::cuda::use_fusions(ummrm::cuda::Fusions::all);
+      } else if (name == "launches") {
+        awaited.push_back({value});
       } else {
-        throw ptx::Error("UMMRM_PTX knows arch, sms, seed and order, got '" + part + "'");
+        throw ptx::Error("UMMRM_PTX knows arch, sms, seed, order, fusions=all and launches, got '" + part + "'");
       }
+    }
+    if (!awaited.empty()) {
+      ptx::runtime::on_launch = [](const ptx::runtime::Started& started) {
+        for (Awaited& kernel : awaited) kernel.launches += started.kernel.name.find(kernel.name) != std::string::npos;
+      };
+      std::atexit(&check_launches);
     }
     using BlockOf = bool(uint64_t, uint64_t*, uint64_t*);
     auto* block_of = reinterpret_cast<BlockOf*>(dlsym(RTLD_DEFAULT, "ummrm_block_of"));
