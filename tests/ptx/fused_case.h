@@ -20,8 +20,9 @@ struct FusedCase {
   bool bias, one_row_a_token;
 };
 const std::vector<FusedCase>& fused_cases();
-FusedCase of_depth(Fused product, int steps);  // as of_depth of product_case.h
-const FusedCase& smallest_fused();             // with shared and routed groups, an empty one and several tiles
+FusedCase of_many();  // as those of product_case.h
+FusedCase of_depth(Fused product, int steps);
+const FusedCase& smallest_fused();  // with shared and routed groups, an empty one and several tiles
 
 // What the last one was handed beside what product_case.h has of it, for who plants bugs in it.
 struct FusedHanded {

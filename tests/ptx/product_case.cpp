@@ -273,6 +273,8 @@ std::vector<Case> cases(DType dtype) {
 
 Case widest(DType dtype) { return {0, 0, {150, 0, 20}, 0, 264, 264, 0, true, dtype}; }
 
+Case of_many(DType dtype) { return {8, 1, std::vector<int>(12, 1), 0, 64, 64, 0, true, dtype}; }
+
 Case of_depth(Product product, DType dtype, int steps) {
   const int depth = 64 * steps;
   switch (product) {

@@ -27,7 +27,8 @@ struct Case {
 // Cases that between them have every kind of group: none, one row, a tile less and more than one, dead rows, both
 // biases or one.
 std::vector<Case> cases(ummrm::DType dtype);
-Case widest(ummrm::DType dtype);  // that fills every tile
+Case widest(ummrm::DType dtype);   // that fills every tile
+Case of_many(ummrm::DType dtype);  // of small groups: more tiles for a block than are handed out ahead
 // A small one, in which a product takes so many steps of 64 along what is summed.
 Case of_depth(Product product, ummrm::DType dtype, int steps);
 Case smallest(ummrm::DType dtype);  // with shared and routed groups, an empty one and several tiles

@@ -47,9 +47,12 @@ struct Way {
   int multiprocessors;
 };
 // The first ones notice most; the later ones are for what they let pass. The seed says who is slow (scheduler.cpp).
-constexpr size_t kWide = 100;  // a case that fills the widest tile
-constexpr Way kWays[] = {
-    {1, Order::late, 0, 2}, {2, Order::late, 3, 2}, {kWide, Order::late, 0, 2}, {5, Order::random, 1, 2}};
+constexpr size_t kWide = 100, kMany = 101;  // widest, of_many
+constexpr Way kWays[] = {{1, Order::late, 0, 2},
+                         {2, Order::late, 3, 2},
+                         {kWide, Order::late, 0, 2},
+                         {kMany, Order::at_once, 0, 2},
+                         {5, Order::random, 1, 2}};
 // And for waits: which stage of a ring is the last one hangs on how many steps there were.
 constexpr size_t kOfDepth = 200;  // and so many steps
 constexpr Way kWaysOfWaits[] = {{kOfDepth + 1, Order::at_once, 0, 2}, {kOfDepth + 2, Order::at_once, 0, 2},
@@ -71,6 +74,7 @@ std::vector<Product16> products(int arch, int tile) {
   for (const Product product : kProducts) {
     const auto fault = [=](ummrm::DType dtype, size_t of_case) {
       if (of_case > kOfDepth) return fault_of(arch, tile, product, of_depth(product, dtype, depth_of(of_case)));
+      if (of_case == kMany) return fault_of(arch, tile, product, of_many(dtype));
       return fault_of(arch, tile, product, of_case == kWide ? widest(dtype) : cases(dtype)[of_case]);
     };
     all.push_back({name_of(product), fault, true});
@@ -79,6 +83,7 @@ std::vector<Product16> products(int arch, int tile) {
     if (tile > 1) break;
     const auto fault = [=](ummrm::DType, size_t of_case) {
       if (of_case > kOfDepth) return fault_of(arch, tile, product, of_depth(product, depth_of(of_case)), 3);
+      if (of_case == kMany) return fault_of(arch, tile, product, of_many(), 3);
       return fault_of(arch, tile, product, fused_cases()[of_case % fused_cases().size()], 3);
     };
     all.push_back({name_of(product), fault, false});
