@@ -16,7 +16,8 @@ namespace ptx::runtime {
 
 Device device;
 Refusal refusal;
-std::function<void(const Started&)> on_launch;
+// Made before what others set it in at load (extension/from_environment.cpp).
+__attribute__((init_priority(101))) std::function<void(const Started&)> on_launch;
 
 std::map<std::string, uint64_t>& calls() {
   static std::map<std::string, uint64_t> counts;
