@@ -229,7 +229,7 @@ FusedCase of_many() { return {8, 1, std::vector<int>(12, 1), 0, 64, 64, 0, true,
 FusedCase of_depth(Fused product, int steps) {
   const int depth = 64 * steps;
   if (product == Fused::glu || product == Fused::glu_backward) return {16, 1, {40, 3}, 0, depth, 64, 0, true, true};
-  return {16, 1, {3, depth}, 0, 64, 64, 0, true, true};
+  return {0, 0, {depth, depth}, 0, 64, 64, 0, true, true};
 }
 
 const FusedCase& smallest_fused() { return fused_cases()[2]; }

@@ -280,7 +280,7 @@ Case of_depth(Product product, DType dtype, int steps) {
   switch (product) {
     case Product::forward: return {16, 1, {40, 3}, 0, depth, 64, 0, true, dtype};
     case Product::input_grad: return {16, 1, {40, 3}, 0, 64, depth, 0, true, dtype};
-    default: return {16, 1, {3, depth}, 0, 64, 64, 0, true, dtype};
+    default: return {0, 0, {depth, depth}, 0, 64, 64, 0, true, dtype};  // the longest group comes first
   }
 }
 
