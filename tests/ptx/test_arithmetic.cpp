@@ -322,18 +322,12 @@ void floating() {
           return x > 1 ? 1.f : x > 0 ? x : 0.f;
         }),
         true);
-  one(
-      "ex2.approx.f32", [](double a) { return std::exp2(a); }, 1e-6);
-  one(
-      "lg2.approx.f32", [](double a) { return std::log2(a); }, 1e-6);
-  one(
-      "tanh.approx.f32", [](double a) { return std::tanh(a); }, 1e-6);
-  one(
-      "rcp.rn.f32", [](double a) { return 1 / a; }, 0);
-  one(
-      "sqrt.rn.f32", [](double a) { return std::sqrt(a); }, 0);
-  one(
-      "rsqrt.approx.f32", [](double a) { return 1 / std::sqrt(a); }, 1e-6);
+  one("ex2.approx.f32", [](double a) { return std::exp2(a); }, 1e-6);
+  one("lg2.approx.f32", [](double a) { return std::log2(a); }, 1e-6);
+  one("tanh.approx.f32", [](double a) { return std::tanh(a); }, 1e-6);
+  one("rcp.rn.f32", [](double a) { return 1 / a; }, 0);
+  one("sqrt.rn.f32", [](double a) { return std::sqrt(a); }, 0);
+  one("rsqrt.approx.f32", [](double a) { return 1 / std::sqrt(a); }, 1e-6);
   check("ex2.approx.ftz.f32 %f0, %f1;", 'f', floats([](float a, float, float) {
           const auto y = static_cast<float>(std::exp2(static_cast<double>(a)));
           return y < 0x1p-126f ? 0.f : y;

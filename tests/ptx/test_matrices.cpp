@@ -204,11 +204,8 @@ static void wgmma(int columns, bool ta, bool tb, int sa, int sb, bool bf16, int 
     body += "st.global.f32 [%d4+" + std::to_string(4 * (i / 2 % 2 * 8 * columns + i / 4 * 8 + i % 2)) + "], %f" +
             std::to_string(i) + ";";
   }
-  CHECK_PASSES(run_in_all_orders(
-      [&] {
-        return run(kernel(body, 3), {am.data(), bm.data(), d.data()}, {.block = {128}});
-      },
-      1));
+  CHECK_PASSES(
+      run_in_all_orders([&] { return run(kernel(body, 3), {am.data(), bm.data(), d.data()}, {.block = {128}}); }, 1));
   for (size_t row = 0; row < 64; ++row) {
     for (size_t column = 0; column < static_cast<size_t>(columns); ++column) {
       double want = 0;
