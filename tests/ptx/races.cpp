@@ -31,7 +31,7 @@ std::string name_of(const Block& block, size_t number) {
 
 [[noreturn]] void fail(const Step& step, uint32_t granule_or_cell, uint32_t size, const std::string& what) {
   step.fail("a race: shared memory at " + std::to_string(granule_or_cell * size) +
-            " is touched, and nothing stands before " + what);
+            " is touched, and nothing stands between " + what);
 }
 
 // What a warp may not follow without having seen it.
