@@ -161,7 +161,10 @@ def test_the_extension_knows_kernels_by_their_headers_and_torch():
                 assert ok, f"{path.name} includes {include}"
             else:
                 assert name != "torch/extension.h", f"{path.name}: 22 s a file against 7 for torch/library.h"
-                assert "/" not in name or name.split("/")[0] in {"torch", "ATen", "c10", "pybind11", "sys"}, (path, include)
+                assert "/" not in name or name.split("/")[0] in {"torch", "ATen", "c10", "pybind11", "sys"}, (
+                    path,
+                    include,
+                )
 
 
 def test_one_switch_for_cuda_in_one_header():
