@@ -126,7 +126,10 @@ def test_what_changed_is_compiled_again(compiled, sass_check, tmp_path, monkeypa
     compiled.write("build", tmp_path)
     assert len(compiled.recorded(tmp_path)["kernels"]) == len(files)
     with (tmp_path / "kernels/cuda/grouped_product.h").open("a") as header:
-        header.write("// another line\n")
+        header.write("// another line\n\n")
+    assert compiled.recorded(tmp_path) is not None  # a comment is compiled to nothing
+    with (tmp_path / "kernels/cuda/grouped_product.h").open("a") as header:
+        header.write("static_assert(true);  // another line\n")
     assert compiled.recorded(tmp_path) is None
     del kernels[0]
     with pytest.raises(AssertionError, match=f"holds no kernels for sm_90a of {files[0]}"):
