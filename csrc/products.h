@@ -1,8 +1,11 @@
 // Deals pieces of work out to torch's threads on a CPU, and the fp32 products of expert_products.h among them.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "ummrm/expert_products.h"
@@ -19,5 +22,9 @@ void cut_for_threads(const cpu::Product& product, double share_of_all, std::vect
 
 // All of them, side by side.
 void multiply(const std::vector<cpu::Product>& pieces);
+
+// One fp32 product alone, on all threads: `kind` "forward" is rows @ other^T, "input_grad" rows @ other, "weight_grad"
+// other^T @ rows, where other is the gradient of the rows. For a test and a benchmark; the layer cuts its own pieces.
+at::Tensor host_product(const at::Tensor& rows, const at::Tensor& other, const std::string& kind);
 
 }  // namespace ummrm

@@ -119,6 +119,36 @@ def test_onednn_product(form, bias):
     assert (got - want).abs().max() < 1e-5
 
 
+PRODUCTS = {"forward": lambda a, b: a @ b.T, "input_grad": lambda a, b: a @ b, "weight_grad": lambda a, b: b.T @ a}
+
+
+@pytest.mark.skipif(library.build_info()["cpu_isa"] == "baseline", reason="no fp32 products for this processor")
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("rows", [0, 1, 37, 203], ids=str)
+def test_host_product(kind, rows):
+    """The fp32 products that moe_ffn makes on a CPU, alone; also of views that are stored by columns."""
+    torch.manual_seed(0)
+    a, b = torch.randn(24, rows).t(), torch.randn(rows, 41)  # rows and their gradient
+    if kind != "weight_grad":
+        b = torch.randn(24, 41).t() if kind == "forward" else torch.randn(24, 41)
+    got, want = library.host_product(a, b, kind), PRODUCTS[kind](a.double(), b.double())
+    assert got.shape == want.shape and torch.allclose(got.double(), want, rtol=0, atol=2e-5)
+
+
+def test_host_product_refuses_what_it_cannot_multiply():
+    a = torch.randn(4, 5)
+    for wrong, message in (
+        ((a, a, "backward"), "`kind` must be 'forward', 'input_grad' or 'weight_grad', got 'backward'"),
+        ((a, a.double(), "forward"), "must be 2-D tensors of float32 on a CPU"),
+        ((a, a[0], "forward"), "must be 2-D tensors"),
+        ((a, a, "input_grad"), r"one size in common to sum over, got \[4, 5\] and \[4, 5\] for 'input_grad'"),
+        ((a, a[:3], "weight_grad"), "one size in common"),
+        ((a, a[:, :4], "forward"), "one size in common"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            library.host_product(*wrong)
+
+
 def copy_of_sources(folder):
     files = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, files):

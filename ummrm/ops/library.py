@@ -46,6 +46,7 @@ from .. import _C  # noqa: E402  (only after the check)
 
 build_info, tile_table = _C.build_info, _C.tile_table
 activation_names, onednn_product = _C.activation_names, _C.onednn_product
+host_product = _C.host_product  # one fp32 product of moe_ffn's on a CPU, for its test and its benchmark
 use_fusions = _C.use_fusions  # for tests and measurement: "all" of the fused CUDA kernels, "none", or "measured"
 use_host_layer = _C.use_host_layer  # off where `moe_ffn` has to follow other backends' operators on the CPU
 checks = _C.checks  # each operator's argument checks alone, for backends that are not compiled
