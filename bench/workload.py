@@ -48,6 +48,7 @@ _ON_CPU += ((4096, 384, 1536, 7, 5), (2048, 1024, 2816, 8, 2))
 _WIDE = Layer(16384, 4096, 14336, 8, 2)
 _LAYERS = ((2048, 8192, 8, 2), (4096, 14336, 8, 2), (1024, 2816, 7, 5), (896, 4864, 7, 5))  # H, I, E, K
 _BY_SEQUENCE = ((512, 512, 1408), (1024, 512, 1408), (2048, 512, 1408), (2048, 1024, 2816))  # T, H, I
+_PRODUCTS = [Layer(t, h, i, 1, 1, 0) for h, i in ((512, 2816), (1408, 512), (1024, 5632)) for t in (128, 512, 2048)]
 _TELLING = 2 * len(_LAYERS)  # sizes of the layer, of those below: balanced, of 16 and 4 thousand tokens
 _ROUTED = ((7, 5), (8, 2), (16, 4))  # E, K
 
@@ -60,6 +61,7 @@ SIZES = {
         **{name: [Layer(16 * _CPU.t, _CPU.h, _CPU.i, 8, 2)] for name in ("route", "route_and_sort", "sort_slots")},
         "grouped_ffn": [Layer(*layer, 4, 1, 0) for layer in _BY_SEQUENCE],
         "adamw": [Layer(*layer, 4, 1, 0) for layer in _BY_SEQUENCE[2:]],
+        "product": _PRODUCTS,
     },
     "cuda": {
         **{name: [_WIDE] for name in ("activation", "merge", "dots", "permute", "unpermute")},
@@ -82,6 +84,7 @@ SIZES = {
         ],
         "merged_ffn": [Layer(16384, 2048, 8192, 8, 2)],
         **{name: [Layer(16384, 2048, 8192, 4, 1, 0)] for name in ("grouped_ffn", "adamw")},
+        "product": [],  # of libraries for CPUs
     },
 }
 
@@ -97,8 +100,10 @@ def importance(name, parameters, device_type):
 
     On CUDA cheap operators, then the layer at the most telling sizes, training first, then single products, and the
     layer's other sizes. On a CPU the layer's training in fp32 at sizes that take seconds, then all else, its large
-    sizes at the end.
+    sizes, and at the end what other libraries' products take.
     """
+    if name == "product":
+        return (4, 0, False)
     if name == "moe_ffn":
         place, forward = SIZES[device_type][name].index(parameters["layer"]), parameters["direction"] == "forward"
         if device_type == "cuda":
