@@ -104,6 +104,27 @@ def thread(session):
     sanitize(session, "thread")
 
 
+@nox.session(python=False)
+def arm64(session):
+    """The kernels and their tests compiled for arm64 by a cross compiler, run by qemu's emulation of one process."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None:
+        not_run(session, "aarch64-linux-gnu-g++ is not installed; Debian's package is g++-aarch64-linux-gnu")
+    # static, so that the emulator needs no other system's libraries; -Werror, since no other build reads the warnings
+    options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    options += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]
+    options += [f"-DCMAKE_CROSSCOMPILING_EMULATOR={emulator or ''}"]
+    # once as it is shipped, and once with the fp32 products that no processor but x86-64 is given so far
+    for name, flags in (("", "-Werror"), ("-products", "-Werror -DUMMRM_NO_CLONES")):
+        build = ROOT / "build" / f"cmake-arm64{name}"
+        configure(session, build, *options, f"-DCMAKE_CXX_FLAGS={flags}")
+        if emulator is None:
+            continue
+        session.run(tool(session, "ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
+    if emulator is None:
+        not_run(session, "it compiles; its tests need qemu-aarch64, Debian's package qemu-user")
+
+
 @nox.session(name="csrc-sanitized", python=False)
 def csrc_sanitized(session):
     """The extension itself under sanitizers, torch loaded around it, through the operators' tests."""

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 FOLDERS = ("csrc", "kernels", "third_party")
 SESSIONS = {"address", "thread", "csrc-sanitized", "cuda", "emulated", "ptx", "types", "transformers4.57", "full"}
 SESSIONS |= {"python3.12-torch2.11", "triton3.6", "torch2.14", "distributions", "package"}
-SESSIONS |= {"extras-lowest", "extras-newest", "deepspeed"}
+SESSIONS |= {"extras-lowest", "extras-newest", "deepspeed", "arm64"}
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "tools/build_backend.py", "tools/cuda_build.py")
 FILES += ("tools/architectures.cmake",)
 
