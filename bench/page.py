@@ -79,7 +79,12 @@ def peaks(suites, *records):
     return list(rows.values())
 
 
-TABLES = {"ratios": ratios, "memory": memory, "peaks": peaks}
+def cells(suites, *records):
+    """The rows that a program made itself (`bench.program`); those of the second record below those of the first."""
+    return [e["cells"] for record in records for e in record["entries"] if e["suite"] in suites]
+
+
+TABLES = {"ratios": ratios, "memory": memory, "peaks": peaks, "cells": cells}
 
 
 def _markdown(rows, wishes):

@@ -56,10 +56,18 @@ def test_memory_and_shares_of_the_peak(results):
     assert head[-2:] == ["a", "b"] and first[-2:] == ["0.50 ± 0.01", "0.80 ± 0.01"] and second[5] == "0.25"
 
 
+def test_rows_that_a_program_made(results):
+    rows = [{"suite": "step", "cells": {"model": m, "ms": str(i)}} for i, m in enumerate("ab")]
+    rows.append({"suite": "other", "cells": {"model": "c"}})
+    (results / "s.json").write_text(json.dumps({"about": {"rates": {}}, "entries": rows}))
+    assert lines("cells step s.json s.json", results)[2:] == [["a", "0"], ["b", "1"]] * 2
+    assert lines("cells step s.json | model: b | columns: ms", results)[2:] == [["1"]]
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("speeds moe_ffn a.json", "one of ratios, memory, peaks, got 'speeds'"),
+        ("speeds moe_ffn a.json", "one of ratios, memory, peaks, cells, got 'speeds'"),
         ("ratios merge a.json", "must hold measured entries of merge"),
         ("ratios moe_ffn a.json | columns: other", "has the columns operator; .*, got 'other'"),
         ("ratios moe_ffn a.json | dtype: float16", "has the cells float32, got 'float16'"),
