@@ -11,14 +11,16 @@ from . import timing
 from .record import RESULTS
 
 
-def rounds(calls, turns):
+def rounds(calls, turns, warm=False):
     """What each call returned, turn by turn: a tuple of seconds, one a part of its work; another one begins each turn.
 
     Args:
         calls: by label; each runs once and returns such a tuple.
-        turns: how many are kept; one more goes first, unkept, so that libraries and allocator have what they keep.
+        turns: how many are kept. One more goes first, unkept, so that libraries and allocator have what
+            they keep.
+        warm: all of them have just run, so that none need go first.
     """
-    for call in calls.values():
+    for call in () if warm else calls.values():
         call()
     found = timing.side_by_side(list(calls.values()), [turns] * len(calls))
     return dict(zip(calls, found, strict=True))

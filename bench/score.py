@@ -36,8 +36,9 @@ from .harness import about
 BATCH = 16
 # of the merged model: hidden, intermediate, layers, pairs of the batch, longest row
 WHOLE = {False: (512, 1408, 4, 8, 256), True: (512, 1408, 4, 4, 128)}
-# hidden size of the model that scores texts, rows of the small and of the large file, turns
-TEXTS = {False: (64, 256, 8192, 7), True: (64, 256, 4096, 3)}
+# hidden size of the model that scores texts, rows of the small and of the large file, turns: a command takes seconds to
+# start
+TEXTS = {False: (64, 256, 8192, 7), True: (64, 128, 3072, 2)}
 
 
 def merged_and_dense(hidden, intermediate, layers):
@@ -155,9 +156,10 @@ def score_entries(sizes, threads, turns):
             "large": lambda: (command(root / "model", root / "large.jsonl", outs["large"], threads),),
             "loop": lambda: (loop(model, tokenizer, root / "large.jsonl", outs["loop"]),),
         }
-        calls["loop"](), calls["large"]()
+        for call in calls.values():
+            call()
         torch.testing.assert_close(rewards_of(outs["large"]), rewards_of(outs["loop"]), rtol=1e-4, atol=1e-5)
-        found = program.rounds(calls, turns)
+        found = program.rounds(calls, turns, warm=True)
     best = {label: program.best(of)[0] for label, of in found.items()}
     noises = {label: program.noise(of) for label, of in found.items()}
     if best["large"] <= best["small"]:
@@ -187,7 +189,7 @@ def main():
     keep_freed_memory()  # as the command does
     made, sizes = about(torch.device("cpu")), TEXTS[options.quick]
     turns = options.turns or sizes[-1]
-    entries = [*merged_entries(WHOLE[options.quick], 10 * turns), *score_entries(sizes, options.threads, turns)]
+    entries = [*merged_entries(WHOLE[options.quick], 15), *score_entries(sizes, options.threads, turns)]
     program.write("score", {"about": made, "entries": entries}, options.threads, options.output)
 
 
