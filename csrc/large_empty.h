@@ -10,7 +10,9 @@ namespace ummrm {
 // 4 KB, an eighth of a training step was that.
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// The same for what a call needs while it runs, whose memory is kept for the next call: up to 256 MB in all.
+// The same for what is freed soon, by the call itself or with the step's gradients, and asked for again: its memory is
+// kept for the next call, up to 256 MB in all. Commands have all freed memory kept (ummrm.memory); in a user's process
+// the C library's settings are not ours to change.
 at::Tensor workspace_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace ummrm

@@ -10,9 +10,9 @@
 
 #include "checks.h"
 #include "device.h"
+#include "expert_products.h"
 #include "gemm.h"
 #include "moe_ffn.h"
-#include "products.h"
 #include "ummrm/cpu_info.h"
 #include "ummrm/expert_gemm_tiles.h"
 #include "ummrm/expert_glu.h"
@@ -226,9 +226,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation_names", &ummrm::activation_names, "The activations that the kernels know.");
   m.def("onednn_product", &ummrm::onednn_product, py::call_guard<py::gil_scoped_release>(),
         "a @ b (+ bias) in fp32: csrc/gemm.cpp's product on some processors, for a test on all.");
-  m.def(
-      "host_product", &ummrm::host_product, py::arg("rows"), py::arg("other"), py::arg("kind"),
-      py::call_guard<py::gil_scoped_release>(),
-      "One of the fp32 products that moe_ffn makes on a CPU, alone: see csrc/products.h. For a test and a benchmark.");
+  m.def("host_product", &ummrm::host_product, py::arg("rows"), py::arg("other"), py::arg("kind"),
+        py::call_guard<py::gil_scoped_release>(),
+        "One of the fp32 products that moe_ffn makes on a CPU, alone: see csrc/expert_products.h. For a test and a "
+        "benchmark.");
   define_checks(m.def_submodule("checks", "Each operator's argument checks alone, on its schema's arguments."));
 }

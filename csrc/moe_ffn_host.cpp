@@ -7,9 +7,9 @@
 #include <atomic>
 
 #include "device.h"
+#include "expert_products.h"
 #include "large_empty.h"
 #include "moe_ffn.h"
-#include "products.h"
 
 namespace ummrm::host {
 namespace {
@@ -18,7 +18,7 @@ std::atomic<bool> enabled{true};
 
 constexpr int64_t kRows = 192;  // of a piece: two pre-activations of an I of 1408 fill a second-level cache
 
-// Rows of one expert: [begin, end) of its kind's rows, and of the combined buffer from `at` on.
+// Rows of one expert, from `begin` on among its kind's and from `at` on in the combined buffer.
 struct Block {
   bool shared;
   int64_t expert, begin, rows, at;
@@ -94,6 +94,17 @@ struct Layer {
 
 int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+// Floats of scratch that the two products of any piece need, and the most rows that one has.
+std::pair<int64_t, int64_t> room_for(const std::vector<Block>& pieces, const auto& products) {
+  int64_t floats = 0, most = 0;
+  for (const Block& b : pieces) {
+    const auto [one, other] = products(b);
+    floats = std::max({floats, cpu::scratch_floats(one), cpu::scratch_floats(other)});
+    most = std::max(most, b.rows);
+  }
+  return {aligned(floats), most};
+}
+
 cpu::Product forward_of(const cpu::Rows& rows, const float* proj, const float* bias, int64_t count, int64_t columns,
                         int64_t depth, float* out) {
   cpu::Product p{cpu::ProductKind::forward, count, columns, depth, rows, {}, proj, depth, bias, out, columns, false};
@@ -132,14 +143,8 @@ Tensor2 forward(const Tensor& x, const Experts& p, const RoutingMaps& maps, cons
         forward_of(layer.rows(layer.x, b), layer.up(b), layer.up_bias(b), b.rows, n.pre_width, n.hidden, pre_rows),
         forward_of({act, nullptr, n.width}, layer.down(b), layer.down_bias(b), b.rows, n.hidden, n.width, to)};
   };
-  int64_t floats = 0, most = 0;
-  for (const Block& b : groups.pieces) {
-    const auto [up, down] = products(b, nullptr, nullptr, nullptr);
-    floats = std::max({floats, cpu::scratch_floats(up), cpu::scratch_floats(down)});
-    most = std::max(most, b.rows);
-  }
-  floats = aligned(floats);
-  const int64_t act_at = floats, pre_at = act_at + aligned(most * n.width);
+  const auto room = room_for(groups.pieces, [&](const Block& b) { return products(b, nullptr, nullptr, nullptr); });
+  const int64_t act_at = room.first, most = room.second, pre_at = act_at + aligned(most * n.width);
   deal_out(static_cast<int64_t>(groups.pieces.size()), pre_at + (keep ? 0 : most * n.pre_width),
            [&](int64_t i, float* scratch) {
              const Block& b = groups.pieces[i];
@@ -180,14 +185,8 @@ Gradients backward(const Tensor& grad_out_in, const Tensor& x, const Experts& p,
                      input_grad_of({of_pre, nullptr, n.pre_width}, layer.up(b), b.rows, n.hidden, n.pre_width,
                                    wanted.rows ? grad_rows + b.at * n.hidden : nullptr)};
   };
-  int64_t floats = 0, most = 0;
-  for (const Block& b : groups.pieces) {
-    const auto [down, up] = products(b, nullptr);
-    floats = std::max({floats, cpu::scratch_floats(down), cpu::scratch_floats(up)});
-    most = std::max(most, b.rows);
-  }
-  floats = aligned(floats);
-  const int64_t act_at = floats, weighted_at = act_at + aligned(most * n.width);
+  const auto room = room_for(groups.pieces, [&](const Block& b) { return products(b, nullptr); });
+  const int64_t act_at = room.first, most = room.second, weighted_at = act_at + aligned(most * n.width);
   deal_out(static_cast<int64_t>(groups.pieces.size()), weighted_at + (weighted_wanted ? 0 : most * n.width),
            [&](int64_t i, float* scratch) {
              const Block& b = groups.pieces[i];

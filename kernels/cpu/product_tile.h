@@ -31,7 +31,7 @@ inline constexpr int64_t kDepth = 512;
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Depth is cut evenly, in multiples of 16.
-int64_t depth_step(int64_t depth) {
+constexpr int64_t depth_step(int64_t depth) {
   const int64_t blocks = std::max<int64_t>(1, (depth + kDepth - 1) / kDepth);
   return std::max<int64_t>(16, round_up((depth + blocks - 1) / blocks, 16));
 }
@@ -102,8 +102,7 @@ UMMRM_INLINE void pack_transposed_run(const float* const (&rows)[kRun], int64_t 
 
 alignas(64) inline constexpr float kZeros[kDepth + 16] = {};
 
-// A panel of `rows` rows from `first` on, transposed: to[k][r], kColumns wide or less in whole vectors; zeros where
-// there is no row.
+// The first `count` of `rows`, transposed: to[k][r], `width` wide, which is whole vectors; zeros where there is no row.
 template <class S>
 UMMRM_INLINE void pack_transposed(const Rows& rows, int64_t count, int64_t first_depth, int64_t depth, float* to,
                                   int64_t width) {
@@ -114,7 +113,7 @@ UMMRM_INLINE void pack_transposed(const Rows& rows, int64_t count, int64_t first
   }
 }
 
-// The same of a matrix that has the depth as its rows: to[k][c] = row k's element c.
+// `count` columns of a matrix that has the depth as its rows, not transposed: to[k][c] = row k's element c.
 template <class S>
 UMMRM_INLINE void pack(const Rows& rows, int64_t first_depth, int64_t depth, int64_t column, int64_t count, float* to,
                        int64_t width) {
@@ -275,9 +274,9 @@ UMMRM_INLINE int64_t next_panel(int64_t left) {
 // Calls body.template operator()<vectors>() with as many as `columns` need.
 template <class S, class Body>
 UMMRM_INLINE void with_vectors(int64_t columns, const Body& body) {
-  static_assert(S::kVectors <= 3);
-  if (S::kVectors >= 3 && columns > 2 * S::kWidth) return body.template operator()<std::min(S::kVectors, 3)>();
-  if (S::kVectors >= 2 && columns > S::kWidth) return body.template operator()<std::min(S::kVectors, 2)>();
+  static_assert(S::kVectors == 3);
+  if (columns > 2 * S::kWidth) return body.template operator()<3>();
+  if (columns > S::kWidth) return body.template operator()<2>();
   body.template operator()<1>();
 }
 

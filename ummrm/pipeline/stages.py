@@ -116,10 +116,8 @@ def distill_members(at: Setting) -> dict[str, Any]:
     """Teaches the merged model the scores of the mixture's members."""
     student = _load(at, at.undistilled, "dense")
     at.start.freeze(student)
-    teacher = {
-        "teacher": at.model(MIXTURE),
-        "teacher_processing_class": at.start.tokenizer,
-    }  # by its path: it is shared
+    # by its path, so that processes share its weights
+    teacher = {"teacher": at.model(MIXTURE), "teacher_processing_class": at.start.tokenizer}
     trainer = make_trainer(
         UmmDistillTrainer, at, "distill", student, **teacher, data=at.texts, held_out=at.pairs.held_out
     )

@@ -1,5 +1,5 @@
-// See products.h. The pieces are dealt out by one counter; which thread takes which shows in no result.
-#include "products.h"
+// See expert_products.h. The pieces are dealt out by one counter; which thread takes which shows in no result.
+#include "expert_products.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -18,8 +18,8 @@ struct Free {
   void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{kLine}); }
 };
 
-// A thread's scratch, kept between calls: at most a few MB (see scratch_floats), of which new pages would cost as much
-// as a small product.
+// A thread's scratch, kept between calls, since new pages would cost as much as a small product: some MB of packed
+// operands (see scratch_floats), and what the layer keeps of a piece's rows there.
 float* scratch_of_thread(int64_t floats) {
   thread_local std::unique_ptr<float[], Free> memory;
   thread_local int64_t size = 0;

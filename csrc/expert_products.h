@@ -17,7 +17,7 @@ namespace ummrm {
 // thread's own, aligned to a cache line, with whatever was in it.
 void deal_out(int64_t count, int64_t floats, const std::function<void(int64_t, float*)>& work);
 
-// Appends the pieces of a product of `flops` operations among `all`, so many that threads end at about the same time.
+// Appends the pieces of a product that is `share_of_all` the work to come, so many that threads end at about one time.
 void cut_for_threads(const cpu::Product& product, double share_of_all, std::vector<cpu::Product>* pieces);
 
 // All of them, side by side.
