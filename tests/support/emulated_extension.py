@@ -19,7 +19,9 @@ def build(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     csrc = [
-        p for p in (ROOT / "csrc").glob("*.cpp") if "UMMRM_REGISTER(" in p.read_text() or p.stem in ("check", "gemm")
+        p
+        for p in (ROOT / "csrc").glob("*.cpp")
+        if "UMMRM_REGISTER(" in p.read_text() or p.stem in ("check", "gemm", "large_empty")
     ]
     kernels = [p for p in (ROOT / "kernels").glob("c*/*") if p.suffix in (".cpp", ".cu")]
     sources = []

@@ -53,7 +53,9 @@ def build(folder, cmake_build):
     allocator(folder)
     parts = compiled(Path(cmake_build).resolve())
     csrc = [
-        p for p in (ROOT / "csrc").glob("*.cpp") if "UMMRM_REGISTER(" in p.read_text() or p.stem in ("check", "gemm")
+        p
+        for p in (ROOT / "csrc").glob("*.cpp")
+        if "UMMRM_REGISTER(" in p.read_text() or p.stem in ("check", "gemm", "large_empty")
     ]
     sources = []
     for path in sorted([*csrc, *(ROOT / "kernels/cpu").glob("*.cpp"), MACHINE / "extension/from_environment.cpp"]):
