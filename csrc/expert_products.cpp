@@ -6,30 +6,22 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
+
+#include "large_empty.h"
 
 namespace ummrm {
 namespace {
 
-constexpr size_t kLine = 64;
-
-struct Free {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{kLine}); }
-};
-
 // A thread's scratch, kept between calls, since new pages would cost as much as a small product: some MB of packed
-// operands (see scratch_floats), and what the layer keeps of a piece's rows there.
+// operands (see scratch_floats), and what the layer keeps of a piece's rows there. Large pages, since a tile's rows lie
+// on more small ones than a core's first table of addresses holds.
 float* scratch_of_thread(int64_t floats) {
-  thread_local std::unique_ptr<float[], Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{kLine})));
-    size = floats;
+  thread_local at::Tensor memory;
+  if (!memory.defined() || memory.numel() < floats) {
+    memory = at::Tensor();
+    memory = large_empty({floats}, at::TensorOptions().dtype(at::kFloat));
   }
-  return memory.get();
+  return memory.mutable_data_ptr<float>();
 }
 
 }  // namespace

@@ -29,6 +29,12 @@ struct Groups {
   std::vector<Block> pieces;
   int64_t live;
 
+  // The piece that the thread of piece i will likely have after it, or null.
+  const Block* after(int64_t i) const {
+    const int64_t next = i + at::get_num_threads();
+    return next < static_cast<int64_t>(pieces.size()) ? &pieces[next] : nullptr;
+  }
+
   Groups(const MoeSizes& n, const int32_t* offsets) : live(offsets[n.num_experts]) {
     for (int64_t s = 0; s < n.num_shared; ++s) whole.push_back({true, s, 0, n.tokens, s * n.tokens});
     for (int64_t e = 0; e < n.num_experts; ++e) {
@@ -92,6 +98,13 @@ struct Layer {
   }
 };
 
+void set_next(cpu::Product* product, const cpu::Product& then, int64_t columns) {
+  product->next = then.rows;
+  product->next_rows = then.out_rows;
+  product->next_columns = columns;
+  product->after = &then;
+}
+
 int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // Floats of scratch that the two products of any piece need, and the most rows that one has.
@@ -150,7 +163,11 @@ Tensor2 forward(const Tensor& x, const Experts& p, const RoutingMaps& maps, cons
              const Block& b = groups.pieces[i];
              float* act = scratch + act_at;
              float* pre_rows = keep ? pre_data + b.at * n.pre_width : scratch + pre_at;
-             const auto [up, down] = products(b, pre_rows, act, out_data + b.at * n.hidden);
+             auto [up, down] = products(b, pre_rows, act, out_data + b.at * n.hidden);
+             const Block* after = groups.after(i);
+             const auto then = products(after == nullptr ? b : *after, nullptr, nullptr, nullptr);
+             up.after = &down;
+             if (after != nullptr) set_next(&down, then.first, n.hidden);
              cpu::multiply(up, scratch);
              cpu::activation({DType::f32, kind, glu, n.width, pre_rows, act}, 0, b.rows);
              cpu::multiply(down, scratch);
@@ -190,7 +207,11 @@ Gradients backward(const Tensor& grad_out_in, const Tensor& x, const Experts& p,
   deal_out(static_cast<int64_t>(groups.pieces.size()), weighted_at + (weighted_wanted ? 0 : most * n.width),
            [&](int64_t i, float* scratch) {
              const Block& b = groups.pieces[i];
-             const auto [down, up] = products(b, scratch + act_at);
+             auto [down, up] = products(b, scratch + act_at);
+             const Block* after = groups.after(i);
+             const auto then = products(after == nullptr ? b : *after, nullptr);
+             down.after = &up;
+             if (after != nullptr) set_next(&up, then.first, n.hidden);
              cpu::multiply(down, scratch);
              float* to = weighted_wanted ? weighted_data + b.at * n.width : scratch + weighted_at;
              cpu::activation_backward({DType::f32, kind, glu, n.width, down.out, pre_data + b.at * n.pre_width,

@@ -3,6 +3,7 @@
 #include "ummrm/expert_products.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string_view>
 
 #include "dispatch.h"
@@ -17,12 +18,46 @@ namespace {
 constexpr int64_t kRowPanels = 4;  // of a piece whose rows are packed
 constexpr int64_t kRowsAPiece = 1024;
 constexpr int64_t kLeastColumns = 128;
-constexpr int64_t kGradColumns = 256;  // of a piece of a weight gradient, packed beside its rows
+constexpr int64_t kStripSteps = 16;    // of the depth that strips are packed by: their lines may share a cache's set
+constexpr int64_t kGradColumns = 256;  // packed at a time for a weight gradient, beside its rows
+
+// Fetches a product's `next` rows, some lines at each of `times` calls.
+class Next {
+ public:
+  Next(const Product& p, int64_t times)
+      : rows_(p.next), count_(p.next_rows), lines_((p.next_columns + kLine - 1) / kLine) {
+    at_once_ = count_ * lines_ / std::max<int64_t>(times, 1) + 1;
+  }
+  UMMRM_INLINE void fetch() {
+    for (int64_t i = 0; i < at_once_ && row_ < count_; ++i) {
+      __builtin_prefetch(rows_.at(row_) + line_ * kLine, 0, 2);
+      if (++line_ == lines_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  Rows rows_;
+  int64_t count_, lines_, at_once_, row_ = 0, line_ = 0;
+};
+
+// What a product reads of its projection first.
+template <class S>
+UMMRM_INLINE Ahead first_block(const Product* p, int64_t steps) {
+  if (p == nullptr) return {};
+  const int64_t depth = std::min(depth_step(p->depth), p->depth);
+  if (p->pack_rows)
+    return Ahead::of(p->proj, std::min<int64_t>(S::kRows, p->out_columns), depth, p->proj_stride, steps);
+  return Ahead::of(p->proj, depth, next_panel<S>(p->out_columns), p->proj_stride, steps);
+}
 
 // Rows are packed, transposed; the projection is read where it lies. For groups of fewer rows than the depth.
 template <class S>
 UMMRM_INLINE void multiply_packed_rows(const Product& p, float* scratch) {
-  const int64_t step = depth_step(p.depth);
+  const int64_t step = depth_step(p.depth), panels = (p.out_rows + S::kColumns - 1) / S::kColumns;
+  Next next(p, (p.depth + step - 1) / step * (p.out_columns / S::kRows) * panels);
   for (int64_t first = 0; first == 0 || first < p.depth; first += step) {
     const int64_t depth = std::min(step, p.depth - first);
     for (int64_t row = 0; row < p.out_rows; row += S::kColumns) {
@@ -30,105 +65,144 @@ UMMRM_INLINE void multiply_packed_rows(const Product& p, float* scratch) {
       pack_transposed<S>(p.rows.from(row), count, first, depth, scratch + row * depth, round_up(count, S::kWidth));
     }
     in_tiles<S>(p.out_columns, [&]<int kTile>(int64_t column) UMMRM_INLINED {
-      const float* a[kTile];
-      for (int i = 0; i < kTile; ++i) a[i] = p.proj + (column + i) * p.proj_stride + first;
+      Ahead ahead;  // the next columns' rows of the projection, or the first ones' next part
+      const bool here = column + kTile < p.out_columns;
+      if (here || first + step < p.depth) {
+        const float* from = p.proj + (here ? (column + kTile) * p.proj_stride + first : first + step);
+        const int64_t count = std::min<int64_t>(S::kRows, p.out_columns - (here ? column + kTile : 0));
+        ahead = Ahead::of(from, count, depth, p.proj_stride, panels * depth);
+      } else {
+        ahead = first_block<S>(p.after, panels * depth);
+      }
+      const Numbers numbers{p.proj + column * p.proj_stride + first, p.proj_stride, 1};
       for (int64_t row = 0; row < p.out_rows; row += S::kColumns) {
         const int64_t count = std::min<int64_t>(S::kColumns, p.out_rows - row);
-        const Target target{p.out + row * p.out_stride + column, p.out_stride, p.add || first > 0,
-                            p.bias == nullptr || p.add || first > 0 ? nullptr : p.bias + column};
+        const bool add = p.add || first > 0;
+        const Target target{p.out + row * p.out_stride + column, p.out_stride, add,
+                            p.bias == nullptr || add ? nullptr : p.bias + column};
+        next.fetch();
         with_vectors<S>(count, [&]<int kVectors>() UMMRM_INLINED {
-          row_tile<S, kTile, kVectors>(depth, a, scratch + row * depth, kVectors * S::kWidth, target, count);
+          row_tile<S, kTile, kVectors>(depth, numbers, scratch + row * depth, kVectors * S::kWidth, target, count,
+                                       &ahead);
         });
       }
     });
   }
 }
 
-// The projection is packed, transposed where it is the forward product's; rows are read where they lie.
+// The projection is packed, transposed where it is the forward product's. Rows are read where they lie, or in strips of
+// a tile's where they are gathered.
 template <class S>
 UMMRM_INLINE void multiply_packed_proj(const Product& p, float* scratch) {
   const int64_t step = depth_step(p.depth);
-  const bool forward = p.kind == ProductKind::forward;
+  const bool forward = p.kind == ProductKind::forward, gathers = p.rows.index != nullptr;
+  const Rows proj{p.proj, nullptr, p.proj_stride};
+  Next next(p, (p.depth + step - 1) / step * (p.out_columns / S::kColumns) * (p.out_rows / S::kRows));
   for (int64_t first = 0; first == 0 || first < p.depth; first += step) {
     const int64_t depth = std::min(step, p.depth - first);
+    float* strips = scratch + S::kColumns * depth;
+    for (int64_t row = 0; gathers && row < p.out_rows; row += S::kRows) {
+      pack_transposed<S>(p.rows.from(row), std::min<int64_t>(S::kRows, p.out_rows - row), first, depth,
+                         strips + row * depth, S::kRows);
+    }
     for (int64_t column = 0, count; column < p.out_columns; column += count) {
       count = next_panel<S>(p.out_columns - column);
       const int64_t width = round_up(count, S::kWidth);
-      const Rows proj{p.proj, nullptr, p.proj_stride};
       const bool in_place = !forward && count == width;  // until the first tile has packed it
       if (forward) {
         pack_transposed<S>(proj.from(column), count, first, depth, scratch, width);
       } else if (!in_place) {
         pack<S>(proj, first, depth, column, count, scratch, width);
       }
+      Ahead ahead;  // the next panel, whose lines lie a row apart, where no prefetcher sees them
+      const bool here = column + count < p.out_columns;
+      if (!forward && (here || first + step < p.depth)) {
+        const int64_t after = here ? column + count : 0, block = here ? first : first + step;
+        ahead = Ahead::of(proj.at(block) + after, std::min(step, p.depth - block), next_panel<S>(p.out_columns - after),
+                          p.proj_stride, depth * (p.out_rows / S::kRows));
+      } else if (!forward) {
+        ahead = first_block<S>(p.after, depth * (p.out_rows / S::kRows));
+      }
       with_vectors<S>(count, [&]<int kVectors>() UMMRM_INLINED {
         in_tiles<S>(p.out_rows, [&]<int kTile>(int64_t row) UMMRM_INLINED {
-          const float* a[kTile];
-          for (int i = 0; i < kTile; ++i) a[i] = p.rows.at(row + i) + first;
-          const Target target{p.out + row * p.out_stride + column, p.out_stride, p.add || first > 0,
-                              p.bias == nullptr || p.add || first > 0 ? nullptr : p.bias + column};
-          Aside aside;
-          if (in_place && row == 0) {
-            aside.pack = scratch;
-          } else if (!forward) {  // the next panel's lines, which lie a row apart where no prefetcher sees them
-            const int64_t line = (row / S::kRows - 1) * 16, next = column + count;
-            const bool fetch = 0 <= line && line < S::kColumns && next + line < p.out_columns;
-            aside.fetch = fetch ? proj.at(first) + next + line : nullptr;
-            aside.fetch_stride = p.proj_stride;
-          }
-          const bool unpacked = aside.pack != nullptr;
-          column_tile<S, kTile, kVectors, 1>(depth, a, unpacked ? proj.at(first) + column : scratch,
-                                             unpacked ? p.proj_stride : width, target, count, aside);
+          // a tile at the end begins within a strip
+          const float* strip = strips + row / S::kRows * S::kRows * depth + row % S::kRows;
+          const Numbers numbers =
+              gathers ? Numbers{strip, 1, S::kRows} : Numbers{p.rows.at(row) + first, p.rows.stride, 1};
+          const bool add = p.add || first > 0;
+          const Target target{p.out + row * p.out_stride + column, p.out_stride, add,
+                              p.bias == nullptr || add ? nullptr : p.bias + column};
+          const bool unpacked = in_place && row == 0;
+          next.fetch();
+          column_tile<S, kTile, kVectors>(depth, numbers, unpacked ? proj.at(first) + column : scratch,
+                                          unpacked ? p.proj_stride : width, target, count, unpacked ? scratch : nullptr,
+                                          &ahead);
         });
       });
     }
   }
 }
 
-// Both operands are packed: rows in panels, gradients in strips of a tile's rows.
+// Both operands are packed, rows in panels and gradients in strips of a tile's rows, kGradColumns of them at a time.
 template <class S>
 UMMRM_INLINE void multiply_weight_grad(const Product& p, float* scratch) {
   const int64_t step = depth_step(p.depth);
+  // fetched ahead is the larger operand, where it isn't gathered; the other one stays in a cache
+  const bool rows_ahead = p.rows.index == nullptr && (p.out_columns > p.out_rows || p.grads.index != nullptr);
   for (int64_t first = 0; first == 0 || first < p.depth; first += step) {
     const int64_t depth = std::min(step, p.depth - first);
     const bool once = !p.add && depth == p.depth;  // each line is written once, and read by nobody here
-    const bool stream = once && p.out_stride % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
-    float* strips = scratch;
-    for (int64_t k = 0; k < depth; ++k) {
-      const float* from = p.grads.at(first + k);
-      for (int64_t n = 0; n < p.out_rows; n += S::kRows) {
-        float* to = strips + n * depth + k * S::kRows;
-        if (n + S::kRows <= p.out_rows) {
-          store_vector<S::kRows>(to, load_vector<S::kRows>(from + n));
-        } else {
-          std::copy_n(from + n, p.out_rows - n, to);
+    const bool stream = once && p.out_stride % kLine == 0 && reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+    for (int64_t begin = 0; begin < p.out_rows; begin += kGradColumns) {
+      const int64_t height = std::min(kGradColumns, p.out_rows - begin);
+      float* strips = scratch;
+      for (int64_t block = 0; block < depth; block += kStripSteps) {
+        const int64_t end = std::min(block + kStripSteps, depth);
+        for (int64_t n = 0; n < height; n += S::kRows) {
+          float* to = strips + n * depth + block * S::kRows;
+          for (int64_t k = block; k < end; ++k, to += S::kRows) {
+            const float* from = p.grads.at(first + k) + begin + n;
+            if (n + S::kRows <= height) {
+              store_vector<S::kRows>(to, load_vector<S::kRows>(from));
+            } else {
+              std::copy_n(from, height - n, to);
+            }
+          }
         }
       }
-    }
-    float* panel = scratch + round_up(p.out_rows, S::kRows) * depth;
-    for (int64_t column = 0, count; column < p.out_columns; column += count) {
-      count = next_panel<S>(p.out_columns - column);
-      const int64_t width = round_up(count, S::kWidth);
-      const bool in_place = p.rows.index == nullptr && count == width;
-      if (!in_place) pack<S>(p.rows, first, depth, column, count, panel, width);
-      with_vectors<S>(count, [&]<int kVectors>() UMMRM_INLINED {
-        in_tiles<S>(p.out_rows, [&]<int kTile>(int64_t n) UMMRM_INLINED {
-          // a tile at the end begins within a strip
-          const float* strip = strips + n / S::kRows * S::kRows * depth + n % S::kRows;
-          const float* a[kTile];
-          for (int i = 0; i < kTile; ++i) a[i] = strip + i;
-          const Target target{p.out + n * p.out_stride + column, p.out_stride, p.add || first > 0, nullptr, stream};
-          const bool unpacked = in_place && n == 0;
-          Aside aside;
-          if (unpacked) aside.pack = panel;
-          column_tile<S, kTile, kVectors, S::kRows>(depth, a, unpacked ? p.rows.at(first) + column : panel,
-                                                    unpacked ? p.rows.stride : width, target, count, aside);
+      float* panel = scratch + round_up(height, S::kRows) * depth;
+      Ahead ahead;
+      const int64_t steps = depth * (height / S::kRows), left = p.out_rows - begin - height;
+      if (!rows_ahead && p.grads.index == nullptr && left > 0) {
+        ahead = Ahead::of(p.grads.at(first) + begin + height, depth, std::min(kGradColumns, left), p.grads.stride,
+                          steps * (p.out_columns / S::kColumns));
+      }
+      for (int64_t column = 0, count; column < p.out_columns; column += count) {
+        count = next_panel<S>(p.out_columns - column);
+        const int64_t width = round_up(count, S::kWidth);
+        const bool in_place = p.rows.index == nullptr && count == width;
+        if (!in_place) pack<S>(p.rows, first, depth, column, count, panel, width);
+        if (rows_ahead && column + count < p.out_columns) {
+          ahead = Ahead::of(p.rows.at(first) + column + count, depth, next_panel<S>(p.out_columns - column - count),
+                            p.rows.stride, steps);
+        }
+        with_vectors<S>(count, [&]<int kVectors>() UMMRM_INLINED {
+          in_tiles<S>(height, [&]<int kTile>(int64_t n) UMMRM_INLINED {
+            // a tile at the end begins within a strip
+            const Numbers numbers{strips + n / S::kRows * S::kRows * depth + n % S::kRows, 1, S::kRows};
+            const Target target{p.out + (begin + n) * p.out_stride + column, p.out_stride, p.add || first > 0, nullptr,
+                                stream};
+            const bool unpacked = in_place && n == 0;
+            column_tile<S, kTile, kVectors>(depth, numbers, unpacked ? p.rows.at(first) + column : panel,
+                                            unpacked ? p.rows.stride : width, target, count, unpacked ? panel : nullptr,
+                                            &ahead);
+          });
         });
-      });
+      }
     }
   }
 #if defined(__SSE2__)
-  _mm_sfence();  // streamed stores are ordered with nothing else
+  __builtin_ia32_sfence();  // streamed stores are ordered with nothing else
 #endif
 }
 
@@ -153,11 +227,13 @@ void multiply_wide(const Product& p, float* scratch) { multiply_body<Wide>(p, sc
 void multiply_usual(const Product& p, float* scratch) { multiply_body<Usual>(p, scratch); }
 #endif
 
+std::atomic<bool> widest{true};
+
 // Which of the two shapes serves; the sanitizers' builds check the narrower one.
 bool is_wide() {
 #ifdef UMMRM_HAS_CLONES
   static const bool wide = std::string_view(isa()) == "x86-64-v4";
-  return wide;
+  return wide && widest;
 #else
   return false;
 #endif
@@ -191,6 +267,8 @@ Product piece_of(const Product& whole, int64_t row, int64_t rows, int64_t column
 
 }  // namespace
 
+void use_widest(bool on) { widest = on; }
+
 bool has_products() {
 #if defined(UMMRM_HAS_CLONES)
   static const bool found = std::string_view(isa()) != "baseline";
@@ -208,7 +286,7 @@ void cut(const Product& product, int64_t share, std::vector<Product>* pieces) {
   const int64_t panel = panel_columns(), tile = tile_rows();
   int64_t rows, columns = whole.out_columns;
   if (whole.kind == ProductKind::weight_grad) {
-    rows = run_of(whole.out_rows, tile, kGradColumns, share);
+    rows = run_of(whole.out_rows, tile, whole.out_rows, share);
   } else if (whole.pack_rows) {
     rows = run_of(whole.out_rows, panel, kRowPanels * panel, 1);
     const int64_t blocks = (whole.out_rows + rows - 1) / rows;
@@ -228,8 +306,11 @@ void cut(const Product& product, int64_t share, std::vector<Product>* pieces) {
 
 int64_t scratch_floats(const Product& piece) {
   const int64_t depth = depth_step(piece.depth), panel = panel_columns();
-  if (piece.kind == ProductKind::weight_grad) return (round_up(piece.out_rows, tile_rows()) + panel) * depth;
-  return (piece.pack_rows ? round_up(piece.out_rows, panel) : panel) * depth;
+  if (piece.kind == ProductKind::weight_grad) {
+    return (round_up(std::min(piece.out_rows, kGradColumns), tile_rows()) + panel) * depth;
+  }
+  const int64_t strips = piece.rows.index == nullptr ? 0 : round_up(piece.out_rows, tile_rows());
+  return (piece.pack_rows ? round_up(piece.out_rows, panel) : panel + strips) * depth;
 }
 
 void multiply(const Product& piece, float* scratch) {
@@ -237,6 +318,7 @@ void multiply(const Product& piece, float* scratch) {
 }
 #else
 bool has_products() { return false; }
+void use_widest(bool) {}
 void cut(const Product&, int64_t, std::vector<Product>*) {}
 int64_t scratch_floats(const Product&) { return 0; }
 void multiply(const Product&, float*) {}

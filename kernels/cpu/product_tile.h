@@ -1,17 +1,16 @@
 // One tile of a matrix product, for expert_products.cpp: its sums stay in registers while the depth passes. Per step a
 // few vectors of one operand, packed so that they lie one behind the other, meet one number a row of the other, read
-// where it lies. In the language's vector extensions, so that each instruction set gets a tile of its own size.
+// where it lies. In the language's vector extensions, so that each instruction set gets a tile of its own size; the
+// loop of a whole tile is product_loop.h's.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "dispatch.h"
 #include "numeric.h"
+#include "product_loop.h"
 #include "ummrm/expert_products.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 // The other kernels round products before adding them, so that each clone gives the same bits; a product of matrices
 // takes half the time with both in one instruction.
@@ -39,6 +38,7 @@ constexpr int64_t depth_step(int64_t depth) {
 template <int kWidth>
 struct VectorOf {
   typedef float type __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+  typedef int mask __attribute__((vector_size(kWidth * sizeof(int))));
 };
 template <int kWidth>
 using Vector = typename VectorOf<kWidth>::type;
@@ -50,19 +50,6 @@ UMMRM_INLINE Vector<kWidth> load_vector(const float* from) {
 template <int kWidth>
 UMMRM_INLINE void store_vector(float* to, Vector<kWidth> value) {
   *reinterpret_cast<Vector<kWidth>*>(to) = value;
-}
-
-// To an address aligned to 16 bytes.
-template <int kWidth>
-UMMRM_INLINE void stream_vector(float* to, Vector<kWidth> value) {
-#if defined(__SSE2__)
-  float elements[kWidth];
-  store_vector<kWidth>(elements, value);
-#pragma GCC unroll 4
-  for (int i = 0; i < kWidth; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(elements + i));
-#else
-  store_vector<kWidth>(to, value);
-#endif
 }
 
 // A vector width, and the largest tile whose sums fit the registers: kRows x (kVectors vectors).
@@ -82,6 +69,28 @@ UMMRM_INLINE void transpose(Vector<4> (&v)[4]) {
   v[1] = __builtin_shuffle(a, c, Mask{2, 3, 6, 7});
   v[2] = __builtin_shuffle(b, d, Mask{0, 1, 4, 5});
   v[3] = __builtin_shuffle(b, d, Mask{2, 3, 6, 7});
+}
+
+// In place: what was element r of vector c becomes element r * kCount + c of all of them, one behind the other.
+template <int kWidth, int kCount>
+UMMRM_INLINE void interleave(Vector<kWidth> (&v)[kCount]) {
+  typename VectorOf<kWidth>::mask low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 2 + i % 2 * kWidth;
+    high[i] = low[i] + kWidth / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kCount; stage *= 2) {
+    Vector<kWidth> next[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + kCount / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + kCount / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) v[i] = next[i];
+  }
 }
 
 // to[k][r] = row r's element k, for kRun rows and `count` elements.
@@ -126,139 +135,130 @@ UMMRM_INLINE void pack(const Rows& rows, int64_t first_depth, int64_t depth, int
   }
 }
 
+// See TileLoop; `stream`: past the caches, where `out` is aligned to a vector.
 template <class S, int kTileRows, int kVectors>
-using Sums = Vector<S::kWidth>[kTileRows][kVectors];
-
-// What a tile does beside its products, a little at each step of the depth, where it costs next to nothing: fetch the
-// lines that the next panel will need, or pack its own panel for the tiles that follow.
-struct Aside {
-  const float* fetch = nullptr;  // one line a step
-  int64_t fetch_stride = 0;
-  float* pack = nullptr;  // [depth, columns]
-};
-
-// sums[i][j] += a_i[k] * b[k][j], over the depth; with kStep > 1 a_i[k] is a[0][k * kStep + i] instead.
-template <class S, int kTileRows, int kVectors, int kStep, bool kFetches, bool kPacks>
-UMMRM_INLINE void add_products(int64_t depth, const float* const* a, const float* b, int64_t b_stride, Aside aside,
-                               Sums<S, kTileRows, kVectors>& sums) {
-  const float* rows[kTileRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) rows[i] = a[i];
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+UMMRM_INLINE void run_loop(const TileLoop& loop, bool stream) {
+#ifdef UMMRM_HAS_CLONES
+  if constexpr (kTileRows == S::kRows) {
+    const auto& table = S::kWidth == 16 ? loops::kWide : loops::kUsual;
+    return table[kVectors - 1][2 * stream + (loop.pack != nullptr)](loop);
+  }
+#endif
+  constexpr int64_t kBytes = sizeof(float);
+  Vector<S::kWidth> sums[kTileRows][kVectors] = {};
+  const float* b = loop.b;
+  for (int64_t k = 0; k < loop.depth; ++k, b += loop.b_step / kBytes) {
     Vector<S::kWidth> columns[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) columns[j] = load_vector<S::kWidth>(b + j * S::kWidth);
-    if constexpr (kFetches) __builtin_prefetch(aside.fetch + k * aside.fetch_stride, 0, 2);
-    if constexpr (kPacks) {
+    if (loop.pack != nullptr) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j)
-        store_vector<S::kWidth>(aside.pack + (k * kVectors + j) * S::kWidth, columns[j]);
+        store_vector<S::kWidth>(loop.pack + (k * kVectors + j) * S::kWidth, columns[j]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const float value = kStep == 1 ? rows[i][k] : rows[0][k * kStep + i];
+      const float value = loop.a[(i * loop.a_row + k * loop.a_step) / kBytes];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] += value * columns[j];
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j)
+      store_vector<S::kWidth>(loop.out + i * loop.out_row / kBytes + j * S::kWidth, sums[i][j]);
+  }
 }
 
-// Where a tile's sums go, and what they begin with.
+// Where a tile's sums go, and what is added to them.
 struct Target {
   float* out;
   int64_t stride;
   bool add;             // on top of what is there
-  const float* bias;    // otherwise what they begin with: a number a column, or null
+  const float* bias;    // otherwise a number a column, or null
   bool stream = false;  // past the caches: not added to, and not read soon
 };
 
+// An operand of a tile, in elements: the number for row i and step k is at[i * row + k * step].
+struct Numbers {
+  const float* at;
+  int64_t row, step;
+};
+
+template <class S, int kTileRows, int kVectors>
+UMMRM_INLINE TileLoop loop_of(int64_t depth, const Numbers& a, const float* b, int64_t b_stride, float* pack,
+                              Ahead* ahead) {
+  constexpr int64_t kBytes = sizeof(float);
+  return {a.at, a.row * kBytes, a.step * kBytes, b, b_stride * kBytes, depth, pack, nullptr, 0, ahead};
+}
+
 // A tile whose vectors run along the columns of the result.
-template <class S, int kTileRows, int kVectors, int kStep>
-UMMRM_INLINE void column_tile(int64_t depth, const float* const* a, const float* b, int64_t b_stride,
-                              const Target& target, int64_t columns, Aside aside = {}) {
+template <class S, int kTileRows, int kVectors>
+UMMRM_INLINE void column_tile(int64_t depth, const Numbers& a, const float* b, int64_t b_stride, const Target& target,
+                              int64_t columns, float* pack, Ahead* ahead) {
   constexpr int kWidth = S::kWidth, kColumns = kWidth * kVectors;
-  Sums<S, kTileRows, kVectors> sums;
-  const bool whole = columns == kColumns;
-  float start[kColumns] = {};
-  if (target.bias != nullptr) std::copy_n(target.bias, columns, start);
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = load_vector<kWidth>(start + j * kWidth);
-  }
+  TileLoop loop = loop_of<S, kTileRows, kVectors>(depth, a, b, b_stride, pack, ahead);
   for (int i = 0; i < kTileRows && !target.stream; ++i) {
-    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(target.out + i * target.stride + c, 1);
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(target.out + i * target.stride + c, 1);
   }
-  if (aside.pack != nullptr) {
-    add_products<S, kTileRows, kVectors, kStep, false, true>(depth, a, b, b_stride, aside, sums);
-  } else if (aside.fetch != nullptr) {
-    add_products<S, kTileRows, kVectors, kStep, true, false>(depth, a, b, b_stride, aside, sums);
-  } else {
-    add_products<S, kTileRows, kVectors, kStep, false, false>(depth, a, b, b_stride, aside, sums);
+  if (columns == kColumns && !target.add && target.bias == nullptr) {
+    loop.out = target.out;
+    loop.out_row = target.stride * static_cast<int64_t>(sizeof(float));
+    return run_loop<S, kTileRows, kVectors>(loop, target.stream);
   }
-#pragma GCC unroll 16
+  alignas(64) float sums[kTileRows][kColumns];
+  loop.out = sums[0];
+  loop.out_row = sizeof(sums[0]);
+  run_loop<S, kTileRows, kVectors>(loop, false);
   for (int i = 0; i < kTileRows; ++i) {
     float* out = target.out + i * target.stride;
-    if (whole && target.stream) {
+    const float* start = target.add ? out : target.bias;
+    if (columns == kColumns) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) stream_vector<kWidth>(out + j * kWidth, sums[i][j]);
+      for (int c = 0; c < kColumns; c += kWidth)
+        store_vector<kWidth>(out + c, load_vector<kWidth>(start + c) + load_vector<kWidth>(sums[i] + c));
       continue;
     }
-    if (whole) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        float* to = out + j * kWidth;
-        store_vector<kWidth>(to, target.add ? load_vector<kWidth>(to) + sums[i][j] : sums[i][j]);
-      }
-      continue;
-    }
-    float row[kColumns];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store_vector<kWidth>(row + j * kWidth, sums[i][j]);
-    for (int64_t c = 0; c < columns; ++c) out[c] = target.add ? out[c] + row[c] : row[c];
+    for (int64_t c = 0; c < columns; ++c) out[c] = start == nullptr ? sums[i][c] : start[c] + sums[i][c];
   }
 }
 
-// A tile whose vectors run along the rows of the result: a_i belongs to column i. `rows` of them are wanted.
+// A tile whose vectors run along the rows of the result: row i of a belongs to column i. `rows` of them are wanted.
 template <class S, int kTileColumns, int kVectors>
-UMMRM_INLINE void row_tile(int64_t depth, const float* const* a, const float* b, int64_t b_stride, const Target& target,
-                           int64_t rows) {
-  constexpr int kWidth = S::kWidth, kTileRows = kWidth * kVectors;
-  Sums<S, kTileColumns, kVectors> sums;
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileColumns; ++i) {
-    const float start = target.bias == nullptr ? 0.f : target.bias[i];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = start + Vector<kWidth>{};
-  }
+UMMRM_INLINE void row_tile(int64_t depth, const Numbers& a, const float* b, int64_t b_stride, const Target& target,
+                           int64_t rows, Ahead* ahead) {
+  constexpr int kTileRows = S::kWidth * kVectors;
   for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(target.out + r * target.stride, 1);
-  add_products<S, kTileColumns, kVectors, 1, false, false>(depth, a, b, b_stride, {}, sums);
   alignas(64) float tile[kTileColumns][kTileRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileColumns; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store_vector<kWidth>(tile[i] + j * kWidth, sums[i][j]);
-  }
+  TileLoop loop = loop_of<S, kTileColumns, kVectors>(depth, a, b, b_stride, nullptr, ahead);
+  loop.out = tile[0];
+  loop.out_row = sizeof(tile[0]);
+  run_loop<S, kTileColumns, kVectors>(loop, false);
   int64_t r = 0;
   if constexpr (kTileColumns % 4 == 0) {
-    for (; r + 4 <= rows; r += 4) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kTileColumns; c += 4) {
-        Vector<4> v[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) v[i] = load_vector<4>(tile[c + i] + r);
-        transpose(v);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          float* to = target.out + (r + i) * target.stride + c;
-          store_vector<4>(to, target.add ? load_vector<4>(to) + v[i] : v[i]);
-        }
+    const Vector<kTileColumns> bias =
+        target.bias == nullptr ? Vector<kTileColumns>{} : load_vector<kTileColumns>(target.bias);
+    for (; r + S::kWidth <= rows; r += S::kWidth) {
+      Vector<S::kWidth> v[kTileColumns];
+#pragma GCC unroll 8
+      for (int c = 0; c < kTileColumns; ++c) v[c] = load_vector<S::kWidth>(tile[c] + r);
+      interleave<S::kWidth>(v);
+      alignas(64) float lines[S::kWidth][kTileColumns];
+#pragma GCC unroll 8
+      for (int c = 0; c < kTileColumns; ++c) store_vector<S::kWidth>(lines[0] + c * S::kWidth, v[c]);
+#pragma GCC unroll 16
+      for (int i = 0; i < S::kWidth; ++i) {
+        float* to = target.out + (r + i) * target.stride;
+        store_vector<kTileColumns>(
+            to, (target.add ? load_vector<kTileColumns>(to) : bias) + load_vector<kTileColumns>(lines[i]));
       }
     }
   }
   for (; r < rows; ++r) {
     float* to = target.out + r * target.stride;
-    for (int c = 0; c < kTileColumns; ++c) to[c] = target.add ? to[c] + tile[c][r] : tile[c][r];
+    for (int c = 0; c < kTileColumns; ++c)
+      to[c] = (target.add ? to[c] : target.bias == nullptr ? 0.f : target.bias[c]) + tile[c][r];
   }
 }
 

@@ -35,10 +35,18 @@ struct Product {
   int64_t out_stride;      //
   bool add;                // on top of what is there, instead of in its place
   bool pack_rows = false;  // set by cut
+  // What the thread will read next, fetched beside this product: rows, and elements of each, and what the first tile
+  // of another product needs of its projection.
+  Rows next = {};
+  int64_t next_rows = 0, next_columns = 0;
+  const Product* after = nullptr;
 };
 
 // Whether there are kernels for this processor; where not, a BLAS has the products.
 bool has_products();
+
+// Whether the widest registers that the processor has serve, as they do by default; for tests of narrower ones.
+void use_widest(bool on);
 
 // Appends `product`, cut into pieces that threads may take in any order: a sum is never cut, and each is made in the
 // same order however the pieces fall. `share` is about how many pieces are wanted of this product.
