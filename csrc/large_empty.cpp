@@ -5,12 +5,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace ummrm {
@@ -35,6 +37,17 @@ void* take_pages([[maybe_unused]] size_t bytes) {
 #endif
 }
 
+// Bytes that may be kept: a sixteenth of the machine's memory, within bounds.
+size_t kept_at_most() {
+  constexpr size_t kLow = size_t{256} << 20, kHigh = size_t{2} << 30;
+#if defined(__linux__)
+  const auto memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return std::clamp(memory / 16, kLow, kHigh);
+#else
+  return kLow;
+#endif
+}
+
 // Blocks that no call uses at present.
 class Kept {
  public:
@@ -56,7 +69,7 @@ class Kept {
   void give_back(void* memory, size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      if (total_ + bytes <= kMost) {
+      if (total_ + bytes <= most_) {
         blocks_.emplace(bytes, memory);
         total_ += bytes;
         return;
@@ -66,7 +79,7 @@ class Kept {
   }
 
  private:
-  static constexpr size_t kMost = size_t{256} << 20;
+  const size_t most_ = kept_at_most();
   std::mutex mutex_;
   std::multimap<size_t, void*> blocks_;
   size_t total_ = 0;

@@ -11,8 +11,9 @@ namespace ummrm {
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // The same for what is freed soon, by the call itself or with the step's gradients, and asked for again: its memory is
-// kept for the next call, up to 256 MB in all. Commands have all freed memory kept (ummrm.memory); in a user's process
-// the C library's settings are not ours to change.
+// kept for the next call, up to a sixteenth of the machine's in all, at least 256 MB and at most 2 GB: gradients of a
+// layer that took new pages at each step were a sixth slower to write. Commands have all freed memory kept
+// (ummrm.memory); in a user's process the C library's settings are not ours to change.
 at::Tensor workspace_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace ummrm
