@@ -85,6 +85,16 @@ def test_keep_going_gives_null_and_counts(folders, command, monkeypatch):
     assert found[3]["reward"] == found[6]["reward"] and "4 lines are broken and got null" in done.err
 
 
+def test_a_text_that_the_tokenizer_refuses_takes_no_other_with_it(folders, command, monkeypatch):
+    known = [row["reward"] for row in lines(command("score", "dense", "texts.jsonl"))]
+    monkeypatch.setattr(score, "_TOGETHER", 4)
+    texts = [*TEXTS[:6], "\ud800", *TEXTS[6:]]  # a half of a character, which JSON can hold
+    (folders / "half.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = [row["reward"] for row in lines(command("score", "dense", "half.jsonl", "--keep-going"))]
+    assert found.pop(6) is None
+    np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-5)
+
+
 def test_a_long_text_is_cut_marked_and_counted(folders, command):
     (folders / "long.jsonl").write_text('{"text": "w1 w2 w3 w4 w5"}\n{"text": "w1 w2 w3"}\n')
     long, short = lines(done := command("score", "dense", "long.jsonl", "--max-length", 4))

@@ -62,6 +62,17 @@ def test_tokens_are_those_that_trl_trains_on(kind, tmp_path):
             assert scorer.tokens(text) == list(trained[f"{name}_ids"])
 
 
+def test_texts_taken_together_have_the_tokens_of_each_alone():
+    tokenizer = make_tokenizer()
+    scorer = RewardScorer(tiny_model("llama"), tokenizer)
+    chat = [{"role": "user", "content": "w1"}]
+    texts = ["w1 w2", chat, "", f"w3{tokenizer.eos_token}", "w4 " * 90]
+    assert scorer.tokens_of_many(texts) == [scorer.tokens(text) for text in texts]
+    assert scorer.tokens_of_many([]) == [] and scorer.tokens_of_many([chat]) == [scorer.tokens(chat)]
+    with pytest.raises(ValueError):
+        scorer.tokens_of_many(["w1", "\ud800"])
+
+
 def test_members_their_mean_and_their_spread():
     model = mixture()
     scorer = RewardScorer(model, make_tokenizer(), members=True, batch_size=4)

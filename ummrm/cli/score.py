@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _BATCHES = 64  # of a window: enough that its batches are of like lengths
 _WINDOW_BYTES = 16 << 20
+_TOGETHER, _TOGETHER_CHARACTERS = 256, 1 << 20  # texts that the tokenizer gets in one call, and about what they have
 
 
 def score(
@@ -177,16 +178,7 @@ def _windows(scorer: RewardScorer, texts: Iterable[tuple[Place, Text | RowProble
     """Lines in parts that fit in memory."""
     window: list[_Line] = []
     held = 0
-    for place, text in texts:
-        line = _Line(place, [])
-        try:
-            if isinstance(text, Exception):
-                raise text
-            line.ids = scorer.tokens(text)
-            if not line.ids:
-                raise ValueError("its text has no tokens")
-        except ValueError as error:
-            line.problem = " ".join(str(error).split()).rstrip(".")[:300]
+    for line in _lines(scorer, texts):
         window.append(line)
         held += 8 * len(line.ids)
         if len(window) >= _BATCHES * scorer.batch_size or held >= _WINDOW_BYTES:
@@ -194,6 +186,37 @@ def _windows(scorer: RewardScorer, texts: Iterable[tuple[Place, Text | RowProble
             window, held = [], 0
     if window:
         yield window
+
+
+def _lines(scorer: RewardScorer, texts: Iterable[tuple[Place, Text | RowProblem]]) -> Iterator[_Line]:
+    """Every text with its tokens, made of several in one call."""
+    together: list[tuple[Place, Text | RowProblem]] = []
+    characters = 0
+    for place, text in texts:
+        together.append((place, text))
+        characters += len(text) if isinstance(text, str) else 0
+        if len(together) == _TOGETHER or characters >= _TOGETHER_CHARACTERS:
+            yield from _tokenised(scorer, together)
+            together, characters = [], 0
+    yield from _tokenised(scorer, together)
+
+
+def _tokenised(scorer: RewardScorer, texts: list[tuple[Place, Text | RowProblem]]) -> Iterator[_Line]:
+    strings: dict[int, list[int]] = {}
+    with contextlib.suppress(ValueError):  # of one of them; each alone then says what is wrong with it
+        places = [i for i, (_, text) in enumerate(texts) if isinstance(text, str)]
+        strings = dict(zip(places, scorer.tokens_of_many([texts[i][1] for i in places]), strict=True))
+    for i, (place, text) in enumerate(texts):
+        line = _Line(place, [])
+        try:
+            if isinstance(text, Exception):
+                raise text
+            line.ids = strings[i] if i in strings else scorer.tokens(text)
+            if not line.ids:
+                raise ValueError("its text has no tokens")
+        except ValueError as error:
+            line.problem = " ".join(str(error).split()).rstrip(".")[:300]
+        yield line
 
 
 def _texts(file: str, plain: bool, **reading: Any) -> Iterator[tuple[Place, Text | RowProblem]]:
