@@ -86,4 +86,5 @@ def bench_dots(contest, device, layer, dtype):
         return torch.stack([torch.stack([(g.float() * e.float()).sum() for e in w]) for g, w in pairs])
 
     case = Case("dots", layer, dtype, bytes=traffic(layer, dtype))
-    contest(case, {OURS: ours, "torch eager, fp32 sums": eager}, make, eager)
+    compiled = Contender(merges.compiled_dots(), make, eager, foreign=True)
+    contest(case, {OURS: ours, "torch eager, fp32 sums": eager, "torch compiled, fp32 sums": compiled}, make, eager)

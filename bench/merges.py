@@ -39,6 +39,17 @@ def compiled():
     return run
 
 
+def compiled_dots():
+    """The gradient of the coefficients in fp32 by inductor, for the sizes of one case."""
+    torch.compiler.reset()
+
+    @torch.compile(dynamic=False)
+    def run(joined, grads):
+        return torch.stack([(w.float() * g.float()).flatten(1).sum(1) for w, g in zip(joined, grads, strict=True)])
+
+    return run
+
+
 def mergekit():
     """mergekit's linear method on tensors in memory; why it cannot be run, where it is not installed."""
     if importlib.util.find_spec("mergekit") is None:
