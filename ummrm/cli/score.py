@@ -202,16 +202,16 @@ def _lines(scorer: RewardScorer, texts: Iterable[tuple[Place, Text | RowProblem]
 
 
 def _tokenised(scorer: RewardScorer, texts: list[tuple[Place, Text | RowProblem]]) -> Iterator[_Line]:
-    strings: dict[int, list[int]] = {}
+    strings = {i: text for i, (_, text) in enumerate(texts) if isinstance(text, str)}
+    made: dict[int, list[int]] = {}
     with contextlib.suppress(ValueError):  # of one of them; each alone then says what is wrong with it
-        places = [i for i, (_, text) in enumerate(texts) if isinstance(text, str)]
-        strings = dict(zip(places, scorer.tokens_of_many([texts[i][1] for i in places]), strict=True))
+        made = dict(zip(strings, scorer.tokens_of_many(list(strings.values())), strict=True))
     for i, (place, text) in enumerate(texts):
         line = _Line(place, [])
         try:
             if isinstance(text, Exception):
                 raise text
-            line.ids = strings[i] if i in strings else scorer.tokens(text)
+            line.ids = made[i] if i in made else scorer.tokens(text)
             if not line.ids:
                 raise ValueError("its text has no tokens")
         except ValueError as error:

@@ -278,11 +278,11 @@ def score_texts(
     with _moved(model, device), evaluation_mode(model):
         where = next(model.parameters()).device
         for number, batch in enumerate(transformers_logging.tqdm(mine, desc=progress, disable=progress is None)):
-            rows = [torch.tensor(ids[i]) for i in batch]
-            inputs = {
-                "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(where),
-                "attention_mask": nn.utils.rnn.pad_sequence(list(map(torch.ones_like, rows)), True).to(where),
-            }
+            # an array costs a list of integers a tenth of what a tensor does
+            rows = [torch.frombuffer(array("i", ids[i]), dtype=torch.int32) for i in batch]
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).long()
+            live = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+            inputs = {"input_ids": padded.to(where), "attention_mask": live.long().to(where)}
             scores = model.member_scores(**inputs) if several else score(model, inputs)[:, None]
             found = torch.zeros(len(ids), scores.shape[1], dtype=torch.float64) if found is None else found
             if number < own:
