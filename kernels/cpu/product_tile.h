@@ -137,7 +137,7 @@ UMMRM_INLINE void pack(const Rows& rows, int64_t first_depth, int64_t depth, int
 
 // See TileLoop; `stream`: past the caches, where `out` is aligned to a vector.
 template <class S, int kTileRows, int kVectors>
-UMMRM_INLINE void run_loop(const TileLoop& loop, bool stream) {
+UMMRM_INLINE void run_loop(const TileLoop& loop, [[maybe_unused]] bool stream) {
 #ifdef UMMRM_HAS_CLONES
   if constexpr (kTileRows == S::kRows) {
     const auto& table = S::kWidth == 16 ? loops::kWide : loops::kUsual;
