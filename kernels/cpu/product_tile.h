@@ -58,20 +58,8 @@ struct Shape {
   static constexpr int kWidth = width, kRows = rows, kVectors = vectors, kColumns = width * vectors;
 };
 
-// In place: element j of vector i becomes element i of vector j.
-UMMRM_INLINE void transpose(Vector<4> (&v)[4]) {
-  typedef int Mask __attribute__((vector_size(16)));
-  const Vector<4> a = __builtin_shuffle(v[0], v[1], Mask{0, 4, 1, 5});
-  const Vector<4> b = __builtin_shuffle(v[0], v[1], Mask{2, 6, 3, 7});
-  const Vector<4> c = __builtin_shuffle(v[2], v[3], Mask{0, 4, 1, 5});
-  const Vector<4> d = __builtin_shuffle(v[2], v[3], Mask{2, 6, 3, 7});
-  v[0] = __builtin_shuffle(a, c, Mask{0, 1, 4, 5});
-  v[1] = __builtin_shuffle(a, c, Mask{2, 3, 6, 7});
-  v[2] = __builtin_shuffle(b, d, Mask{0, 1, 4, 5});
-  v[3] = __builtin_shuffle(b, d, Mask{2, 3, 6, 7});
-}
-
 // In place: what was element r of vector c becomes element r * kCount + c of all of them, one behind the other.
+// Of as many vectors as each has elements that is their transpose.
 template <int kWidth, int kCount>
 UMMRM_INLINE void interleave(Vector<kWidth> (&v)[kCount]) {
   typename VectorOf<kWidth>::mask low, high;
@@ -100,7 +88,7 @@ UMMRM_INLINE void pack_transposed_run(const float* const (&rows)[kRun], int64_t 
   for (; k + 4 <= count; k += 4) {
     Vector<4> v[4] = {load_vector<4>(rows[0] + k), load_vector<4>(rows[1] + k), load_vector<4>(rows[2] + k),
                       load_vector<4>(rows[3] + k)};
-    transpose(v);
+    interleave<4>(v);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) store_vector<4>(to + (k + i) * to_stride, v[i]);
   }
@@ -186,7 +174,6 @@ struct Numbers {
   int64_t row, step;
 };
 
-template <class S, int kTileRows, int kVectors>
 UMMRM_INLINE TileLoop loop_of(int64_t depth, const Numbers& a, const float* b, int64_t b_stride, float* pack,
                               Ahead* ahead) {
   constexpr int64_t kBytes = sizeof(float);
@@ -198,7 +185,7 @@ template <class S, int kTileRows, int kVectors>
 UMMRM_INLINE void column_tile(int64_t depth, const Numbers& a, const float* b, int64_t b_stride, const Target& target,
                               int64_t columns, float* pack, Ahead* ahead) {
   constexpr int kWidth = S::kWidth, kColumns = kWidth * kVectors;
-  TileLoop loop = loop_of<S, kTileRows, kVectors>(depth, a, b, b_stride, pack, ahead);
+  TileLoop loop = loop_of(depth, a, b, b_stride, pack, ahead);
   for (int i = 0; i < kTileRows && !target.stream; ++i) {
     for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(target.out + i * target.stride + c, 1);
   }
@@ -231,7 +218,7 @@ UMMRM_INLINE void row_tile(int64_t depth, const Numbers& a, const float* b, int6
   constexpr int kTileRows = S::kWidth * kVectors;
   for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(target.out + r * target.stride, 1);
   alignas(64) float tile[kTileColumns][kTileRows];
-  TileLoop loop = loop_of<S, kTileColumns, kVectors>(depth, a, b, b_stride, nullptr, ahead);
+  TileLoop loop = loop_of(depth, a, b, b_stride, nullptr, ahead);
   loop.out = tile[0];
   loop.out_row = sizeof(tile[0]);
   run_loop<S, kTileColumns, kVectors>(loop, false);
