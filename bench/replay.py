@@ -34,11 +34,15 @@ class Rounds:
     """A pytest plugin: one item for each contender that was measured."""
 
     def __init__(self, measured):
-        self._measured = measured
+        self._measured = {f"{_case(entry)} {entry['label']}": entry for entry in measured}
 
     def pytest_generate_tests(self, metafunc):
-        ids = [f"{_case(entry)} {entry['label']}" for entry in self._measured]
-        metafunc.parametrize("measured", self._measured, ids=ids)
+        # by name: pytest-benchmark writes parameters down, and the rounds would double its file
+        metafunc.parametrize("measured", self._measured, indirect=True)
+
+    @pytest.fixture
+    def measured(self, request):
+        return self._measured[request.param]
 
 
 def _case(entry):
